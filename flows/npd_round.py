@@ -1,0 +1,84 @@
+"""The flow `npd-round`: Near-Policy Distillation, round after round."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
+
+from flows.configs import read_config
+from flows.progress import artifact_key
+from flows.stage_tasks import evaluate, export, filter, generate, models, pack, prompts, reference, score, train
+from flows.summary import round_rows, summarize, summary_dict, summary_markdown
+from schemas.config import RunConfig
+from schemas.errors import NPDError
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP
+
+
+def _run_name() -> str:
+    context = FlowRunContext.get()
+    parameters = {} if context is None else context.parameters or {}
+    try:
+        return read_config(parameters["config"], parameters["overrides"]).name
+    except NPDError:
+        # The flow itself is about to say what is wrong.
+        return str(parameters["config"])
+
+
+@flow(name="npd-round", flow_run_name=_run_name, persist_result=False)
+def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | None = None) -> dict[str, Any]:
+    """Run Near-Policy Distillation, or continue it where it stopped.
+
+    Args:
+        config: Path of a YAML config, or a run's folder to continue with the config it last ran with.
+        overrides: Changes to the config, each `key.sub=value`, for example `train.kd_weight=0.5`.
+
+    Returns:
+        The run's summary: where it is, and of every round its metrics, what was kept and dropped, tokens and seconds.
+
+    Raises:
+        NPDError: the config is wrong, or a stage failed.
+    """
+    settings = read_config(config, overrides)
+    store = RunStore.create(settings)
+    run = (store, settings)
+
+    prompts(*run)
+    models(*run)
+    reference(*run)
+
+    if settings.warmup is not None:
+        pack(*run, round=WARMUP)
+        train(*run, round=WARMUP)
+        export(*run, round=WARMUP)
+    evaluate(*run, round=WARMUP)
+    publish_round(store, settings, WARMUP)
+
+    for index in range(settings.rounds):
+        generate(*run, round=index)
+        score(*run, round=index)
+        filter(*run, round=index)
+        pack(*run, round=index)
+        train(*run, round=index)
+        export(*run, round=index)
+        evaluate(*run, round=index)
+        publish_round(store, settings, index)
+
+    return summary_dict(summarize(store, settings))
+
+
+def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
+    """Publish a round's table, and the run so far as Markdown, where Prefect's UI shows them."""
+    summary = summarize(store, config)
+    name = "warm-up" if index == WARMUP else f"round-{index}"
+    create_table_artifact(
+        round_rows(summary, index),
+        key=artifact_key(config.name, name, "table"),
+        description=f"{config.name}, {name}: held-out metrics, and what was kept and dropped",
+    )
+    create_markdown_artifact(
+        summary_markdown(summary),
+        key=artifact_key(config.name, name, "summary"),
+        description=f"{config.name} up to {name}",
+    )

@@ -1,0 +1,56 @@
+"""The flow `npd-stage`: run one stage of one round again."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.context import FlowRunContext
+
+from flows.configs import recorded_config
+from flows.stage_tasks import TASKS
+from flows.states import outdated_after, stage_key, upstream_problem
+from schemas.errors import ArtifactError
+from schemas.run_store import RunStore
+
+
+def _run_name() -> str:
+    context = FlowRunContext.get()
+    parameters = {} if context is None else context.parameters or {}
+    place = "" if parameters["round"] is None else f" · round {parameters['round']}"
+    return f"{Path(parameters['run']).name}{place} · {parameters['stage']}"
+
+
+@flow(name="npd-stage", flow_run_name=_run_name, persist_result=False)
+def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Run one stage of one round again, from its start.
+
+    Later stages stay as they are: those that no longer match run again at the next `npd-round` of this run.
+
+    Args:
+        run: The run's folder, for example `runs/quickstart`.
+        stage: Which stage: prompts, models, reference, generate, score, filter, pack, train, export or evaluate.
+        round: Which round, from 0; -1 is the warm-up; none for prompts, models and reference.
+        overrides: Changes to the config the run last ran with, each `key.sub=value`; the run keeps them.
+
+    Returns:
+        The stage, its counters, and the labels of the stages that no longer match it.
+
+    Raises:
+        ConfigError: no such stage or round.
+        ArtifactError: no such run, or an earlier stage is missing or out of date.
+        NPDError: the stage failed.
+    """
+    store = RunStore.open(run)
+    config = recorded_config(store, overrides)
+    key = stage_key(config, stage, round)
+    problem = upstream_problem(store, config, key)
+    if problem is not None:
+        raise ArtifactError(problem)
+    if overrides:
+        RunStore.create(config)
+    store.invalidate(key)
+    manifest = TASKS[stage](store, config, round=key.round)
+    outdated = [other.label for other in outdated_after(store, config, key)]
+    if outdated:
+        get_run_logger().info("out of date now, and run again at the next npd-round: %s", ", ".join(outdated))
+    return {"stage": key.label, "counters": manifest.counters, "outdated": outdated}

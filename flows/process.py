@@ -1,0 +1,134 @@
+"""Runs a stage in a process of its own, so that its memory comes back and its death fails one stage, not the flow."""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from schemas.config import RunConfig
+from schemas.errors import StageError, error_by_name
+from schemas.manifest import Manifest
+from schemas.run_store import RunStore, now_iso
+from schemas.stage_key import StageKey
+from tasks.process import Job, out_of_memory_hint
+from tasks.stage import Progress, no_progress
+
+_POLL_SECONDS = 0.5
+_EXIT_SECONDS = 60.0
+_TERMINATE_SECONDS = 5.0
+
+
+def log_path(store: RunStore, key: StageKey) -> Path:
+    """Return the file that holds what a stage's process printed.
+
+    >>> log_path(RunStore("runs/a"), StageKey("score", 1)).name
+    'round-1-score.log'
+    """
+    return store.folder / "logs" / f"{key.label.replace(' · ', '-').replace(' ', '-')}.log"
+
+
+def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progress: Progress = no_progress) -> Manifest:
+    """Run a stage in a child process and wait for it.
+
+    The child and whatever it starts form a process group, which is gone when this returns or raises (Ctrl-C included).
+
+    Raises:
+        NPDError: what the stage raised, as the same class; for any other error, or a child that died, a StageError
+            that names the log.
+    """
+    log = log_path(store, key)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    job = Job(str(store.folder), config.model_dump(mode="json"), (key.stage, key.round), str(log))
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "tasks.process", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(writing)
+        try:
+            sink.write(f"--- {key.label} · {now_iso()} · process {process.pid}\n".encode())
+            final = _converse(process, job, events.fileno(), on_progress)
+            if final is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_EXIT_SECONDS)
+        finally:
+            _end(process)
+    if final is None:
+        raise StageError(_describe_death(key, process.returncode, log))
+    if final["event"] == "error":
+        raise error_by_name(final["type"])(final["message"])
+    return store.finished(key)
+
+
+def _converse(
+    process: "subprocess.Popen[bytes]", job: Job, events: int, on_progress: Progress
+) -> dict[str, Any] | None:
+    """Send the job and relay progress; return the child's last word, None if it died without one."""
+    assert process.stdin is not None
+    # A child that dies at once is reported by its exit status, not as a broken pipe.
+    with suppress(BrokenPipeError):
+        process.stdin.write(job.to_line())
+        process.stdin.flush()
+    for line in _lines(process, events):
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == "progress":
+            on_progress(event["done"], event["total"], event["unit"])
+        else:
+            return event
+    return None
+
+
+def _lines(process: "subprocess.Popen[bytes]", events: int) -> Iterator[bytes]:
+    """Yield whole lines until the child has closed the pipe, or has died while others still hold it."""
+    buffer = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(events, selectors.EVENT_READ)
+        while True:
+            died = process.poll() is not None
+            if selector.select(0 if died else _POLL_SECONDS):
+                chunk = os.read(events, 65536)
+                if not chunk:
+                    break
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                yield from lines
+            elif died:
+                break
+    process.wait()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the child if it still runs, and whatever is left of its group."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_TERMINATE_SECONDS)
+    # macOS answers EPERM for a group of which only a zombie is left.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+def _describe_death(key: StageKey, code: int, log: Path) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            f"stage `{key.label}` was killed (signal 9), most likely out of memory: {out_of_memory_hint(key)}. "
+            f"What it printed: {log}"
+        )
+    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exited with code {code}"
+    return f"stage `{key.label}`: its process {how} before the stage was done. What it printed: {log}"

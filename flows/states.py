@@ -1,0 +1,104 @@
+"""How each stage of a run stands, and what follows from running one again."""
+
+from enum import StrEnum
+from pathlib import Path
+
+from schemas.config import RunConfig
+from schemas.errors import ConfigError, NPDError
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from tasks.graph import PROMPTS, STAGES, downstream, loop
+from tasks.stage import plan
+
+
+class StageState(StrEnum):
+    """How a stage stands."""
+
+    COMPLETE = "complete"
+    """Its result stands."""
+
+    OUTDATED = "out of date"
+    """It finished, but its settings, sources, inputs or files have changed since: the next run does it again."""
+
+    UNFINISHED = "unfinished"
+    """It began and did not finish: the next run continues it."""
+
+    MISSING = "not run"
+    """It has not begun."""
+
+
+def stage_states(store: RunStore, config: RunConfig) -> dict[StageKey, StageState]:
+    """Return the state of every stage of the loop, in order.
+
+    Files are compared by size, not by content: that is for the run itself, which hashes them.
+    """
+    states: dict[StageKey, StageState] = {}
+    for key in loop(config):
+        inputs = [states[needed] for needed in STAGES[key.stage].inputs(config, key)]
+        states[key] = _state(store, config, key, all(state is StageState.COMPLETE for state in inputs))
+    return states
+
+
+def _state(store: RunStore, config: RunConfig, key: StageKey, inputs_complete: bool) -> StageState:
+    manifest = store.manifest(key)
+    if manifest is None:
+        return StageState.UNFINISHED if store.path(key).is_dir() else StageState.MISSING
+    if not inputs_complete or _fingerprint(store, config, key) != manifest.fingerprint:
+        return StageState.OUTDATED
+    paths = [(store.folder / record.path, record.bytes) for record in manifest.outputs]
+    intact = all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    return StageState.COMPLETE if intact else StageState.OUTDATED
+
+
+def _fingerprint(store: RunStore, config: RunConfig, key: StageKey) -> str | None:
+    """Return the fingerprint ``key`` would have now; None where its sources are gone."""
+    try:
+        return plan(store, config, key).fingerprint
+    except NPDError:
+        return None
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Raise the PromptError or ConfigError that a prompt source which cannot be found will cause, before any run."""
+    plan(RunStore(Path(config.root) / config.name), config, PROMPTS)
+
+
+def stage_key(config: RunConfig, stage: str, round_index: int | None) -> StageKey:
+    """Return the key of a stage that a user named.
+
+    Raises:
+        ConfigError: the run has no such stage or round; says which there are.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"stage `{stage}`: no such stage; there are {', '.join(STAGES)}")
+    rounds = [key.round for key in loop(config) if key.stage == stage]
+    if round_index in rounds:
+        return StageKey(stage, round_index)
+    if rounds == [None]:
+        raise ConfigError(f"stage `{stage}` belongs to the whole run: leave the round out")
+    known = ", ".join(f"{index} (warm-up)" if index == WARMUP else str(index) for index in rounds)
+    found = "no round given" if round_index is None else f"no round {round_index}"
+    raise ConfigError(f"stage `{stage}`: {found}; this run has {known}")
+
+
+def upstream(config: RunConfig, key: StageKey) -> list[StageKey]:
+    """Return the stages whose results reach ``key``, directly or not; in the order of the loop."""
+    return [other for other in loop(config) if key in downstream(config, other)]
+
+
+def upstream_problem(store: RunStore, config: RunConfig, key: StageKey) -> str | None:
+    """Return why ``key`` cannot run yet, naming the first earlier stage that is not complete; None if it can."""
+    states = stage_states(store, config)
+    for other in upstream(config, key):
+        if states[other] is not StageState.COMPLETE:
+            return (
+                f"{store.folder}: `{key.label}` reads `{other.label}`, which is {states[other]}. Run that stage first, "
+                f"or the whole run: npd run {store.folder}"
+            )
+    return None
+
+
+def outdated_after(store: RunStore, config: RunConfig, key: StageKey) -> list[StageKey]:
+    """Return the finished stages after ``key`` that no longer match it, in the order of the loop."""
+    states = stage_states(store, config)
+    return [other for other in downstream(config, key) if states[other] is StageState.OUTDATED]

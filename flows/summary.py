@@ -1,0 +1,265 @@
+"""What a run has come to, read from its tables and manifests: the same rows for terminal, Markdown and Prefect."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from schemas.config import RunConfig
+from schemas.manifest import Manifest
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import EVALUATE_METRICS, FILTER
+from tasks.graph import loop
+
+METRIC_TITLES = {
+    "kl_teacher_student": "KL(teacher‖student)",
+    "kl_student_teacher": "KL(student‖teacher)",
+    "top1_agreement": "top-1 agreement",
+}
+"""Column titles of the metrics that have one; another metric goes by its name."""
+
+_COUNTS = ("response_tokens",)
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One held-out metric: mean ``value`` over ``n`` observations, with its standard error."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """One round, as far as it has come.
+
+    Args:
+        round: Index from 0; WARMUP before the first.
+        label: Name for people.
+        metrics: Held-out metrics of the student that the round ends with, by name.
+        reasons: Samples by the filter ledger's reason, ``kept`` first, then the most frequent.
+        tokens: Tokens by stage, of the stages that count them.
+        seconds: Seconds of work by stage.
+    """
+
+    round: int
+    label: str
+    metrics: dict[str, Metric]
+    reasons: dict[str, int]
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def kept(self) -> int:
+        """Samples that went into training."""
+        return self.reasons.get(KEPT, 0)
+
+    @property
+    def dropped(self) -> int:
+        """Samples that did not."""
+        return sum(self.reasons.values()) - self.kept
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as far as it has come.
+
+    Args:
+        name: The run's name.
+        folder: Where it is.
+        rounds: The warm-up, then the rounds that have begun.
+        seconds: Seconds of the stages that belong to no round.
+        student: The newest exported model's folder.
+        report: The run's report, where there is one.
+    """
+
+    name: str
+    folder: str
+    rounds: list[RoundSummary]
+    seconds: dict[str, float]
+    student: str | None
+    report: str | None
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Metrics that any round has, those with a title first; plain counts left out."""
+        found = {name for row in self.rounds for name in row.metrics} - set(_COUNTS)
+        return [name for name in METRIC_TITLES if name in found] + sorted(found - set(METRIC_TITLES))
+
+
+def summarize(store: RunStore, config: RunConfig) -> RunSummary:
+    """Read the summary of a run from its finished stages.
+
+    Raises:
+        ArtifactError: a manifest or table is damaged.
+    """
+    manifests = {key: manifest for key in loop(config) if (manifest := store.manifest(key)) is not None}
+    indices = sorted({key.round for key in manifests if key.round is not None})
+    exports = [key for key in manifests if key.stage == "export"]
+    student = store.path(exports[-1], "model") if exports else None
+    report = store.folder / "report.html"
+    return RunSummary(
+        name=config.name,
+        folder=display_path(store.folder),
+        rounds=[_round(store, config, manifests, index) for index in indices],
+        seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
+        student=None if student is None else display_path(student),
+        report=display_path(report) if report.is_file() else None,
+    )
+
+
+def _round(store: RunStore, config: RunConfig, manifests: dict[StageKey, Manifest], index: int) -> RoundSummary:
+    own = {key.stage: manifest for key, manifest in manifests.items() if key.round == index}
+    return RoundSummary(
+        round=index,
+        label=round_label(config, index),
+        metrics=_metrics(store, index) if "evaluate" in own else {},
+        reasons=_reasons(store, index) if "filter" in own else {},
+        tokens={stage: int(m.counters["tokens"]) for stage, m in own.items() if "tokens" in m.counters},
+        seconds={stage: _seconds(manifest) for stage, manifest in own.items()},
+    )
+
+
+def _metrics(store: RunStore, index: int) -> dict[str, Metric]:
+    table = store.read_table(StageKey("evaluate", index), EVALUATE_METRICS)
+    return {row["metric"]: Metric(row["value"], row["stderr"], row["n"]) for row in table.to_pylist()}
+
+
+def _reasons(store: RunStore, index: int) -> dict[str, int]:
+    reasons = store.read_table(StageKey("filter", index), FILTER, ["reason"]).column("reason")
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(reasons).to_pylist()}
+    return dict(sorted(counts.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
+
+
+def _seconds(manifest: Manifest) -> float:
+    return float(manifest.counters.get("seconds", 0.0))
+
+
+def round_label(config: RunConfig, index: int) -> str:
+    """Return a round's name for people: rounds count from 0, as their folders do."""
+    if index == WARMUP:
+        return "warm-up" if config.warmup is not None else "start"
+    return f"round {index} ({index + 1} of {config.rounds})"
+
+
+def display_path(path: Path) -> str:
+    """Return ``path`` relative to the working directory where it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def metric_text(metric: Metric | None) -> str:
+    """Return a metric with its standard error.
+
+    >>> metric_text(Metric(value=1.25, stderr=0.03, n=10)), metric_text(None)
+    ('1.2500 ± 0.0300', '')
+    """
+    return "" if metric is None else f"{metric.value:.4f} ± {metric.stderr:.4f}"
+
+
+def why_text(row: RoundSummary) -> str:
+    """Return why samples were dropped.
+
+    >>> why_text(RoundSummary(0, "round 0", {}, {"kept": 9, "too_long": 2, "empty": 1}, {}, {}))
+    '2 too_long, 1 empty'
+    """
+    return ", ".join(f"{count:,} {reason}" for reason, count in row.reasons.items() if reason != KEPT)
+
+
+def duration_text(seconds: float) -> str:
+    """Return seconds as people say them.
+
+    >>> duration_text(4.21), duration_text(75), duration_text(7260)
+    ('4.2 s', '1 min 15 s', '2 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+TextTable = tuple[str, list[str], list[list[str]]]
+"""A title, column titles, and rows of cells."""
+
+
+def agreement_table(summary: RunSummary) -> TextTable:
+    """Return the held-out metrics by round, as text."""
+    names = summary.metric_names
+    rows = [[row.label, *(metric_text(row.metrics.get(name)) for name in names)] for row in summary.rounds]
+    return (
+        "Held-out agreement: mean ± standard error over response tokens; KL in nats",
+        ["round", *(METRIC_TITLES.get(name, name) for name in names)],
+        rows,
+    )
+
+
+def samples_table(summary: RunSummary) -> TextTable:
+    """Return what was sampled, kept and dropped by round, and how long the round took, as text."""
+    rows = [
+        [
+            row.label,
+            f"{row.tokens['generate']:,}" if "generate" in row.tokens else "",
+            f"{row.kept:,}" if row.reasons else "",
+            f"{row.dropped:,}" if row.reasons else "",
+            why_text(row),
+            duration_text(sum(row.seconds.values())),
+        ]
+        for row in summary.rounds
+    ]
+    return "Samples and time", ["round", "sampled tokens", "kept", "dropped", "why", "time"], rows
+
+
+def files_table(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return what lies where: description and path."""
+    files = [("student", summary.student)] if summary.student is not None else []
+    if summary.report is not None:
+        files.append(("report", summary.report))
+    return [
+        *((what, path) for what, path in files if path is not None),
+        ("tables", f"{summary.folder}/round=*/stage=*/*.parquet"),
+        ("logs", f"{summary.folder}/logs"),
+    ]
+
+
+def round_rows(summary: RunSummary, index: int) -> list[dict[str, Any]]:
+    """Return one round as rows of a table: its metrics, then samples by reason, then seconds by stage."""
+    rows: list[dict[str, Any]] = []
+    for row in (row for row in summary.rounds if row.round == index):
+        for name, metric in row.metrics.items():
+            rows.append({"what": name, "value": metric.value, "stderr": metric.stderr, "n": metric.n})
+        for reason, count in row.reasons.items():
+            what = KEPT if reason == KEPT else f"dropped: {reason}"
+            rows.append({"what": what, "value": count, "stderr": None, "n": row.kept + row.dropped})
+        for stage, seconds in row.seconds.items():
+            rows.append({"what": f"seconds: {stage}", "value": seconds, "stderr": None, "n": None})
+    return rows
+
+
+def summary_markdown(summary: RunSummary) -> str:
+    """Return the run so far as Markdown."""
+    lines = [f"# {escape_markdown(summary.name)}"]
+    for title, header, rows in (agreement_table(summary), samples_table(summary)):
+        lines += ["", f"## {escape_markdown(title)}", ""]
+        lines += [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
+        lines.insert(len(lines) - len(rows), f"|{'---|' * len(header)}")
+    lines += ["", f"Prompts, models and reference: {duration_text(sum(summary.seconds.values()))}.", ""]
+    lines += [f"- {what}: `{path.replace('`', '')}`" for what, path in files_table(summary)]
+    return "\n".join(lines) + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    r"""Return ``text`` so that Markdown shows it as it is, also inside a table.
+
+    >>> escape_markdown("a|b <i> *c*")
+    'a\\|b &lt;i&gt; \\*c\\*'
+    """
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
+    return "".join(f"\\{character}" if character in "\\`*_[]|#~" else character for character in text)
+
+
+def summary_dict(summary: RunSummary) -> dict[str, Any]:
+    """Return the summary as plain values, as a flow returns it."""
+    return asdict(summary)

@@ -1,0 +1,111 @@
+"""Where prompts come from."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.base import Section
+
+
+class _Rows(Section):
+    messages: str = "messages"
+    """Column holding a list of `{role, content}` messages that ends with a user's."""
+
+    prompt: str = "prompt"
+    """Column holding a single user message as text; used where a row has no `messages`."""
+
+    answer: str | None = "answer"
+    """Column holding the reference answer, if rows have one; null: ignore it."""
+
+    system: str | None = None
+    """System message put before every prompt that does not bring its own."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Take the first so many rows; null: all."""
+
+
+class JsonlSource(_Rows):
+    """A JSON Lines file, one prompt a line."""
+
+    type: Literal["jsonl"] = "jsonl"
+    """Which kind of source this is."""
+
+    path: str = Field(min_length=1)
+    """The file; relative paths start at the config file's folder."""
+
+
+class ParquetSource(_Rows):
+    """A Parquet file."""
+
+    type: Literal["parquet"]
+    """Which kind of source this is."""
+
+    path: str = Field(min_length=1)
+    """The file; relative paths start at the config file's folder."""
+
+
+class DatasetSource(_Rows):
+    """A dataset that `datasets.load_dataset` finds: a Hub id or a local dataset folder."""
+
+    type: Literal["dataset"]
+    """Which kind of source this is."""
+
+    dataset: str = Field(min_length=1)
+    """Hub id or folder."""
+
+    config: str | None = None
+    """The dataset's configuration, where it has several."""
+
+    dataset_split: str = "train"
+    """The dataset's own split to read (not this run's train/held-out split)."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+
+
+class ReasoningGymSource(Section):
+    """Procedural tasks of `reasoning-gym`, made on the spot: no download, answers included."""
+
+    type: Literal["reasoning_gym"]
+    """Which kind of source this is."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of the tasks (`basic_arithmetic`, `letter_counting`, ...)."""
+
+    size: int = Field(default=64, ge=1)
+    """Prompts for each task."""
+
+    seed: int = 0
+    """Seed of the task generators."""
+
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of single tasks, by task name, as `reasoning_gym.create_dataset` takes them."""
+
+    system: str | None = None
+    """System message put before every prompt."""
+
+
+PromptSource = Annotated[JsonlSource | ParquetSource | DatasetSource | ReasoningGymSource, Field(discriminator="type")]
+
+
+class PromptsConfig(Section):
+    """The prompts of the run, the same for every round."""
+
+    sources: list[PromptSource] = Field(min_length=1)
+    """Read in order and joined; a prompt met twice is kept once and counted."""
+
+    held_out: int = Field(default=64, ge=1)
+    """Prompts set aside for evaluation. They never reach training."""
+
+    limit: int | None = Field(default=None, ge=2)
+    """Keep only so many prompts in all, chosen by seed; null: all."""
+
+    too_long: Literal["error", "drop"] = "error"
+    """A prompt that leaves no room for a reply in the model's context: `error` stops before any model loads, `drop`
+    leaves it out and counts it."""
+
+    @model_validator(mode="after")
+    def _limit_leaves_training_prompts(self) -> "PromptsConfig":
+        if self.limit is not None and self.limit <= self.held_out:
+            raise ValueError(f"`limit: {self.limit}` leaves nothing to train on beside `held_out: {self.held_out}`")
+        return self

@@ -1,0 +1,76 @@
+"""The whole config of a run."""
+
+from pydantic import Field, model_validator
+
+from schemas.config.base import PLACEMENT, Section
+from schemas.config.models import StudentConfig, TeacherConfig
+from schemas.config.prompts import PromptsConfig
+from schemas.config.stages import EvaluateConfig, FilterConfig, GenerateConfig, PackConfig, ScoreConfig
+from schemas.config.training import ExportConfig, TrainConfig, WarmupConfig
+
+
+class RunConfig(Section):
+    """A run of Near-Policy Distillation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=PLACEMENT)
+    """Folder of the run under `root`. Running the same name again resumes it."""
+
+    root: str = Field(default="runs", min_length=1, json_schema_extra=PLACEMENT)
+    """Where runs live."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of everything drawn: splits, samples, batch order. The same seed gives the same tables, byte for byte."""
+
+    rounds: int = Field(default=2, ge=1)
+    """Times the sampler is refreshed, plus one. The paper: two rounds."""
+
+    teacher: TeacherConfig
+    """The model that annotates."""
+
+    student: StudentConfig
+    """The model that learns."""
+
+    prompts: PromptsConfig
+    """What both are asked."""
+
+    warmup: WarmupConfig | None = None
+    """SFT of the student before the first round; null: the student starts as it is."""
+
+    generate: GenerateConfig = GenerateConfig()
+    """The student answers."""
+
+    score: ScoreConfig = ScoreConfig()
+    """The teacher annotates."""
+
+    filter: FilterConfig = FilterConfig()
+    """What to learn from."""
+
+    pack: PackConfig = PackConfig()
+    """Sequences into bins."""
+
+    train: TrainConfig = TrainConfig()
+    """The student learns."""
+
+    export: ExportConfig = ExportConfig()
+    """The next sampler, and what you deploy."""
+
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How far the student still is from the teacher."""
+
+    @model_validator(mode="after")
+    def _responses_fit_into_packs(self) -> "RunConfig":
+        longest = {"generate.max_new_tokens": self.generate.max_new_tokens}
+        if self.warmup is not None and self.warmup.max_new_tokens is not None:
+            longest["warmup.max_new_tokens"] = self.warmup.max_new_tokens
+        for key, tokens in longest.items():
+            if tokens > self.pack.max_tokens:
+                raise ValueError(
+                    f"`{key}` {tokens} does not fit into `pack.max_tokens` {self.pack.max_tokens}: the longest "
+                    "responses would all be dropped"
+                )
+        return self
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole training run; the cosine schedule spans them."""
+        return self.rounds * self.train.epochs_per_round

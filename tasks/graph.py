@@ -1,0 +1,169 @@
+"""The stages of a run as a graph: what each reads of the config, and whose tables it reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.config import RunConfig
+from schemas.stage_key import WARMUP, StageKey
+
+PROMPTS, MODELS, REFERENCE = StageKey("prompts"), StageKey("models"), StageKey("reference")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage.
+
+    Args:
+        module: Where its ``run(job)`` lives.
+        version: Raised when the code changes what the stage writes from the same inputs.
+        config: The part of the config that the stage reads; a change in it re-runs the stage.
+        inputs: Stages whose outputs it reads.
+        own_process: Whether it loads models, and so runs in a process of its own.
+    """
+
+    module: str
+    version: int
+    config: Callable[[RunConfig, StageKey], dict[str, Any]]
+    inputs: Callable[[RunConfig, StageKey], list[StageKey]]
+    own_process: bool = True
+
+
+def initial_policy(config: RunConfig) -> StageKey:
+    """Return the stage whose model the near-policy rounds start from."""
+    return StageKey("export", WARMUP) if config.warmup is not None else MODELS
+
+
+def sampling_policy(config: RunConfig, round_index: int) -> StageKey:
+    """Return the stage whose model samples round ``round_index`` (pi_gen); WARMUP: the initial policy."""
+    return initial_policy(config) if round_index <= 0 else StageKey("export", round_index - 1)
+
+
+def _round(key: StageKey) -> int:
+    if key.round is None:
+        raise ValueError(f"stage {key.stage} belongs to a round")
+    return key.round
+
+
+def _sections(*names: str) -> Callable[[RunConfig, StageKey], dict[str, Any]]:
+    def read(config: RunConfig, key: StageKey) -> dict[str, Any]:
+        values: dict[str, Any] = {"seed": config.seed}
+        for name in names:
+            section = getattr(config, name)
+            values[name] = None if section is None else section.fingerprinted()
+        return values
+
+    return read
+
+
+def _train_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    if key.round == WARMUP:
+        return _sections("warmup")(config, key)
+    # The schedule spans all rounds, so their number shapes every step.
+    return _sections("train")(config, key) | {"rounds": config.rounds}
+
+
+def _pack_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    values: dict[str, Any] = {"pack": config.pack.fingerprinted()}
+    if key.round != WARMUP:
+        values["targets"] = [config.score.top_k, config.score.topk_dtype]
+    return values
+
+
+def _filter_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    return {
+        "filter": config.filter.fingerprinted(),
+        "max_tokens": config.pack.max_tokens,
+        "targets": [config.score.top_k, config.score.topk_dtype],
+    }
+
+
+def _models_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    values = _sections("teacher", "student")(config, key)
+    return values | {"too_long": config.prompts.too_long}
+
+
+def _reference_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    """Only how responses are sampled: the warm-up's optimizer settings do not touch them."""
+    values = _sections("generate", "teacher")(config, key)
+    values["evaluate_max_new_tokens"] = config.evaluate.max_new_tokens
+    if config.warmup is not None:
+        warmup = config.warmup
+        values["warmup"] = [warmup.responses, warmup.prompts, warmup.temperature, warmup.max_new_tokens]
+    return values
+
+
+def _pack_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
+    index = _round(key)
+    if index == WARMUP:
+        return [PROMPTS, REFERENCE]
+    return [StageKey("generate", index), StageKey("score", index), StageKey("filter", index)]
+
+
+def _train_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
+    index = _round(key)
+    if index == WARMUP:
+        return [MODELS, StageKey("pack", WARMUP)]
+    before = [StageKey("train", index - 1)] if index > 0 else []
+    return [initial_policy(config), StageKey("pack", index), *before]
+
+
+def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
+    start = MODELS if key.round == WARMUP else initial_policy(config)
+    return [start, StageKey("train", _round(key))]
+
+
+STAGES: dict[str, Stage] = {
+    "prompts": Stage("tasks.prompts", 1, _sections("prompts"), lambda c, k: [], own_process=False),
+    "models": Stage("tasks.models", 1, _models_config, lambda c, k: [PROMPTS]),
+    "reference": Stage("tasks.reference", 1, _reference_config, lambda c, k: [PROMPTS, MODELS]),
+    "generate": Stage(
+        "tasks.generate",
+        1,
+        _sections("generate", "student"),
+        lambda c, k: [PROMPTS, MODELS, sampling_policy(c, _round(k))],
+    ),
+    "score": Stage(
+        "tasks.score",
+        1,
+        _sections("score"),
+        lambda c, k: [MODELS, sampling_policy(c, _round(k)), StageKey("generate", _round(k))],
+    ),
+    "filter": Stage(
+        "tasks.filter",
+        1,
+        _filter_config,
+        lambda c, k: [StageKey("generate", _round(k)), StageKey("score", _round(k))],
+        own_process=False,
+    ),
+    "pack": Stage("tasks.pack", 1, _pack_config, _pack_inputs, own_process=False),
+    "train": Stage("tasks.train", 1, _train_config, _train_inputs),
+    "export": Stage("tasks.export", 1, _sections("export"), _export_inputs),
+    "evaluate": Stage(
+        "tasks.evaluate",
+        1,
+        _sections("evaluate"),
+        lambda c, k: [PROMPTS, REFERENCE, MODELS, sampling_policy(c, _round(k) + 1)],
+    ),
+}
+
+WARMUP_STAGES = ("pack", "train", "export")
+ROUND_STAGES = ("generate", "score", "filter", "pack", "train", "export", "evaluate")
+
+
+def loop(config: RunConfig) -> list[StageKey]:
+    """Return every stage of the run in the order of the loop."""
+    keys = [PROMPTS, MODELS, REFERENCE]
+    if config.warmup is not None:
+        keys += [StageKey(stage, WARMUP) for stage in WARMUP_STAGES]
+    keys.append(StageKey("evaluate", WARMUP))
+    return keys + [StageKey(stage, index) for index in range(config.rounds) for stage in ROUND_STAGES]
+
+
+def downstream(config: RunConfig, key: StageKey) -> list[StageKey]:
+    """Return the stages that read, directly or not, what ``key`` writes; in the order of the loop."""
+    touched = {key}
+    for other in loop(config):
+        if touched & set(STAGES[other.stage].inputs(config, other)):
+            touched.add(other)
+    return [other for other in loop(config) if other in touched and other != key]

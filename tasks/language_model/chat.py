@@ -1,0 +1,74 @@
+"""The tokenizer's own chat template: prompts as tokens, what comes before a reply, what ends it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from schemas.errors import ModelError
+
+Message = dict[str, str]
+TokenIds = NDArray[np.int32]
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+    """Check that there is a template.
+
+    Raises:
+        ModelError: there is none; says where to give one.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"{key}: its tokenizer has no chat template; give one with `student.chat_template: PATH.jinja`"
+        )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[TokenIds]:
+    """Return each conversation as token ids (int32), ending where the reply begins."""
+    texts: Any = tokenizer.apply_chat_template(
+        [list(conversation) for conversation in conversations], tokenize=False, add_generation_prompt=True
+    )
+    if not texts:
+        return []
+    # The template writes the special tokens itself.
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+
+def reply_header(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    """Return what the template puts directly before a reply, as token ids (int32).
+
+    For ChatML: ``<|im_start|>assistant\\n``.
+
+    Raises:
+        ModelError: the template puts nothing there.
+    """
+    conversation = [{"role": "user", "content": "x"}]
+    opened: Any = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    closed: Any = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False)
+    header = opened.removeprefix(closed) if opened.startswith(closed) else ""
+    if not header:
+        raise ModelError(
+            "score.context: the chat template puts nothing before a reply, so there is no header to score after; "
+            "set `score.context: bos`"
+        )
+    return np.asarray(tokenizer(header, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
+    """Return the token ids that end a reply: the tokenizer's EOS first, then those of the generation config.
+
+    Raises:
+        ModelError: neither names one.
+    """
+    path = Path(folder) / "generation_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    candidates = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    ids = list(dict.fromkeys(int(token) for token in candidates if token is not None))
+    if not ids:
+        raise ModelError(f"{folder}: neither the tokenizer nor generation_config.json names an EOS token")
+    return ids

@@ -1,0 +1,90 @@
+"""From hidden states to log-probabilities, a chunk of positions at a time: [tokens x vocabulary] never exists."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from schemas.errors import ModelError
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A causal language model's output projection and what its architecture does to the logits after it.
+
+    Args:
+        projection: The linear output embedding.
+        scale: Factor on the logits.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``; None: they stay.
+    """
+
+    projection: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "OutputHead":
+        """Read the head off a model.
+
+        Raises:
+            ModelError: the model has no linear output embedding.
+        """
+        projection: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if projection is None or not hasattr(projection, "weight"):
+            raise ModelError(f"{type(model).__name__} has no linear output head; only such models can be distilled")
+        config = model.config.get_text_config()
+        multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+        divisor = getattr(config, "logits_scaling", None)
+        scale = multiplier if multiplier is not None else (1.0 if divisor is None else 1.0 / divisor)
+        return cls(projection, float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits [n, vocabulary] of hidden states [n, width]."""
+        logits: Tensor = self.projection(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model's token ids must be on."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the last hidden states [1, tokens, width] of packed sequences that do not see each other.
+
+    ``position_ids`` restart at 0 with each sequence. transformers isolates the sequences from them only without a
+    cache and without an attention mask.
+    """
+    states: Tensor = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Check that ``OutputHead`` reproduces the model's own logits, so that an unknown architecture cannot score wrong.
+
+    Raises:
+        ModelError: the logits differ, or are not finite.
+    """
+    device = input_device(model)
+    ids = torch.arange(1, 6, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(5, device=device)[None]
+    own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    ours = OutputHead.of(model).logits(hidden_states(model, ids, positions)[0])
+    if not torch.isfinite(own).all():
+        raise ModelError(
+            f"{model.name_or_path}: its logits are not finite: the weights are damaged or overflow in their dtype "
+            f"({model.dtype}); try `dtype: float32`"
+        )
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
+        raise ModelError(
+            f"{type(model).__name__} transforms its logits in a way this project does not know "
+            f"(largest difference {(own - ours).abs().max().item():.3g}); it cannot be distilled yet"
+        )

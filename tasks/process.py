@@ -1,0 +1,155 @@
+"""One stage in a process of its own: `python -m tasks.process EVENTS_FD`, started by `flows.process.run_in_process`.
+
+The first line of stdin is the job as JSON. Events leave as JSON lines through the file descriptor named on the command
+line, so that stdout and stderr stay free for what libraries print. Stdin stays open for as long as the parent lives:
+its end ends this process and everything it started.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NamedTuple
+
+from schemas.config import parse_config
+from schemas.errors import NPDError, StageError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from tasks.stage import execute
+
+EVENT_SECONDS = 0.1
+"""Least time between two progress events of one unit; the last one of a unit always goes out."""
+
+MEMORY_SETTINGS = {
+    "models": "nothing can be lowered here: choose a smaller model, or give the machine more memory",
+    "reference": "lower `generate.batch_size` or `evaluate.max_new_tokens`",
+    "generate": "lower `generate.batch_size` or `generate.max_new_tokens` "
+    "(vLLM: `generate.vllm.gpu_memory_utilization`, `generate.vllm.max_num_seqs`)",
+    "score": "lower `score.batch_tokens` or `score.logits_chunk`",
+    "train": "lower `pack.max_tokens` or `train.loss_chunk`, keep `train.gradient_checkpointing: true`, "
+    "or set `train.lora`",
+    "export": "set `export.dtype: bfloat16`, or give the machine more memory",
+    "evaluate": "lower `evaluate.batch_tokens`",
+}
+"""What to change where a stage's memory runs out."""
+
+
+class Job(NamedTuple):
+    """What the parent asks for.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved config as JSON values.
+        key: Stage name and round.
+        log: Where this process's stdout and stderr go, for error messages.
+    """
+
+    folder: str
+    config: dict[str, Any]
+    key: tuple[str, int | None]
+    log: str
+
+    def to_line(self) -> bytes:
+        """Return the job as the line the child reads."""
+        return json.dumps(self._asdict()).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "Job":
+        """Parse what ``to_line`` wrote."""
+        values = json.loads(line)
+        stage, round_index = values.pop("key")
+        return cls(key=(stage, round_index), **values)
+
+
+def out_of_memory_hint(key: StageKey) -> str:
+    """Return what to lower when stage ``key`` runs out of memory."""
+    if key.stage == "train" and key.round == -1:
+        return MEMORY_SETTINGS["train"].replace("train.", "warmup.").replace(", or set `warmup.lora`", "")
+    return MEMORY_SETTINGS.get(key.stage, "give the machine more memory")
+
+
+def describe_failure(error: Exception, key: StageKey, log: str) -> dict[str, str]:
+    """Return the error event for ``error``: a typed error as it is, any other as a StageError that names the log."""
+    if isinstance(error, NPDError):
+        return {"event": "error", "type": type(error).__name__, "message": str(error)}
+    last = traceback.format_exception_only(error)[-1].strip()
+    # torch.OutOfMemoryError by name: this module must not import torch.
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    hint = f" {out_of_memory_hint(key)}." if memory else ""
+    message = f"stage `{key.label}` failed: {last}.{hint} Traceback: {log}"
+    return {"event": "error", "type": StageError.__name__, "message": message}
+
+
+class EventWriter:
+    """Writes events to ``descriptor``, one JSON object a line."""
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_inheritable(descriptor, False)
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+        self._lock = threading.Lock()
+        self._last_unit, self._last_time = "", 0.0
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Write one event."""
+        with self._lock:
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Write a progress event, unless one of the same unit has just gone out and more will follow."""
+        now = time.monotonic()
+        if unit == self._last_unit and done < total and now - self._last_time < EVENT_SECONDS:
+            return
+        self._last_unit, self._last_time = unit, now
+        self.send({"event": "progress", "done": int(done), "total": int(total), "unit": unit})
+
+
+def main() -> int:
+    """Run the job on stdin; return the exit code."""
+    events = EventWriter(int(sys.argv[1]))
+    stdin = _claim_stdin()
+    job = Job.from_line(_read_line(stdin))
+    threading.Thread(target=_end_with_parent, args=(stdin,), daemon=True).start()
+    key = StageKey(*job.key)
+    try:
+        execute(RunStore(job.folder), parse_config(job.config), key, events.progress)
+    except Exception as error:  # the boundary of the process: every error must reach the parent
+        traceback.print_exc()
+        events.send(describe_failure(error, key, job.log))
+        return 1
+    events.send({"event": "done"})
+    return 0
+
+
+def _claim_stdin() -> int:
+    """Move stdin to a descriptor that no child inherits; libraries see an empty stdin."""
+    stdin = os.dup(0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    return stdin
+
+
+def _read_line(descriptor: int) -> bytes:
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        chunk = os.read(descriptor, 1)
+        if not chunk:
+            raise SystemExit("tasks.process: stdin ended before the job; it is started by the flow, not by hand")
+        line += chunk
+    return bytes(line)
+
+
+def _end_with_parent(stdin: int) -> None:
+    while os.read(stdin, 4096):
+        continue
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

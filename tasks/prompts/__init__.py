@@ -1,0 +1,34 @@
+"""Stage prompts: every source's rows become one table of distinct prompts, split into train and held-out."""
+
+from schemas.config import RunConfig
+from schemas.tables import PROMPTS
+from tasks.prompts.sources import source_fingerprint
+from tasks.prompts.table import prompts_table
+from tasks.stage import StageJob
+
+__all__ = ["run", "source_fingerprints"]
+
+
+def run(job: StageJob) -> None:
+    """Read all sources and write the prompts table, in one part.
+
+    Raises:
+        PromptError: a source is missing, empty or has rows that cannot be used, or nothing is left to train on.
+    """
+    table, counters = prompts_table(job.config.prompts, job.config.seed, job.progress)
+    job.store.write_table(job.store.part(job.key, 0), table, PROMPTS)
+    job.counters.update(counters)
+
+
+def source_fingerprints(config: RunConfig) -> dict[str, str]:
+    """Return what stands for the content of each source, by its place in the config.
+
+    Local files count by their bytes, Hub datasets by id and revision, procedural tasks by the version of their
+    package.
+
+    Raises:
+        PromptError: a local file or a needed package is missing.
+    """
+    return {
+        f"prompts.sources[{index}]": source_fingerprint(source) for index, source in enumerate(config.prompts.sources)
+    }

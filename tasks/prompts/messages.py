@@ -1,0 +1,143 @@
+"""One row of a source becomes the messages of a prompt, or a reason why it cannot."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.manifest import hash_json
+
+ROLES = ("system", "user", "assistant")
+"""Roles a prompt's messages may have. A tool's turn would need its calls, which the prompts table does not hold."""
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """Where a row keeps what: names of its columns, and the system message for rows that bring none."""
+
+    messages: str = "messages"
+    prompt: str = "prompt"
+    answer: str | None = "answer"
+    system: str | None = None
+
+    def present_in(self, names: Iterable[str]) -> list[str]:
+        """Return the columns of ``names`` that are read, without repetition."""
+        wanted = (self.messages, self.prompt, self.answer)
+        return [name for name in dict.fromkeys(names) if name in wanted]
+
+
+class RowProblem(Exception):
+    """Why a row cannot be used: ``column`` (None: the row as a whole) and what is wrong with it."""
+
+    def __init__(self, column: str | None, what: str) -> None:
+        self.column = column
+        self.what = what
+        super().__init__(f"column `{column}`: {what}" if column else what)
+
+
+def prompt_id(messages: list[dict[str, str]]) -> str:
+    """Return the first 16 hex digits of the sha256 of the messages as canonical JSON (sorted keys, UTF-8).
+
+    >>> prompt_id([{"role": "user", "content": "Hi"}]) == prompt_id([{"content": "Hi", "role": "user"}])
+    True
+    """
+    return hash_json(messages)[:16]
+
+
+def row_messages(row: dict[str, Any], columns: RowColumns) -> list[dict[str, str]]:
+    """Return a row's messages: its `messages` column where it has one, else its `prompt` as a user's message.
+
+    >>> row_messages({"prompt": "Hi"}, RowColumns(system="Be brief."))
+    [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'}]
+
+    Raises:
+        RowProblem: neither column is there, or what is there cannot be a prompt.
+    """
+    if row.get(columns.messages) is not None:
+        messages = _checked_messages(row[columns.messages], columns.messages)
+    elif row.get(columns.prompt) is not None:
+        text = _checked_text(row[columns.prompt], columns.prompt)
+        _not_blank(text, columns.prompt)
+        messages = [{"role": "user", "content": text}]
+    else:
+        raise RowProblem(None, _nothing_to_ask(row, columns))
+    if columns.system is not None and all(message["role"] != "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": columns.system})
+    return messages
+
+
+def row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
+    """Return a row's reference answer, a number as its text; None if it has none.
+
+    Raises:
+        RowProblem: the answer is neither text nor a finite number.
+    """
+    value = None if columns.answer is None else row.get(columns.answer)
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return _checked_text(value, str(columns.answer))
+
+
+def _checked_messages(value: Any, column: str) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise RowProblem(column, f"should be a list of {{role, content}} messages, is {_type_name(value)}")
+    if not value:
+        raise RowProblem(column, "is an empty list; it needs at least one message, the user's")
+    messages = [_checked_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+    last = messages[-1]["role"]
+    if last != "user":
+        raise RowProblem(
+            f"{column}[{len(messages) - 1}]",
+            f"the last message is from `{last}`; a prompt ends with the user's, so remove the reply after it",
+        )
+    return messages
+
+
+def _checked_message(value: Any, column: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise RowProblem(column, f"should be an object with `role` and `content`, is {_type_name(value)}")
+    for key in ("role", "content"):
+        if value.get(key) is None:
+            raise RowProblem(f"{column}.{key}", f"is missing; the message has {_quoted(value)}")
+    role, content = (_checked_text(value[key], f"{column}.{key}") for key in ("role", "content"))
+    if role not in ROLES:
+        raise RowProblem(f"{column}.role", f"unknown role {role!r}; known: {', '.join(ROLES)}")
+    if role != "system":
+        _not_blank(content, f"{column}.content")
+    return {"role": role, "content": content}
+
+
+def _checked_text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise RowProblem(column, f"should be text, is {_type_name(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowProblem(column, "holds half of a surrogate pair, which is no character; repair the escape") from None
+    return value
+
+
+def _not_blank(text: str, column: str) -> None:
+    if not text.strip():
+        raise RowProblem(column, "is empty; write the message or delete the row")
+
+
+def _nothing_to_ask(row: dict[str, Any], columns: RowColumns) -> str:
+    wanted = f"neither `{columns.messages}` nor `{columns.prompt}`"
+    others = _quoted(name for name in row if name not in (columns.messages, columns.prompt))
+    if not others:
+        return f"has {wanted}; write one of them or delete the row"
+    return f"has {wanted}, only {others}; set `messages` or `prompt` of this source to the column that holds prompts"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _type_name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

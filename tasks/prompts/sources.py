@@ -1,0 +1,349 @@
+"""Opens prompt sources and reads their rows, one at a time, from batches."""
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.config import DatasetSource, JsonlSource, ParquetSource, PromptSource, ReasoningGymSource
+from schemas.errors import PromptError
+from schemas.manifest import hash_file, hash_json
+from tasks.prompts import procedural
+from tasks.prompts.messages import RowColumns, RowProblem
+
+Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
+"""Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
+
+_BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """An opened source.
+
+    Args:
+        label: Value of the table's `source` column.
+        where: What errors call it: the whole path or id.
+        columns: Where its rows keep what.
+        total: Rows there will be at most, for progress.
+        rows: The rows, read once.
+    """
+
+    label: str
+    where: str
+    columns: RowColumns
+    total: int
+    rows: Rows
+
+
+def open_sources(sources: Sequence[PromptSource]) -> list[SourceRows]:
+    """Open every source, so that a missing one is known before any is read.
+
+    Raises:
+        PromptError: a source is missing or unreadable, or lacks a column; names it.
+    """
+    labels = _labels([Path(s.path) for s in sources if isinstance(s, (JsonlSource, ParquetSource))])
+    opened: list[SourceRows] = []
+    for source in sources:
+        match source:
+            case JsonlSource():
+                opened.append(_open_jsonl(source, labels[Path(source.path)]))
+            case ParquetSource():
+                opened.append(_open_parquet(source, labels[Path(source.path)]))
+            case DatasetSource():
+                opened.append(_open_dataset(source))
+            case ReasoningGymSource():
+                opened.extend(_open_reasoning_gym(source))
+    return opened
+
+
+def source_fingerprint(source: PromptSource) -> str:
+    """Return what stands for a source's content; see ``tasks.prompts.source_fingerprints``."""
+    match source:
+        case JsonlSource() | ParquetSource():
+            return hash_file(_existing_file(source.path))
+        case DatasetSource():
+            folder = _dataset_folder(source)
+            if folder is None:
+                return f"{source.dataset}@{source.revision or 'default'}"
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            return hash_json([[path.relative_to(folder).as_posix(), hash_file(path)] for path in files])
+        case ReasoningGymSource():
+            return f"reasoning-gym=={_reasoning_gym_version()}"
+
+
+# -- JSON Lines ----------------------------------------------------------------------------------------------------
+
+
+def _open_jsonl(source: JsonlSource, label: str) -> SourceRows:
+    path = _existing_file(source.path)
+    lines = _count_lines(path)
+    if lines == 0:
+        raise PromptError(f"{path}: is empty; it needs at least one prompt")
+    rows = islice(_jsonl_rows(path), source.limit)
+    return SourceRows(label, str(path), _row_columns(source), min(lines, source.limit or lines), rows)
+
+
+def _count_lines(path: Path) -> int:
+    """Count lines, the last one also without its newline."""
+    newlines, last = 0, b"\n"
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            newlines += chunk.count(b"\n")
+            last = chunk[-1:]
+    return newlines + (last != b"\n")
+
+
+def _jsonl_rows(path: Path) -> Rows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parse_line(line.rstrip(b"\r\n"))
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return RowProblem(
+            None, f"byte {error.start + 1} (0x{line[error.start]:02x}) is not valid UTF-8; save the file as UTF-8"
+        )
+    except json.JSONDecodeError as error:
+        return RowProblem(
+            None,
+            f"is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); write one JSON object a line",
+        )
+    except (ValueError, RecursionError) as error:
+        return RowProblem(None, f"is not JSON that can be read ({error}); write one JSON object a line")
+    if not isinstance(row, dict):
+        return RowProblem(None, f"is not a JSON object but {line[:40].decode(errors='replace').strip()!r}")
+    return row
+
+
+# -- Parquet and datasets ------------------------------------------------------------------------------------------
+
+
+def _open_parquet(source: ParquetSource, label: str) -> SourceRows:
+    path = _existing_file(source.path)
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise PromptError(f"{path}: is not a readable Parquet file: {error}") from None
+    columns = _row_columns(source)
+    names = _needed_columns(str(path), file.schema_arrow.names, columns)
+    rows = islice(_arrow_rows(_parquet_batches(path, file, names)), source.limit)
+    total = min(file.metadata.num_rows, source.limit or file.metadata.num_rows)
+    return SourceRows(label, str(path), columns, total, rows)
+
+
+def _parquet_batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=names)
+    except (OSError, pa.ArrowException) as error:
+        raise PromptError(f"{path}: is damaged: {error}; write it again") from None
+
+
+def _open_dataset(source: DatasetSource) -> SourceRows:
+    dataset = _load_dataset(source)
+    columns = _row_columns(source)
+    names = _needed_columns(source.dataset, dataset.column_names, columns)
+    arrow = dataset.select_columns(names).with_format("arrow")
+    batches = (batch for table in arrow.iter(batch_size=_BATCH_ROWS) for batch in table.to_batches())
+    total = min(len(dataset), source.limit or len(dataset))
+    folder = _dataset_folder(source)
+    label = source.dataset if folder is None else folder.name
+    return SourceRows(label, source.dataset, columns, total, islice(_arrow_rows(batches), source.limit))
+
+
+def _load_dataset(source: DatasetSource) -> Any:
+    """Return the `datasets.Dataset` of a folder made by `save_to_disk`, a folder of files, or a Hub id."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    folder = _dataset_folder(source)
+    saved = folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        if not saved:
+            return load_dataset(source.dataset, source.config, split=source.dataset_split, revision=source.revision)
+        loaded = load_from_disk(source.dataset)
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        raise PromptError(f"{source.dataset}: cannot be loaded as a dataset: {error}") from error
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if source.dataset_split not in loaded:
+        raise PromptError(
+            f"{source.dataset}: no split `{source.dataset_split}`; set `dataset_split` to one of {', '.join(loaded)}"
+        )
+    return loaded[source.dataset_split]
+
+
+def _dataset_folder(source: DatasetSource) -> Path | None:
+    """Return the local folder of a dataset, or None for a Hub id."""
+    path = Path(source.dataset)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or source.dataset.startswith(".") or source.dataset.count("/") > 1:
+        raise PromptError(f"{source.dataset}: no such dataset folder")
+    return None
+
+
+def _arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:
+    number = 0
+    for batch in batches:
+        try:
+            rows: list[dict[str, Any] | RowProblem] = batch.to_pylist()
+        except UnicodeDecodeError:
+            rows = [_arrow_row(batch, index) for index in range(batch.num_rows)]
+        for row in rows:
+            number += 1
+            yield number, row
+
+
+def _arrow_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | RowProblem:
+    row = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[index].as_py()
+        except UnicodeDecodeError as error:
+            return RowProblem(name, f"byte {error.start + 1} is not valid UTF-8; write the column as UTF-8 text")
+    return row
+
+
+def _needed_columns(where: str, names: list[str], columns: RowColumns) -> list[str]:
+    """Return the columns to read, once it is sure that there is something to ask.
+
+    Raises:
+        PromptError: no column holds prompts, or the one configured for answers is missing.
+    """
+    have = f"it has {', '.join(f'`{name}`' for name in names)}"
+    if columns.messages not in names and columns.prompt not in names:
+        hint = _nearest(columns.messages, names) or _nearest(columns.prompt, names) or "."
+        raise PromptError(
+            f"{where}: no column `{columns.messages}` or `{columns.prompt}`{hint} Set `messages` or `prompt` of this "
+            f"source to the column that holds prompts; {have}"
+        )
+    if columns.answer not in (None, "answer", *names):
+        hint = _nearest(str(columns.answer), names) or "."
+        raise PromptError(f"{where}: no column `{columns.answer}`{hint} Correct `answer` of this source; {have}")
+    return columns.present_in(names)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+# -- reasoning-gym -------------------------------------------------------------------------------------------------
+
+
+def _open_reasoning_gym(source: ReasoningGymSource) -> list[SourceRows]:
+    """Open each task of ``source`` as a source of its own."""
+    _reasoning_gym_version()
+    unused = sorted(set(source.options) - set(source.tasks))
+    if unused:
+        raise PromptError(f"reasoning_gym: `options` names `{unused[0]}`, which is not among its `tasks`")
+    for task, options in source.options.items():
+        reserved = sorted({"size", "seed"} & set(options))
+        if reserved:
+            raise PromptError(f"reasoning_gym:{task}: set `{reserved[0]}` beside `tasks`, not in `options`")
+    columns = RowColumns(prompt="question", answer="answer", system=source.system)
+    tasks = list(dict.fromkeys(source.tasks))
+    entries = _reasoning_gym_entries(source, tasks)
+    return [
+        SourceRows(
+            f"reasoning_gym:{task}",
+            f"reasoning_gym:{task}",
+            columns,
+            source.size,
+            # All tasks share one process: each takes its rows from the same stream, in order.
+            ((entry["row"], entry) for entry in islice(entries, source.size)),
+        )
+        for task in tasks
+    ]
+
+
+def _reasoning_gym_entries(source: ReasoningGymSource, tasks: list[str]) -> Iterator[dict[str, Any]]:
+    request = json.dumps({"tasks": tasks, "size": source.size, "seed": source.seed, "options": source.options})
+    # -P keeps the folder of procedural.py, with its module names, off the program's import path.
+    command = [sys.executable, "-P", procedural.__file__]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    with tempfile.TemporaryFile("w+") as messages, tempfile.TemporaryFile("w+") as asked:
+        asked.write(request)
+        asked.seek(0)
+        with subprocess.Popen(
+            command, stdin=asked, stdout=subprocess.PIPE, stderr=messages, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    entry = json.loads(line)
+                    if "error" in entry:
+                        raise PromptError(f"reasoning_gym: {entry['error']}")
+                    yield entry
+                process.wait()
+            finally:
+                process.kill()
+        if process.returncode != 0:
+            messages.seek(0)
+            last = (messages.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise PromptError(f"reasoning_gym: a task of {', '.join(tasks)} failed: {last}; correct its `options`")
+
+
+def _reasoning_gym_version() -> str:
+    try:
+        return version("reasoning-gym")
+    except PackageNotFoundError:
+        raise PromptError(
+            "reasoning_gym: the package `reasoning-gym` is not installed; install the extra: "
+            "pip install 'near-policy-distillation[reasoning-gym]'"
+        ) from None
+
+
+# -- shared --------------------------------------------------------------------------------------------------------
+
+
+def _row_columns(source: JsonlSource | ParquetSource | DatasetSource) -> RowColumns:
+    return RowColumns(source.messages, source.prompt, source.answer, source.system)
+
+
+def _existing_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise PromptError(f"{path}: is a folder, not a file; read folders with `type: dataset`")
+    if not path.is_file():
+        raise PromptError(f"{path}: no such prompt file")
+    if not os.access(path, os.R_OK):
+        raise PromptError(f"{path}: may not be read; change its permissions")
+    return path
+
+
+def _labels(paths: list[Path]) -> dict[Path, str]:
+    """Name each file by the shortest end of its path that no other file shares.
+
+    >>> sorted(_labels([Path("/a/x.jsonl"), Path("/b/x.jsonl"), Path("/b/y.jsonl")]).values())
+    ['a/x.jsonl', 'b/x.jsonl', 'y.jsonl']
+    """
+    distinct = list(dict.fromkeys(paths))
+
+    def tail(path: Path, length: int) -> str:
+        return "/".join(path.parts[-length:])
+
+    def label(path: Path) -> str:
+        lengths = range(1, len(path.parts) + 1)
+        unique = (n for n in lengths if sum(tail(other, n) == tail(path, n) for other in distinct) == 1)
+        return tail(path, next(unique, len(path.parts)))
+
+    return {path: label(path) for path in distinct}

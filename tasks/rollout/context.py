@@ -1,0 +1,71 @@
+"""Which prompts leave room for a reply in the models' context."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.errors import PromptError
+
+
+def prompts_that_fit(
+    lengths: NDArray[np.int64],
+    context: int,
+    *,
+    too_long: Literal["error", "drop"],
+    sources: Sequence[str] | pa.ChunkedArray,
+    source_rows: Sequence[int] | pa.ChunkedArray,
+    reply_lengths: NDArray[np.int64] | None = None,
+) -> NDArray[np.bool_]:
+    """Say which prompts leave room for a reply of at least one token.
+
+    Args:
+        lengths: Tokens of each prompt, up to where the reply begins.
+        context: Longest sequence, in tokens, that both models take.
+        too_long: `prompts.too_long`.
+        sources: Source of each prompt, for the error.
+        source_rows: Row of each prompt in its source, for the error.
+        reply_lengths: Tokens of each prompt's reply, where it is known already; None: one token must fit.
+
+    Returns:
+        Bool, one per prompt: whether it fits. All true unless ``too_long`` is `drop`.
+
+    Raises:
+        PromptError: a prompt does not fit and ``too_long`` is `error`; names the first one's source and row.
+    """
+    needed = lengths + (1 if reply_lengths is None else reply_lengths)
+    fits: NDArray[np.bool_] = needed <= context
+    if too_long == "drop" or fits.all():
+        return fits
+    first = int(np.argmin(fits))
+    source, row = (_value(column, first) for column in (sources, source_rows))
+    size = f"the prompt has {lengths[first]} tokens"
+    if reply_lengths is not None:
+        size += f" and its answer {reply_lengths[first]}"
+    others = int((~fits).sum()) - 1
+    raise PromptError(
+        f"{source}: row {row}: {size}, which does not fit into the models' context of {context} tokens with a reply"
+        f"{f' ({others} more like it)' if others else ''}. Shorten it, choose models with a longer context, or set "
+        "`prompts.too_long: drop` to leave such prompts out"
+    )
+
+
+def response_limits(lengths: NDArray[np.int64], context: int, max_new_tokens: int) -> NDArray[np.int64]:
+    """Return how many tokens each response may have: ``max_new_tokens``, or what the context leaves.
+
+    >>> response_limits(np.array([3, 8]), context=10, max_new_tokens=5)
+    array([5, 2])
+    """
+    return np.minimum(max_new_tokens, context - lengths)
+
+
+def longest_sequence(lengths: NDArray[np.int64], context: int, max_new_tokens: int) -> int:
+    """Return the most tokens that a prompt and its response can have together."""
+    return int((lengths + response_limits(lengths, context, max_new_tokens)).max())
+
+
+def _value(column: Sequence[object] | pa.ChunkedArray, index: int) -> object:
+    value = column[index]
+    return value.as_py() if isinstance(value, pa.Scalar) else value

@@ -1,0 +1,160 @@
+"""What an engine is given and what it returns, whichever engine it is."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.config import GenerateConfig
+from tasks.language_model.sources import ModelRef
+
+TokenIds = NDArray[np.int32]
+Finished = Callable[[int], None]
+"""Called while responses are sampled, with how many more are finished."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn.
+
+    Args:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Only the most likely tokens that together reach this probability can be drawn; 1 keeps all.
+        max_new_tokens: Longest response, in tokens, where the context does not end it earlier.
+        context: Longest prompt and response together, in tokens.
+        end_ids: Tokens that end a response, and belong to it.
+        vocab_size: Only ids below this can be drawn: rows above are padding of the vocabulary.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    context: int
+    end_ids: tuple[int, ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses as columns.
+
+    Args:
+        response_ids: Tokens of all responses, one after another (int32); the end token included where one was drawn.
+        offsets: Response i is ``response_ids[offsets[i]:offsets[i + 1]]`` (int64).
+        logprobs: Log-probability of each token under the model at temperature 1, over the full vocabulary (float32,
+            nats). NaN where nothing was sampled.
+        finish_reason: "stop" where an end token was drawn, else "length".
+    """
+
+    response_ids: TokenIds
+    offsets: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    finish_reason: NDArray[np.str_]
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[TokenIds], logprobs: Sequence[NDArray[np.float32]], end_ids: Sequence[int]
+    ) -> "Rollouts":
+        """Join single responses, none of them empty, into columns."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        flat = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
+        ended = np.isin(flat[offsets[1:] - 1], end_ids)
+        return cls(
+            response_ids=flat,
+            offsets=offsets,
+            logprobs=np.concatenate([*logprobs, np.empty(0, np.float32)]).astype(np.float32),
+            finish_reason=np.where(ended, "stop", "length"),
+        )
+
+    def row(self, index: int) -> TokenIds:
+        """Return the tokens of one response."""
+        return self.response_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def rows(self) -> list[TokenIds]:
+        """Return views of all responses."""
+        return [self.row(index) for index in range(len(self.offsets) - 1)]
+
+
+class Engine(Protocol):
+    """Samples responses from one model, loaded once."""
+
+    def generate(
+        self,
+        prompt_ids: Sequence[TokenIds],
+        seeds: NDArray[np.int64],
+        settings: SamplingSettings,
+        finished: Finished,
+    ) -> Rollouts:
+        """Sample one response per prompt; response i depends on prompt i and seed i alone, not on its neighbours."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+def open_engine(model: ModelRef, config: GenerateConfig, longest_sequence: int) -> Engine:
+    """Load ``model`` into the engine that ``config.engine`` names.
+
+    Args:
+        model: What to sample from.
+        config: The engine and its options.
+        longest_sequence: No prompt with its response will be longer, in tokens.
+
+    Raises:
+        ModelError: the engine is not installed, or cannot use the model's device.
+    """
+    if config.engine == "vllm":
+        from tasks.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(model, config.vllm, longest_sequence)
+    from tasks.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, config.batch_size)
+
+
+class LazyEngine:
+    """An engine that is loaded by the first call that needs it, so that finished shards cost no load.
+
+    Args:
+        opener: Loads it.
+    """
+
+    def __init__(self, opener: Callable[[], Engine]) -> None:
+        self._opener = opener
+        self._engine: Engine | None = None
+        self._tokens = 0
+        self._seconds = self._load_seconds = 0.0
+
+    def generate(
+        self,
+        prompt_ids: Sequence[TokenIds],
+        seeds: NDArray[np.int64],
+        settings: SamplingSettings,
+        finished: Finished,
+    ) -> Rollouts:
+        """See Engine."""
+        clock = time.perf_counter()
+        if self._engine is None:
+            self._engine = self._opener()
+            self._load_seconds = time.perf_counter() - clock
+            clock += self._load_seconds
+        rollouts = self._engine.generate(prompt_ids, seeds, settings, finished)
+        self._seconds += time.perf_counter() - clock
+        self._tokens += len(rollouts.response_ids)
+        return rollouts
+
+    def counters(self) -> dict[str, float]:
+        """Return seconds to load, and response tokens per second since; 0 where nothing was sampled."""
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        return {"load_seconds": round(self._load_seconds, 3), "tokens_per_second": round(rate, 1)}
+
+    def close(self) -> None:
+        """Free the model if it was loaded."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None

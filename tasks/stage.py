@@ -1,0 +1,131 @@
+"""How any stage runs: is it current, what it is given, and the manifest it leaves."""
+
+import importlib
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from schemas.config import RunConfig
+from schemas.manifest import FileRecord, Manifest, hash_json
+from schemas.run_store import RunStore, now_iso, package_versions
+from schemas.stage_key import StageKey
+from tasks.graph import STAGES
+
+Progress = Callable[[int, int, str], None]
+"""Called with work done, work in all, and the unit of both; often, from the stage's own thread."""
+
+
+def no_progress(done: int, total: int, unit: str) -> None:
+    """Ignore progress."""
+
+
+@dataclass
+class StageJob:
+    """What a stage's ``run`` is given.
+
+    Args:
+        store: The run's files.
+        config: The whole config; a stage reads the part that STAGES names for it.
+        key: Which stage of which round.
+        progress: Tell people how far the work is.
+        counters: What the stage counts; goes into its manifest.
+    """
+
+    store: RunStore
+    config: RunConfig
+    key: StageKey
+    progress: Progress = no_progress
+    counters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def round(self) -> int:
+        """The round's index from 0 (WARMUP for the warm-up)."""
+        if self.key.round is None:
+            raise ValueError(f"stage {self.key.stage} belongs to no round")
+        return self.key.round
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What would make a stage's result current."""
+
+    config: dict[str, Any]
+    fingerprint: str
+    inputs: list[FileRecord]
+
+
+def plan(store: RunStore, config: RunConfig, key: StageKey) -> StagePlan:
+    """Return the fingerprint and input files ``key`` has now.
+
+    The fingerprint hashes the stage's version, the config it reads, the content of sources outside the run, and of
+    every input stage its fingerprint and what it wrote.
+
+    Raises:
+        ArtifactError: an input stage has not finished.
+    """
+    stage = STAGES[key.stage]
+    read = stage.config(config, key)
+    manifests = [store.finished(needed) for needed in stage.inputs(config, key)]
+    module = importlib.import_module(stage.module)
+    sources = module.source_fingerprints(config) if hasattr(module, "source_fingerprints") else {}
+    fingerprint = hash_json(
+        {
+            "stage": key.stage,
+            "round": key.round,
+            "version": stage.version,
+            "config": read,
+            "sources": sources,
+            "inputs": [[m.stage, m.round, m.fingerprint, m.outputs_fingerprint] for m in manifests],
+        }
+    )
+    return StagePlan(read, fingerprint, [record for manifest in manifests for record in manifest.outputs])
+
+
+def current_manifest(store: RunStore, config: RunConfig, key: StageKey) -> Manifest | None:
+    """Return the stage's manifest if its result still stands: same fingerprint, every file as recorded."""
+    manifest = store.manifest(key)
+    if manifest is None or manifest.fingerprint != plan(store, config, key).fingerprint:
+        return None
+    return manifest if store.first_damage(manifest) is None else None
+
+
+def execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progress = no_progress) -> Manifest:
+    """Run a stage in this process, continuing from its finished shards, and write its manifest.
+
+    Raises:
+        NPDError: whatever the stage found wrong; no manifest is written.
+    """
+    planned = plan(store, config, key)
+    store.begin(key, planned.fingerprint)
+    started, clock = now_iso(), time.perf_counter()
+    job = StageJob(store, config, key, progress)
+    importlib.import_module(STAGES[key.stage].module).run(job)
+    seconds = time.perf_counter() - clock
+    counters = {**job.counters, "seconds": round(seconds, 3), "peak_memory_bytes": _peak_memory_bytes()}
+    if "tokens" in counters and "tokens_per_second" not in counters:
+        counters["tokens_per_second"] = round(counters["tokens"] / seconds, 1)
+    manifest = Manifest(
+        stage=key.stage,
+        round=key.round,
+        fingerprint=planned.fingerprint,
+        stage_version=STAGES[key.stage].version,
+        config=planned.config,
+        inputs=planned.inputs,
+        outputs=store.outputs(key),
+        started=started,
+        finished=now_iso(),
+        host=socket.gethostname(),
+        packages=package_versions(),
+        counters=counters,
+    )
+    store.finish(key, manifest)
+    return manifest
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

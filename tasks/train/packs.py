@@ -1,0 +1,99 @@
+"""Reading packs for training, a few bins at a time, straight from their Parquet files."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from schemas.tables import IGNORE_LABEL
+from tasks.language_model.ragged import Ragged
+
+
+class PackReader:
+    """Packs by number, over the files of a pack table; holds a few row groups in memory at most."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = [pq.ParquetFile(path, memory_map=True) for path in files]
+        groups = [
+            (file, group, self._files[file].metadata.row_group(group).num_rows)
+            for file in range(len(files))
+            for group in range(self._files[file].metadata.num_row_groups)
+        ]
+        self._groups = [(file, group) for file, group, _ in groups]
+        self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
+        self._read_group = lru_cache(maxsize=4)(self._read_group_from_disk)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def tokens(self) -> int:
+        """Return the tokens of all packs."""
+        columns = (file.read(columns=["seq_lengths"]).column("seq_lengths") for file in self._files)
+        return sum(int(pc.sum(pc.list_flatten(column)).as_py() or 0) for column in columns)
+
+    def _read_group_from_disk(self, index: int) -> pa.Table:
+        file, group = self._groups[index]
+        return self._files[file].read_row_group(group)
+
+    def __getitem__(self, pack: int) -> dict[str, Any]:
+        """Return a pack's columns as Arrow scalars."""
+        group = int(np.searchsorted(self._starts, pack, side="right")) - 1
+        row = self._read_group(group).slice(pack - int(self._starts[group]), 1)
+        return {name: row.column(name).combine_chunks() for name in row.column_names}
+
+
+def collate_pack(columns: dict[str, Any]) -> dict[str, Tensor]:
+    """Return one pack as the trainer takes it.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` (restarting with each sequence): int64 [1, tokens]. With targets
+        also, for the n labelled positions only, ``topk_ids`` int64 [n, k], ``topk_logprobs`` float32 [n, k] and
+        ``sampled_logprobs`` float32 [n].
+    """
+    input_ids = Ragged.from_arrow(columns["input_ids"]).values.astype(np.int64)
+    labels = Ragged.from_arrow(columns["labels"]).values.astype(np.int64)
+    lengths = Ragged.from_arrow(columns["seq_lengths"]).values.astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    positions = np.arange(len(input_ids)) - np.repeat(starts, lengths)
+    # Nothing before a sequence may predict its first token.
+    labels[starts] = IGNORE_LABEL
+    batch = {
+        "input_ids": torch.from_numpy(input_ids)[None],
+        "labels": torch.from_numpy(labels)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+    }
+    if "teacher_topk_ids" in columns:
+        labelled = labels != IGNORE_LABEL
+        batch["topk_ids"] = torch.from_numpy(_targets(columns["teacher_topk_ids"], labelled).astype(np.int64))
+        batch["topk_logprobs"] = torch.from_numpy(
+            _targets(columns["teacher_topk_logprobs"], labelled).astype(np.float32)
+        )
+        sampled = Ragged.from_arrow(columns["sampled_logprobs"]).values[labelled]
+        batch["sampled_logprobs"] = torch.from_numpy(sampled.astype(np.float32))
+    return batch
+
+
+def _targets(column: pa.ListArray, labelled: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
+    fixed = column.flatten()
+    values: np.ndarray[Any, Any] = fixed.flatten().to_numpy(zero_copy_only=False)
+    picked: np.ndarray[Any, Any] = values.reshape(-1, fixed.type.list_size)[labelled]
+    return picked
+
+
+class PackCollator:
+    """Turns pack numbers into batches; one pack is one micro-batch."""
+
+    def __init__(self, reader: PackReader) -> None:
+        self.reader = reader
+
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Tensor]:
+        """Return the one pack that ``rows`` names, as ``collate_pack`` does."""
+        if len(rows) != 1:
+            raise ValueError(f"one pack is one micro-batch, got {len(rows)}")
+        return collate_pack(self.reader[rows[0]["pack"]])

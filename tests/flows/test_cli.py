@@ -1,0 +1,189 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from schemas.config import fields_markdown
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from tests.flows.conftest import CONFIGS, FinishedRun, write_smoke_config
+
+RUNNER = CliRunner()
+COMMAND = [sys.executable, "-m", "flows.cli"]
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """Call the command line in this process; return its exit code and what it printed to stdout and stderr."""
+    result = RUNNER.invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return result.exit_code, result.output
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Call the command line in a process of its own, as users do."""
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=CONFIGS.parent)
+
+
+@pytest.fixture
+def copied(finished_run: FinishedRun, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run.folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["run", "status", "rerun", "inspect", "config"])
+def test_every_command_explains_itself_and_its_exit_codes(name: str) -> None:
+    code, output = invoke(name, "--help")
+    assert code == 0
+    assert "Exit codes: 0 done; 1 a stage failed; 2 wrong input" in output
+
+
+def test_a_config_that_is_not_there_is_bad_input() -> None:
+    code, output = invoke("run", "nowhere.yaml")
+    assert code == 2
+    assert output.strip() == "error: nowhere.yaml: no such config file"
+
+
+def test_an_unknown_key_names_the_nearest_before_anything_is_written(tmp_path: Path) -> None:
+    config = write_smoke_config(tmp_path, tmp_path / "t", tmp_path / "s")
+    code, output = invoke("run", str(config), "--set", "train.kd_wieght=0.5")
+    assert code == 2
+    assert "train.kd_wieght: unknown key; did you mean `kd_weight`?" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_prompt_file_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    config = write_smoke_config(tmp_path, tmp_path / "t", tmp_path / "s")
+    (tmp_path / "prompts.jsonl").unlink()
+    code, output = invoke("run", str(config))
+    assert code == 2
+    assert "prompts.jsonl" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["rerun", "--stage", "score"], ["inspect"]])
+def test_a_folder_without_a_run_is_named(tmp_path: Path, arguments: list[str]) -> None:
+    name, *options = arguments
+    code, output = invoke(name, str(tmp_path), *options)
+    assert code == 1
+    assert f"error: {tmp_path}: no run here" in output
+
+
+def test_wrong_arguments_are_bad_input() -> None:
+    assert invoke("run")[0] == 2
+    assert invoke("nonsense")[0] == 2
+
+
+def test_config_prints_the_reference_as_it_is() -> None:
+    assert invoke("config") == (0, fields_markdown())
+
+
+def test_a_run_ends_with_a_table_of_its_rounds_and_where_its_files_are(finished_run: FinishedRun) -> None:
+    output = finished_run.output
+    assert "round 1 · score: done in" in output
+    assert "KL(teacher‖student)" in output
+    assert "round 1 (2 of 2)" in output
+    assert "above_max_delta_ifd" in output
+    student = finished_run.folder / "round=001" / "stage=export" / "model"
+    assert f"student  {student}" in output
+    assert (student / "config.json").is_file()
+
+
+def test_status_shows_stages_and_rounds(finished_run: FinishedRun) -> None:
+    code, output = invoke("status", str(finished_run.folder))
+    assert code == 0
+    assert output.count(" complete ") == 18
+    assert "start" in output
+    assert "round 1 (2 of 2)" in output
+
+
+def test_inspect_lists_stages_and_shows_one(finished_run: FinishedRun) -> None:
+    code, output = invoke("inspect", str(finished_run.folder))
+    assert code == 0
+    assert "round=001/stage=score" in output
+    code, output = invoke("inspect", str(finished_run.folder), "--stage", "filter", "--round", "1", "--rows", "2")
+    assert code == 0
+    assert "fingerprint" in output
+    assert "max_delta_ifd  float" in output
+    assert output.count("sample_id") == 1 + 2
+    code, output = invoke("inspect", str(finished_run.folder), "--round", "1")
+    assert code == 2
+    assert "--round needs --stage" in output
+
+
+def test_rerun_says_what_would_follow(copied: Path) -> None:
+    code, output = invoke("rerun", str(copied), "--stage", "train", "--round", "1", "--dry-run")
+    assert code == 0
+    assert "round 1 · export, round 1 · evaluate" in output
+    assert RunStore(copied).manifest(StageKey("train", 1)) is not None
+
+
+def test_rerun_refuses_what_lacks_its_inputs_and_keeps_what_is_there(copied: Path) -> None:
+    store = RunStore(copied)
+    store.invalidate(StageKey("pack", 1))
+    code, output = invoke("rerun", str(copied), "--stage", "train", "--round", "1")
+    assert code == 1
+    assert "`round 1 · pack`, which is not run" in output
+    assert store.manifest(StageKey("train", 1)) is not None
+
+
+@pytest.mark.e2e
+def test_rerun_then_run_does_again_what_no_longer_matches(copied: Path) -> None:
+    changed = command(
+        "rerun", str(copied), "--stage", "filter", "--round", "1", "--set", "filter.max_delta_ifd.quantile=0.5"
+    )
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    # Round 0 was filtered by the old bound, which the run has now given up.
+    assert "out of date now: round 1 · pack, round 1 · train" in changed.stdout
+    store = RunStore(copied)
+    assert store.finished(StageKey("filter", 1)).counters["kept"] < store.finished(StageKey("filter", 0)).counters["kept"]
+
+    undone = command(
+        "rerun", str(copied), "--stage", "filter", "--round", "1", "--set", "filter.max_delta_ifd.quantile=0.9"
+    )
+    assert undone.returncode == 0, undone.stdout + undone.stderr
+    assert "every later stage still matches" in undone.stdout
+
+    again = command("run", str(copied))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count(": up to date") == 18
+    assert "starting" not in again.stdout
+
+
+@pytest.mark.e2e
+def test_a_failed_stage_is_one_message_and_exit_code_1_or_2(tmp_path: Path, student_dir: Path) -> None:
+    config = write_smoke_config(tmp_path, tmp_path / "no-such-teacher", student_dir)
+    done = command("run", str(config))
+    assert done.returncode == 2
+    assert "no-such-teacher" in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "models: did not finish" in done.stdout
+
+
+@pytest.mark.e2e
+def test_ctrl_c_ends_the_run_at_once_with_130(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    config = write_smoke_config(tmp_path, teacher_dir, student_dir)
+    with subprocess.Popen(
+        [*COMMAND, "run", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=CONFIGS.parent,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("models: starting"):
+                break
+        # A terminal's Ctrl-C reaches every process of the command, Prefect's temporary server too.
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, output + errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors

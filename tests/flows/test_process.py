@@ -1,0 +1,149 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.process import log_path, run_in_process
+from schemas.config import RunConfig
+from schemas.errors import PromptError, StageError
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from tasks.graph import PROMPTS
+from tasks.process import Job, describe_failure
+from tests.run_fixtures import make_config, make_store
+
+SECONDS = 60.0
+
+
+def prompts_config(tmp_path: Path, *, rows: int = 8) -> RunConfig:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "question {n}"}}\n' for n in range(rows)), encoding="utf-8")
+    return make_config(tmp_path, prompts={"sources": [{"type": "jsonl", "path": str(file)}], "held_out": 2})
+
+
+def endless_config(tmp_path: Path) -> RunConfig:
+    """A run whose prompts stage works for far longer than any test waits."""
+    source = {"type": "reasoning_gym", "tasks": ["basic_arithmetic"], "size": 50_000_000}
+    return make_config(tmp_path, prompts={"sources": [source], "held_out": 2})
+
+
+def child_of(store: RunStore) -> int:
+    """Wait for the process of stage prompts and return its id, as the log tells it."""
+    log = log_path(store, PROMPTS)
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if log.is_file() and " · process " in (text := log.read_text()):
+            return int(text.split(" · process ")[1].split()[0])
+        time.sleep(0.05)
+    raise AssertionError(f"{log}: no process was started")
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    # An orphan that nobody has reaped yet is a zombie: it does not run.
+    return not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until_gone(process: int) -> bool:
+    deadline = time.monotonic() + SECONDS
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_running(process)
+
+
+def test_a_stage_in_its_own_process_leaves_its_manifest_and_tells_its_progress(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    heard: list[tuple[int, int, str]] = []
+    manifest = run_in_process(store, config, PROMPTS, lambda *progress: heard.append(progress))
+    assert manifest == store.manifest(PROMPTS)
+    assert [record.rows for record in manifest.outputs] == [8]
+    done, total, unit = heard[-1]
+    assert done == total
+    assert unit == "prompts"
+    assert not is_running(child_of(store))
+
+
+def test_a_typed_error_crosses_the_process_as_the_same_class(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    (tmp_path / "prompts.jsonl").unlink()
+    with pytest.raises(PromptError, match=r"prompts\.jsonl"):
+        run_in_process(store, config, PROMPTS)
+    assert store.manifest(PROMPTS) is None
+    assert "Traceback" in log_path(store, PROMPTS).read_text()
+
+
+def test_any_other_error_becomes_a_stage_error_that_names_the_log(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    store.path(PROMPTS).write_text("a file where the stage's folder should be")
+    with pytest.raises(StageError, match=r"`prompts` failed: .*Error.*prompts\.log") as caught:
+        run_in_process(store, config, PROMPTS)
+    assert type(caught.value) is StageError
+    assert "Traceback" in log_path(store, PROMPTS).read_text()
+
+
+def test_a_killed_process_fails_its_stage_and_says_what_to_lower(tmp_path: Path) -> None:
+    config = endless_config(tmp_path)
+    store = make_store(tmp_path, config)
+    killer = threading.Thread(target=lambda: os.kill(child_of(store), signal.SIGKILL))
+    killer.start()
+    with pytest.raises(StageError, match=r"killed \(signal 9\), most likely out of memory.*prompts\.log"):
+        run_in_process(store, config, PROMPTS)
+    killer.join()
+    assert store.manifest(PROMPTS) is None
+
+
+def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
+    config = endless_config(tmp_path)
+    store = make_store(tmp_path, config)
+
+    def interrupt(done: int, total: int, unit: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(store, config, PROMPTS, interrupt)
+    assert not is_running(child_of(store))
+
+
+def test_the_child_ends_when_its_parent_dies(tmp_path: Path) -> None:
+    config = endless_config(tmp_path)
+    store = make_store(tmp_path, config)
+    code = (
+        "import sys; from flows.process import run_in_process; from schemas.run_store import RunStore;"
+        "from tasks.graph import PROMPTS; store = RunStore.open(sys.argv[1]);"
+        "run_in_process(store, store.config, PROMPTS)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(store.folder)])
+    child = child_of(store)
+    time.sleep(1.0)
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    assert wait_until_gone(child)
+
+
+def test_out_of_memory_errors_say_what_to_lower() -> None:
+    error = type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory")
+    message = describe_failure(error, StageKey("score", 0), "score.log")["message"]
+    assert "score.batch_tokens" in message
+    assert "score.log" in message
+    warm_up = describe_failure(MemoryError(), StageKey("train", WARMUP), "train.log")["message"]
+    assert "warmup.loss_chunk" in warm_up
+    assert "lora" not in warm_up
+
+
+def test_a_job_survives_its_line() -> None:
+    job = Job("runs/a", {"name": "a", "text": "two\nlines"}, ("train", WARMUP), "log")
+    assert job.to_line().count(b"\n") == 1
+    assert Job.from_line(job.to_line()) == job

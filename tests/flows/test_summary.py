@@ -1,0 +1,111 @@
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from flows.display import print_summary
+from flows.summary import RunSummary, escape_markdown, round_rows, summarize, summary_dict, summary_markdown
+from schemas.config import RunConfig
+from schemas.errors import ArtifactError
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import EVALUATE_METRICS, FILTER
+from tests.run_fixtures import finish_stage, make_config, make_store
+
+
+def evaluate_table(index: int, kl: float) -> pa.Table:
+    rows = [
+        {"round": index, "metric": "kl_teacher_student", "value": kl, "n": 90, "stderr": 0.01},
+        {"round": index, "metric": "response_tokens", "value": 90.0, "n": 90, "stderr": 0.0},
+        {"round": index, "metric": "rouge|2", "value": 0.5, "n": 90, "stderr": 0.02},
+    ]
+    return pa.Table.from_pylist(rows, schema=EVALUATE_METRICS.columns)
+
+
+def filter_table(reasons: list[str]) -> pa.Table:
+    rows = [
+        {
+            "sample_id": f"s{i}",
+            "delta_ifd": 0.5,
+            "zone": "learnable",
+            "keep": reason == "kept",
+            "reason": reason,
+            "min_delta_ifd": 0.0,
+            "max_delta_ifd": 0.8,
+        }
+        for i, reason in enumerate(reasons)
+    ]
+    return pa.Table.from_pylist(rows, schema=FILTER.columns)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[RunStore, RunConfig]:
+    """A run that has finished its warm-up and the first of two rounds."""
+    config = make_config(tmp_path, warmup={})
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("evaluate", WARMUP), EVALUATE_METRICS, [evaluate_table(WARMUP, 2.0)])
+    reasons = ["too_long", "kept", "kept", "above_max_delta_ifd", "above_max_delta_ifd", "kept"]
+    ledger = filter_table(reasons)
+    finish_stage(store, StageKey("filter", 0), FILTER, [ledger.slice(0, 4), ledger.slice(4)])
+    finish_stage(store, StageKey("evaluate", 0), EVALUATE_METRICS, [evaluate_table(0, 1.5)])
+    return store, config
+
+
+def summary_of(run: tuple[RunStore, RunConfig]) -> RunSummary:
+    return summarize(*run)
+
+
+def test_rounds_follow_the_warm_up_with_their_metrics_and_reasons(run: tuple[RunStore, RunConfig]) -> None:
+    summary = summary_of(run)
+    assert [row.label for row in summary.rounds] == ["warm-up", "round 0 (1 of 2)"]
+    assert [row.metrics["kl_teacher_student"].value for row in summary.rounds] == [2.0, 1.5]
+    first = summary.rounds[1]
+    assert list(first.reasons.items()) == [("kept", 3), ("above_max_delta_ifd", 2), ("too_long", 1)]
+    assert (first.kept, first.dropped) == (3, 3)
+    assert summary.metric_names == ["kl_teacher_student", "rouge|2"]
+
+
+def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig]) -> None:
+    summary = summary_of(run)
+    output = io.StringIO()
+    print_summary(Console(file=output, width=200), summary)
+    for text in (output.getvalue(), summary_markdown(summary)):
+        assert "2.0000 ± 0.0100" in text
+        assert "1.5000 ± 0.0100" in text
+        assert "max" in text
+    rows = round_rows(summary, 0)
+    assert {"what": "kl_teacher_student", "value": 1.5, "stderr": 0.01, "n": 90} in rows
+    assert {"what": "dropped: too_long", "value": 1, "stderr": None, "n": 6} in rows
+    assert summary_dict(summary)["rounds"][1]["reasons"]["kept"] == 3
+
+
+def test_markdown_tables_keep_their_columns_whatever_the_names_hold(run: tuple[RunStore, RunConfig]) -> None:
+    markdown = summary_markdown(summary_of(run))
+    tables = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2
+    for table in tables:
+        # A cell's own bars are escaped, so unescaped ones count the columns.
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+        assert set(table[1]) == {"|", "-"}
+    assert "rouge\\|2" in markdown
+
+
+def test_text_is_escaped_for_markdown() -> None:
+    assert escape_markdown("<b>|x|\n*a*") == "&lt;b&gt;\\|x\\| \\*a\\*"
+
+
+def test_a_run_that_has_not_begun_has_no_rounds(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    summary = summarize(make_store(tmp_path, config), config)
+    assert summary.rounds == []
+    assert summary.student is None
+    assert "# test" in summary_markdown(summary)
+
+
+def test_a_damaged_table_is_named(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    store.table_files(StageKey("filter", 0))[1].write_bytes(b"no parquet")
+    with pytest.raises(ArtifactError, match=r"round=000/stage=filter/part-00001\.parquet"):
+        summarize(store, config)

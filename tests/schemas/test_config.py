@@ -1,0 +1,172 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from schemas.config import RunConfig, Section, apply_overrides, fields_markdown, load_config, parse_config
+from schemas.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+MINIMAL: dict[str, Any] = {
+    "name": "test",
+    "teacher": {"model": "a"},
+    "student": {"model": "b"},
+    "prompts": {"sources": [{"type": "jsonl", "path": "p.jsonl"}]},
+}
+
+
+def error_of(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_config(MINIMAL | changes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_paper_configs_have_the_papers_values() -> None:
+    for name in ("qwen2.5-math", "openpangu-1b"):
+        config = load_config(CONFIGS / f"{name}.yaml")
+        assert (config.rounds, config.train.epochs_per_round, config.total_epochs) == (2, 5, 10)
+        assert (config.train.kd_weight, config.score.top_k) == (0.9, 10)
+        assert (config.filter.min_delta_ifd, config.filter.max_delta_ifd) == (0.0, 0.8)
+        assert (config.train.learning_rate, config.train.min_learning_rate) == (1e-5, 1e-6)
+        assert (config.train.max_grad_norm, config.pack.max_tokens) == (1.0, 32768)
+        assert (config.generate.temperature, config.generate.top_p, config.generate.samples_per_prompt) == (1, 1, 1)
+        assert config.generate.engine == "vllm"
+        assert config.warmup is not None
+
+
+def test_defaults_are_the_methods() -> None:
+    config = parse_config(MINIMAL)
+    assert (config.rounds, config.train.epochs_per_round, config.train.kd_weight) == (2, 5, 0.9)
+    assert (config.train.kd_form, config.score.ifd_form, config.score.context) == ("tail", "loss_ratio", "header")
+    assert (config.filter.min_delta_ifd, config.filter.max_delta_ifd) == (0.0, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "nearest"),
+    [
+        ({"trian": {}}, "trian", "train"),
+        ({"train": {"kd_wieght": 1}}, "train.kd_wieght", "kd_weight"),
+        ({"generate": {"vllm": {"enforce_eagre": True}}}, "generate.vllm.enforce_eagre", "enforce_eager"),
+        ({"train": {"lora": {"rank": 4}}}, "train.lora.rank", "r"),
+        ({"filter": {"max_delta_ifd": {"quantil": 0.9}}}, "filter.max_delta_ifd.quantil", "quantile"),
+        (
+            {"prompts": {"sources": [{"type": "jsonl", "path": "p", "limt": 3}]}},
+            "prompts.sources.0.limt",
+            "limit",
+        ),
+        (
+            {"prompts": {"sources": [{"type": "reasoning_gym", "tasks": ["a"], "sizes": 3}]}},
+            "prompts.sources.0.sizes",
+            "size",
+        ),
+    ],
+)
+def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, Any], key: str, nearest: str) -> None:
+    message = error_of(**changes)
+    assert f"{key}: unknown key" in message
+    assert f"did you mean `{nearest}`?" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"train": {"kd_weight": 1.5}}, "train.kd_weight"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
+        ({"train": {"learning_rate": 1e-6, "min_learning_rate": 1e-5}}, "`min_learning_rate` 1e-05 is above"),
+        ({"filter": {"min_delta_ifd": 0.9, "max_delta_ifd": 0.8}}, "nothing could be kept"),
+        ({"filter": {"max_delta_ifd": {"quantile": 1.5}}}, "filter.max_delta_ifd"),
+        ({"score": {"top_k": 0}}, "score.top_k"),
+        ({"generate": {"engine": "vlm"}}, "generate.engine"),
+        ({"name": "../elsewhere"}, "name"),
+        ({"student": {"init": "prune"}}, "needs `keep_layers`"),
+        ({"student": {}}, "needs `model`"),
+        ({"student": {"init": "prune", "keep_layers": [3, 1]}}, "ascending"),
+        ({"prompts": {"sources": []}}, "prompts.sources"),
+        ({"prompts": MINIMAL["prompts"] | {"limit": 10, "held_out": 10}}, "leaves nothing to train on"),
+        ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
+        ({"teacher": {}}, "teacher.model: missing"),
+    ],
+)
+def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
+    assert part in error_of(**changes)
+
+
+def test_every_problem_is_named_at_once() -> None:
+    message = error_of(train={"kd_weight": 2, "epoch": 1}, score={"top_k": -1})
+    assert all(key in message for key in ("train.kd_weight", "train.epoch", "score.top_k"))
+
+
+def test_overrides_reach_sections_lists_and_nulls() -> None:
+    values = apply_overrides(
+        MINIMAL,
+        ["train.kd_weight=0.5", "warmup.epochs=3", "prompts.sources.0.limit=7", "filter.max_delta_ifd={quantile: 0.9}"],
+    )
+    config = parse_config(values)
+    assert config.train.kd_weight == 0.5
+    assert config.warmup is not None
+    assert config.warmup.epochs == 3
+    assert config.prompts.sources[0].model_dump()["limit"] == 7
+    assert config.filter.max_delta_ifd is not None
+    assert MINIMAL.get("train") is None
+
+
+@pytest.mark.parametrize(
+    "override", ["train.kd_weight", "=3", "name.x=1", "train.=2", "prompts.sources.5.path=a", "a=["]
+)
+def test_overrides_that_cannot_be_applied(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides(MINIMAL, [override])
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+    for text in ("a: [", "- 1\n- 2\n", "\x00"):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad.yaml"):
+            load_config(path)
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"bad.yaml"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"teacher": {"model": "teacher"}}))
+    config = load_config(path)
+    assert config.teacher.model == str(tmp_path / "teacher")
+    assert config.student.model == "b"
+    assert config.prompts.sources[0].model_dump()["path"] == str(tmp_path / "p.jsonl")
+
+
+def test_placement_does_not_touch_fingerprints() -> None:
+    plain = parse_config(MINIMAL)
+    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere", "teacher": {"model": "a", "device": "cpu"}})
+    changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
+    assert plain.fingerprinted() == moved.fingerprinted()
+    assert plain.fingerprinted() != changed.fingerprinted()
+
+
+def sections(section: type[Section]) -> set[type[Section]]:
+    found = {section}
+    for child in Section.__subclasses__():
+        found |= {child, *child.__subclasses__()}
+    return found
+
+
+def test_every_field_is_documented() -> None:
+    for section in sections(RunConfig):
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name} has no docstring"
+    assert "| `kd_weight` | `0.9` |" in fields_markdown()

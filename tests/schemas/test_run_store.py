@@ -1,0 +1,184 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.errors import ArtifactError, ConfigError
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import EVALUATE_METRICS, FILTER, GENERATE, PROMPTS
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table, rollout_table
+
+KEY = StageKey("generate", 0)
+
+
+def rollouts(count: int = 3) -> pa.Table:
+    return rollout_table([[1, 2]] * count, [[3, 4, 5]] * count)
+
+
+def test_tables_carry_their_schema_and_the_runs_id(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    record = store.record()
+    assert record is not None
+    metadata = pq.read_schema(store.part(KEY, 0)).metadata
+    assert metadata[b"npd.schema"] == b"generate"
+    assert metadata[b"npd.schema_version"] == b"1"
+    assert metadata[b"npd.run_id"] == record.run_id.encode()
+    assert store.read_table(KEY, GENERATE).equals(rollouts())
+
+
+def test_run_id_does_not_depend_on_name_or_place(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    first = make_store(tmp_path / "a", config).record()
+    second = make_store(tmp_path / "b", config.model_copy(update={"name": "other"})).record()
+    third = make_store(tmp_path / "c", config.model_copy(update={"seed": 5})).record()
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert first.run_id == second.run_id != third.run_id
+
+
+def test_changed_config_keeps_the_runs_id(tmp_path: Path) -> None:
+    before = make_store(tmp_path, make_config(tmp_path)).record()
+    after = make_store(tmp_path, make_config(tmp_path, score={"top_k": 3})).record()
+    assert before is not None
+    assert after is not None
+    assert before.run_id == after.run_id
+    assert before.config_hash != after.config_hash
+    assert RunStore.open(tmp_path / "test").config.score.top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("finish_reason", pa.array(["stop", "length", "tired"]), "finish_reason"),
+        ("sample_id", pa.array(["a", "a", "b"]), "sample_id"),
+        ("policy_step", pa.array([0, -1, 0], pa.int64()), "policy_step"),
+        ("response", pa.array(["a", None, "b"]), "response"),
+        ("sampled_logprobs", pa.array([[0.0]] * 3, pa.list_(pa.float32())), "sampled_logprobs"),
+        ("response_ids", pa.array([[1, 2, 3], None, [1, 2, 3]], pa.list_(pa.int32())), "response_ids"),
+    ],
+)
+def test_rows_that_break_the_contract_are_not_written(
+    tmp_path: Path, column: str, values: pa.Array, message: str
+) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    table = rollouts()
+    table = table.set_column(table.column_names.index(column), column, values)
+    with pytest.raises(ArtifactError, match=rf"round=000/stage=generate/part-00000.parquet.*{message}"):
+        store.write_table(store.part(KEY, 0), table, GENERATE)
+    assert not list(store.folder.rglob("*.parquet"))
+    assert not list(store.folder.rglob(".tmp-*"))
+
+
+def test_missing_column_and_wrong_type_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="lacks column"):
+        GENERATE.validate(rollouts().drop(["seed"]), "here")
+    wrong = rollouts().set_column(7, "response_ids", pa.array([[1.0]] * 3, pa.list_(pa.float64())))
+    with pytest.raises(ArtifactError, match=r"here.*response_ids.*list<.*double>.*int32"):
+        GENERATE.validate(wrong, "here")
+
+
+def test_reading_checks_what_it_reads(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    path = store.part(KEY, 0)
+    with pytest.raises(ArtifactError, match=r"holds table `generate` v1, expected `prompts`"):
+        store.read_part(path, PROMPTS)
+    pq.write_table(rollouts(), path)
+    with pytest.raises(ArtifactError, match=r"holds table `\?`"):
+        store.read_part(path, GENERATE)
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(ArtifactError, match=r"part-00000.parquet: not a readable Parquet file"):
+        store.read_part(path, GENERATE)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"part-00000.parquet: missing"):
+        store.read_part(path, GENERATE)
+
+
+def test_a_stage_is_complete_only_with_manifest_and_whole_files(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    store.begin(KEY, "f")
+    store.write_table(store.part(KEY, 0), rollouts(), GENERATE)
+    with pytest.raises(ArtifactError, match="has not finished"):
+        store.read_table(KEY, GENERATE)
+    manifest = finish_stage(store, KEY, GENERATE, [rollouts(), rollouts(1)])
+    assert store.first_damage(manifest) is None
+    assert [record.rows for record in manifest.outputs] == [3, 1]
+    data = bytearray(store.part(KEY, 1).read_bytes())
+    data[40] ^= 1
+    store.part(KEY, 1).write_bytes(data)
+    assert (
+        store.first_damage(manifest)
+        == f"{KEY.folder}/part-00001.parquet: its bytes are not those the manifest recorded"
+    )
+
+
+def test_begin_keeps_shards_of_the_same_fingerprint_only(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    store.begin(KEY, "one")
+    store.write_table(store.part(KEY, 0), rollouts(), GENERATE)
+    (store.path(KEY) / ".tmp-left").write_bytes(b"half")
+    store.begin(KEY, "one")
+    assert store.part(KEY, 0).is_file()
+    assert not list(store.path(KEY).glob(".tmp-*"))
+    store.begin(KEY, "two")
+    assert not store.part(KEY, 0).exists()
+
+
+def test_damaged_manifest_names_the_file(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    path = store.path(KEY, "manifest.json")
+    for text in ("", "{", '{"stage": 3}', "\x00\xff"):
+        path.write_text(text)
+        with pytest.raises(ArtifactError, match=r"manifest.json"):
+            store.manifest(KEY)
+
+
+def test_opening_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no run here"):
+        RunStore.open(tmp_path)
+    with pytest.raises(ConfigError, match="only local folders"):
+        RunStore("s3://bucket/run")
+
+
+def test_empty_tables_keep_their_columns(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, StageKey("filter", 0), FILTER, [])
+    assert store.read_table(StageKey("filter", 0), FILTER, ["keep"]).schema.names == ["keep"]
+
+
+def test_keys_name_folders_and_people() -> None:
+    assert StageKey("train", WARMUP).folder == "warmup/stage=train"
+    assert StageKey("export", 12).folder == "round=012/stage=export"
+    assert StageKey("score", 1).label == "round 1 · score"
+    assert StageKey("pack", WARMUP).label == "warm-up · pack"
+
+
+def test_stages_lists_what_is_on_disk(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table({"a": "train"})])
+    finish_stage(store, StageKey("evaluate", WARMUP), EVALUATE_METRICS, [])
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    assert set(store.stages()) == {StageKey("prompts"), StageKey("evaluate", WARMUP), KEY}
+
+
+def test_metadata_can_be_read_with_nulls_in_nullable_columns(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    table = pa.table(
+        {
+            "sample_id": ["a", "b"],
+            "delta_ifd": [None, 0.5],
+            "zone": [None, "learnable"],
+            "keep": [False, True],
+            "reason": ["not_scorable", "kept"],
+            "min_delta_ifd": [0.0, 0.0],
+            "max_delta_ifd": [0.8, 0.8],
+        },
+        schema=FILTER.columns,
+    )
+    finish_stage(store, StageKey("filter", 0), FILTER, [table])
+    assert store.read_table(StageKey("filter", 0), FILTER).equals(table)

