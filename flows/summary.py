@@ -209,7 +209,7 @@ def samples_table(summary: RunSummary) -> TextTable:
         ]
         for row in summary.rounds
     ]
-    return "Samples and time", ["round", "sampled tokens", "kept", "dropped", "why", "time"], rows
+    return "Samples, their tokens, and time", ["round", "tokens", "kept", "dropped", "why", "time"], rows
 
 
 def files_table(summary: RunSummary) -> list[tuple[str, str]]:

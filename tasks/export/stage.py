@@ -32,7 +32,7 @@ def export_student(job: StageJob) -> None:
         model.config.use_cache = True
         tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)
         # Greedy and nothing else: sampling settings are for whoever deploys to choose.
-        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(
             eos_token_id=end_ids(tokenizer, start.path),
             bos_token_id=tokenizer.bos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -30,7 +30,7 @@ class OutputHead:
         Raises:
             ModelError: the model has no linear output embedding.
         """
-        projection: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        projection: nn.Module | None = model.get_output_embeddings()
         if projection is None or not hasattr(projection, "weight"):
             raise ModelError(f"{type(model).__name__} has no linear output head; only such models can be distilled")
         config = model.config.get_text_config()

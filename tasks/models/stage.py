@@ -224,7 +224,7 @@ def _write_student(
             model = prune_layers(model, config.keep_layers)
         model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    GenerationConfig(  # type: ignore[no-untyped-call]
+    GenerationConfig(
         eos_token_id=ends, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(temporary)
     job.store.publish_folder(temporary, target)

@@ -26,7 +26,7 @@ class TransformersEngine:
         self._model = load_ref(model)
         # `generate` fills what a request leaves open from the model's own settings: a repetition penalty there would
         # change the distribution.
-        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        self._model.generation_config = GenerationConfig()
         self._batch_size = batch_size
 
     def generate(
@@ -82,7 +82,7 @@ class TransformersEngine:
         tokens = self._model.generate(  # type: ignore[operator]
             input_ids=torch.from_numpy(padded).to(device),
             attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
-            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+            generation_config=GenerationConfig(
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=int(limits.max()),

@@ -22,7 +22,8 @@ def mean_nll(logprobs: Ragged, scored: NDArray[np.bool_]) -> NDArray[np.float64]
     empty = logprobs.lengths == 0
     sums, counts = np.where(empty, 0.0, sums), np.where(empty, 0.0, counts)
     # The sign is taken last so that certain tokens give 0, not -0.
-    return np.divide(0.0 - sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+    means: NDArray[np.float64] = np.divide(0.0 - sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+    return means
 
 
 def ifd(conditional: NDArray[np.float64], unconditional: NDArray[np.float64], form: IfdForm) -> NDArray[np.float64]:

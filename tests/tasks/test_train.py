@@ -207,11 +207,12 @@ def test_bf16_and_checkpointing_change_the_loss_by_rounding_only(
     """Tolerance: bf16 has 8 bits, 2^-8 relative a rounding; a two-layer model rounds a handful of times in a row."""
     packs = random_packs(packs=2)
     losses = {}
-    for name, settings in {
+    variants: dict[str, dict[str, Any]] = {
         "plain": {},
         "checkpointing": {"gradient_checkpointing": True},
         "bf16": {"precision": "bf16"},
-    }.items():
+    }
+    for name, settings in variants.items():
         store, config = training_run(
             tmp_path / name, teacher_dir, student_dir, rounds=1, epochs=1, packs=packs, **settings
         )
@@ -295,7 +296,7 @@ def test_policy_kl_is_zero_for_the_sampler_itself(tmp_path: Path, teacher_dir: P
 
 def test_warmup_learns_labels_alone(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
     packs = random_packs()
-    store, config = training_run(tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=packs)
+    store, _ = training_run(tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=packs)
     warm = make_config(
         tmp_path,
         teacher={"model": str(teacher_dir)},
