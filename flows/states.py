@@ -92,8 +92,8 @@ def upstream_problem(store: RunStore, config: RunConfig, key: StageKey) -> str |
     for other in upstream(config, key):
         if states[other] is not StageState.COMPLETE:
             return (
-                f"{store.folder}: `{key.label}` reads `{other.label}`, which is {states[other]}. Run that stage first, "
-                f"or the whole run: npd run {store.folder}"
+                f"{store.folder}: `{key.label}` reads `{other.label}`, which is {states[other]} "
+                f"under these settings. Run that stage first, or the whole run: npd run {store.folder}"
             )
     return None
 

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -39,15 +41,16 @@ def resolve_models(job: StageJob) -> None:
     job.progress(0, 3, "steps")
     found = _find(config)
     tokenizers = fitting_tokenizers(found, config)
-    teacher_context = _context(found.teacher, found.trust_teacher)
+    teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
-    student_context = teacher_context if same else _context(found.student, found.trust_student)
+    teacher_context = _context(teacher_config, found.teacher)
+    student_context = teacher_context if same else _context(_config(found.student, found.trust_student), found.student)
     _check_prompts(job, tokenizers.student, min(teacher_context, student_context))
     job.progress(1, 3, "steps")
 
     teacher = found.teacher
     if teacher.gguf_file is not None:
-        teacher = _convert(teacher, tokenizers.teacher, store, store.path(job.key, "teacher"))
+        teacher = _convert(teacher, teacher_config, tokenizers.teacher, store, store.path(job.key, "teacher"))
     job.progress(2, 3, "steps")
 
     source = teacher if same else found.student
@@ -115,11 +118,13 @@ def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
     return Tokenizers(teacher, student)
 
 
-def _convert(source: SourcePath, tokenizer: PreTrainedTokenizerBase, store: RunStore, target: Path) -> SourcePath:
+def _convert(
+    source: SourcePath, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, store: RunStore, target: Path
+) -> SourcePath:
     """Write a GGUF model as a plain folder, once: reading GGUF takes many times as long."""
     if not target.is_dir():
         temporary = store.temporary_folder(target)
-        _load(source, trust_remote_code=False).save_pretrained(temporary)
+        _load(source, trust_remote_code=False, config=config).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         store.publish_folder(temporary, target)
     return SourcePath(source.name, target)
@@ -155,12 +160,18 @@ def _tokenizer(source: SourcePath, trust_remote_code: bool) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _context(source: SourcePath, trust_remote_code: bool) -> int:
+def _config(source: SourcePath, trust_remote_code: bool) -> PreTrainedConfig:
     options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
-        config = AutoConfig.from_pretrained(_folder(source), trust_remote_code=trust_remote_code, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            _folder(source), trust_remote_code=trust_remote_code, **options
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.name}: its config cannot be loaded: {error}") from error
+    return config
+
+
+def _context(config: PreTrainedConfig, source: SourcePath) -> int:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is None:
         raise ModelError(f"{source.name}: its config does not say how long a sequence may be (max_position_embeddings)")
@@ -168,16 +179,19 @@ def _context(source: SourcePath, trust_remote_code: bool) -> int:
 
 
 def _load(
-    source: SourcePath, trust_remote_code: bool, dtype: torch.dtype | str = "auto"
+    source: SourcePath, trust_remote_code: bool, config: PreTrainedConfig | None = None
 ) -> transformers.PreTrainedModel:
-    options = {}
+    """Load weights as stored; of GGUF, with the ``config`` read before, since every look into the file takes long."""
+    options: dict[str, Any] = {"dtype": "auto"}
     if source.gguf_file is not None:
         # Without `dequantize` transformers may keep the weights packed, which cannot be trained.
-        options = {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        dtype = torch.float32
+        unpacked = GgufConfig(dequantize=True)
+        options = {"gguf_file": source.gguf_file, "quantization_config": unpacked, "dtype": torch.float32}
+        if config is not None:
+            options["config"] = config
     try:
         model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            _folder(source), dtype=dtype, trust_remote_code=trust_remote_code, **options
+            _folder(source), trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.name}: its weights cannot be loaded: {error}") from error

@@ -132,28 +132,31 @@ def test_rerun_refuses_what_lacks_its_inputs_and_keeps_what_is_there(copied: Pat
 
 
 @pytest.mark.e2e
-def test_rerun_then_run_does_again_what_no_longer_matches(copied: Path) -> None:
-    changed = command(
-        "rerun", str(copied), "--stage", "filter", "--round", "1", "--set", "filter.max_delta_ifd.quantile=0.5"
-    )
+def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied: Path) -> None:
+    store, key = RunStore(copied), StageKey("filter", 0)
+    kept = store.finished(key).counters["kept"]
+    stage = ["rerun", str(copied), "--stage", "filter", "--round", "0", "--set"]
+    changed = command(*stage, "filter.max_delta_ifd.quantile=0.5")
     assert changed.returncode == 0, changed.stdout + changed.stderr
-    # Round 0 was filtered by the old bound, which the run has now given up.
-    assert "out of date now: round 1 · pack, round 1 · train" in changed.stdout
-    store = RunStore(copied)
-    assert (
-        store.finished(StageKey("filter", 1)).counters["kept"] < store.finished(StageKey("filter", 0)).counters["kept"]
-    )
+    assert "out of date now: round 0 · pack, round 0 · train" in changed.stdout
+    assert store.finished(key).counters["kept"] < kept
 
-    undone = command(
-        "rerun", str(copied), "--stage", "filter", "--round", "1", "--set", "filter.max_delta_ifd.quantile=0.9"
-    )
+    undone = command(*stage, "filter.max_delta_ifd.quantile=0.9")
     assert undone.returncode == 0, undone.stdout + undone.stderr
     assert "every later stage still matches" in undone.stdout
+    assert store.finished(key).counters["kept"] == kept
 
     again = command("run", str(copied))
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count(": up to date") == 18
     assert "starting" not in again.stdout
+
+
+def test_rerun_refuses_a_setting_that_earlier_stages_read(copied: Path) -> None:
+    code, output = invoke("rerun", str(copied), "--stage", "pack", "--round", "0", "--set", "generate.top_p=0.5")
+    assert code == 1
+    assert "reads `round 0 · generate`, which is out of date" in output
+    assert RunStore(copied).config.generate.top_p == 1.0
 
 
 @pytest.mark.e2e
