@@ -90,12 +90,17 @@ def run(
 
         return npd_round(config, overrides)
 
-    console = Console()
-    _watch(console, flow, verbose)
-
     from flows.display import print_summary
+    from flows.stage_process import fork_server
     from flows.summary import summarize
     from schemas.run_store import RunStore
+    from tasks.graph import loop
+
+    if RunStore.create(settings).manifest(loop(settings)[-1]) is None:
+        # There is work to do: the stages' libraries are imported while Prefect starts.
+        fork_server()
+    console = Console()
+    _watch(console, flow, verbose)
 
     print_summary(console, summarize(RunStore.create(settings), settings))
 

@@ -4,13 +4,12 @@ import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flows.stage_process import StageProcess, fork_server
 from schemas.config import RunConfig
 from schemas.errors import StageError, error_by_name
 from schemas.manifest import Manifest
@@ -48,40 +47,28 @@ def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progres
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "tasks.process", str(writing)],
-                stdin=subprocess.PIPE,
-                stdout=sink,
-                stderr=sink,
-                pass_fds=(writing,),
-                start_new_session=True,
-            )
+            process = fork_server().start(writing, sink.fileno())
         finally:
             os.close(writing)
+        sink.write(f"--- {key.label} · process {process.pid} · {now_iso()}\n".encode())
         try:
-            sink.write(f"--- {key.label} · {now_iso()} · process {process.pid}\n".encode())
             final = _converse(process, job, events.fileno(), on_progress)
             if final is not None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_EXIT_SECONDS)
+                process.wait(_EXIT_SECONDS)
         finally:
-            _end(process)
+            process.end(_TERMINATE_SECONDS)
     if final is None:
-        raise StageError(_describe_death(key, process.returncode, log))
+        raise StageError(_describe_death(key, process.code, log))
     if final["event"] == "error":
         raise error_by_name(final["type"])(final["message"])
     return store.finished(key)
 
 
-def _converse(
-    process: "subprocess.Popen[bytes]", job: Job, events: int, on_progress: Progress
-) -> dict[str, Any] | None:
+def _converse(process: StageProcess, job: Job, events: int, on_progress: Progress) -> dict[str, Any] | None:
     """Send the job and relay progress; return the child's last word, None if it died without one."""
-    assert process.stdin is not None
     # A child that dies at once is reported by its exit status, not as a broken pipe.
     with suppress(BrokenPipeError):
-        process.stdin.write(job.to_line())
-        process.stdin.flush()
+        _write_all(process.stdin, job.to_line())
     for line in _lines(process, events):
         event: dict[str, Any] = json.loads(line)
         if event["event"] == "progress":
@@ -91,13 +78,18 @@ def _converse(
     return None
 
 
-def _lines(process: "subprocess.Popen[bytes]", events: int) -> Iterator[bytes]:
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _lines(process: StageProcess, events: int) -> Iterator[bytes]:
     """Yield whole lines until the child has closed the pipe, or has died while others still hold it."""
     buffer = b""
     with selectors.DefaultSelector() as selector:
         selector.register(events, selectors.EVENT_READ)
         while True:
-            died = process.poll() is not None
+            died = process.has_ended()
             if selector.select(0 if died else _POLL_SECONDS):
                 chunk = os.read(events, 65536)
                 if not chunk:
@@ -106,25 +98,12 @@ def _lines(process: "subprocess.Popen[bytes]", events: int) -> Iterator[bytes]:
                 yield from lines
             elif died:
                 break
-    process.wait()
+    process.wait(_EXIT_SECONDS)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End the child if it still runs, and whatever is left of its group."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_TERMINATE_SECONDS)
-    # macOS answers EPERM for a group of which only a zombie is left.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-
-
-def _describe_death(key: StageKey, code: int, log: Path) -> str:
+def _describe_death(key: StageKey, code: int | None, log: Path) -> str:
+    if code is None:
+        return f"stage `{key.label}`: its process was lost before the stage was done. What it printed: {log}"
     if code == -signal.SIGKILL:
         return (
             f"stage `{key.label}` was killed (signal 9), most likely out of memory: {out_of_memory_hint(key)}. "

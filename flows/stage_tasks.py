@@ -61,13 +61,13 @@ def _stage_task(stage: str, description: str) -> StageTask:
 
     named: Callable[..., str] = label
 
+    # No tags: Prefect takes a concurrency slot for every tag before a task starts, which costs two seconds each time.
     # No retries: a stage fails because of its code or data, which a second try would find as they are. No Prefect
     # cache and no persisted result: the manifest decides what is current, and the run's folder holds the result.
     @task(
         name=stage,
         description=description,
         task_run_name=named,
-        tags=["npd", stage],
         retries=0,
         cache_policy=NO_CACHE,
         persist_result=False,

@@ -1,8 +1,8 @@
-"""One stage in a process of its own: `python -m tasks.process EVENTS_FD`, started by `flows.process.run_in_process`.
+"""One stage in a process of its own, started by `flows.process.run_in_process`.
 
-The first line of stdin is the job as JSON. Events leave as JSON lines through the file descriptor named on the command
-line, so that stdout and stderr stay free for what libraries print. Stdin stays open for as long as the parent lives:
-its end ends this process and everything it started.
+Usually a fork of `tasks.fork_server`; also `python -m tasks.process EVENTS_FD`. The first line of stdin is the job as
+JSON. Events leave as JSON lines through a file descriptor of their own, so that stdout and stderr stay free for what
+libraries print. Stdin stays open for as long as the parent lives: its end ends this process and everything it started.
 """
 
 import json
@@ -107,9 +107,13 @@ class EventWriter:
         self.send({"event": "progress", "done": int(done), "total": int(total), "unit": unit})
 
 
-def main() -> int:
-    """Run the job on stdin; return the exit code."""
-    events = EventWriter(int(sys.argv[1]))
+def run_job(events_descriptor: int) -> int:
+    """Run the job on stdin; return the exit code.
+
+    Args:
+        events_descriptor: File descriptor that events go to.
+    """
+    events = EventWriter(events_descriptor)
     stdin = _claim_stdin()
     job = Job.from_line(_read_line(stdin))
     threading.Thread(target=_end_with_parent, args=(stdin,), daemon=True).start()
@@ -152,4 +156,4 @@ def _end_with_parent(stdin: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job(int(sys.argv[1])))

@@ -1,0 +1,147 @@
+"""Processes for stages, from a server that has the heavy libraries imported already (`tasks.fork_server`)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+from schemas.errors import StageError
+
+_POLL_SECONDS = 0.05
+
+
+class ForkServer:
+    """The server's other end. Its process ends with this one."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._lock = threading.Lock()
+        self._buffer = b""
+        self._codes: dict[int, int] = {}
+        self._started: list[int] = []
+        self._ended = False
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "tasks.fork_server", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server can still start processes."""
+        return not self._ended and self._process.poll() is None
+
+    def start(self, events: int, log: int) -> "StageProcess":
+        """Start a process of `tasks.process`.
+
+        Args:
+            events: File descriptor for its events; the caller closes its own copy.
+            log: File descriptor for its stdout and stderr.
+
+        Raises:
+            StageError: the server is gone.
+        """
+        reading, writing = os.pipe()
+        try:
+            with self._lock, suppress(BrokenPipeError):
+                socket.send_fds(self._channel, [b"+"], [reading, events, log])
+                while not self._started and not self._ended:
+                    self._receive(block=True)
+            if not self._started:
+                raise StageError("the server that starts stages has died; run again")
+            return StageProcess(self, self._started.pop(0), writing)
+        finally:
+            os.close(reading)
+
+    def code(self, pid: int) -> int | None:
+        """Return how a started process ended, None while it has not (or nobody can tell any more)."""
+        with self._lock:
+            self._receive(block=False)
+            return self._codes.get(pid)
+
+    def _receive(self, *, block: bool) -> None:
+        try:
+            data = self._channel.recv(4096, 0 if block else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        self._ended = self._ended or not data
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            answer: dict[str, Any] = json.loads(line)
+            if "code" in answer:
+                self._codes[answer["pid"]] = answer["code"]
+            else:
+                self._started.append(answer["pid"])
+
+
+class StageProcess:
+    """A started process: the leader of its own process group.
+
+    Args:
+        server: Who started it.
+        pid: Its process id.
+        stdin: File descriptor of its stdin; it ends when this is closed.
+    """
+
+    def __init__(self, server: ForkServer, pid: int, stdin: int) -> None:
+        self._server, self.pid, self.stdin = server, pid, stdin
+        self.code: int | None = None
+
+    def has_ended(self) -> bool:
+        """Say whether it has ended; ``code`` then tells how (None if its server died before it could say)."""
+        if self.code is None:
+            self.code = self._server.code(self.pid)
+        return self.code is not None or (not self._server.is_running and not self._exists())
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end, at most so long; return whether it has ended."""
+        deadline = time.monotonic() + seconds
+        while not (ended := self.has_ended()) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return ended
+
+    def end(self, seconds: float) -> None:
+        """End it if it still runs, gently for so long, and whatever is left of its group; close its stdin."""
+        if not self.has_ended():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            self.wait(seconds)
+        # macOS answers EPERM for a group of which only a zombie is left.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(seconds)
+        os.close(self.stdin)
+
+    def _exists(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+@lru_cache(maxsize=1)
+def _server(owner: int) -> ForkServer:
+    return ForkServer()
+
+
+def fork_server() -> ForkServer:
+    """Return this process's server, starting one if there is none; it imports while this process goes on."""
+    server = _server(os.getpid())
+    if not server.is_running:
+        _server.cache_clear()
+        server = _server(os.getpid())
+    return server
