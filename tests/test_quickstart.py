@@ -27,7 +27,7 @@ SHORTER = [
 @pytest.mark.e2e
 def test_a_real_student_learns_from_a_real_teacher(tmp_path: Path) -> None:
     settings = [f"root={tmp_path}", "warmup.max_new_tokens=32", *SHORTER]
-    command = [Path(sys.executable).with_name("npd"), "run", str(ROOT / "configs" / "quickstart.yaml")]
+    command = [str(Path(sys.executable).with_name("npd")), "run", str(ROOT / "configs" / "quickstart.yaml")]
     command += [part for setting in settings for part in ("--set", setting)]
     environment = os.environ | {"PREFECT_HOME": str(tmp_path / "prefect"), "COLUMNS": "120"}
     environment.pop("PREFECT_API_URL", None)

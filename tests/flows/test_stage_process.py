@@ -1,0 +1,63 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.process import run_in_process
+from flows.stage_process import ForkServer, fork_server
+from schemas.errors import StageError
+from tasks.graph import PROMPTS
+from tests.flows.test_process import endless_config, is_running, prompts_config, wait_until_gone
+from tests.run_fixtures import make_store
+
+
+def server_pid(server: ForkServer) -> int:
+    return server._process.pid
+
+
+def test_one_server_starts_every_stage_and_another_follows_if_it_dies(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    run_in_process(store, config, PROMPTS)
+    first = fork_server()
+    run_in_process(store, config, PROMPTS)
+    assert fork_server() is first
+    os.kill(server_pid(first), signal.SIGKILL)
+    assert wait_until_gone(server_pid(first))
+    assert run_in_process(store, config, PROMPTS) == store.manifest(PROMPTS)
+    assert fork_server() is not first
+
+
+def test_a_stage_outlives_its_server_and_still_ends_with_its_parents_wish(tmp_path: Path) -> None:
+    """The server is killed in mid-stage: the stage is not lost without a word, and can still be ended."""
+    config = endless_config(tmp_path)
+    store = make_store(tmp_path, config)
+    server = fork_server()
+
+    def kill_server_then_stop(done: int, total: int, unit: str) -> None:
+        os.kill(server_pid(server), signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(store, config, PROMPTS, kill_server_then_stop)
+    assert wait_until_gone(server_pid(server))
+
+
+def test_a_dead_server_is_an_error_not_a_hang(tmp_path: Path) -> None:
+    server = ForkServer()
+    os.kill(server_pid(server), signal.SIGKILL)
+    assert wait_until_gone(server_pid(server))
+    with (tmp_path / "log").open("wb") as log, pytest.raises(StageError, match="has died"):
+        server.start(log.fileno(), log.fileno())
+
+
+def test_the_server_ends_with_its_parent() -> None:
+    server = ForkServer()
+    pid = server_pid(server)
+    server._channel.close()
+    deadline = time.monotonic() + 60
+    while server._process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
