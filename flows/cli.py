@@ -80,10 +80,10 @@ def run(
     round. Files go to ROOT/NAME of the config. With PREFECT_API_URL set, the run shows up on that Prefect server.
     """
     from flows.configs import read_config
-    from flows.states import check_prompts
+    from flows.states import check_sources
 
     settings = read_config(config, overrides)
-    check_prompts(settings)
+    check_sources(settings)
 
     def flow() -> object:
         from flows.npd_round import npd_round

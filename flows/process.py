@@ -23,15 +23,6 @@ _EXIT_SECONDS = 60.0
 _TERMINATE_SECONDS = 5.0
 
 
-def log_path(store: RunStore, key: StageKey) -> Path:
-    """Return the file that holds what a stage's process printed.
-
-    >>> log_path(RunStore("runs/a"), StageKey("score", 1)).name
-    'round-1-score.log'
-    """
-    return store.folder / "logs" / f"{key.label.replace(' · ', '-').replace(' ', '-')}.log"
-
-
 def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progress: Progress = no_progress) -> Manifest:
     """Run a stage in a child process and wait for it.
 
@@ -41,7 +32,7 @@ def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progres
         NPDError: what the stage raised, as the same class; for any other error, or a child that died, a StageError
             that names the log.
     """
-    log = log_path(store, key)
+    log = store.log(key)
     log.parent.mkdir(parents=True, exist_ok=True)
     job = Job(str(store.folder), config.model_dump(mode="json"), (key.stage, key.round), str(log))
     reading, writing = os.pipe()

@@ -8,6 +8,7 @@ from schemas.errors import ConfigError, NPDError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from tasks.graph import PROMPTS, STAGES, downstream, loop
+from tasks.models import source_fingerprints as model_fingerprints
 from tasks.stage import plan
 
 
@@ -58,9 +59,16 @@ def _fingerprint(store: RunStore, config: RunConfig, key: StageKey) -> str | Non
         return None
 
 
-def check_prompts(config: RunConfig) -> None:
-    """Raise the PromptError or ConfigError that a prompt source which cannot be found will cause, before any run."""
+def check_sources(config: RunConfig) -> None:
+    """Check, before anything runs, that local prompts and models are where the config says.
+
+    Raises:
+        PromptError: a prompt source is not there.
+        ModelError: a model is not there.
+        ConfigError: ``root`` cannot hold a run.
+    """
     plan(RunStore(Path(config.root) / config.name), config, PROMPTS)
+    model_fingerprints(config)
 
 
 def stage_key(config: RunConfig, stage: str, round_index: int | None) -> StageKey:

@@ -74,7 +74,6 @@ class RunSummary:
         rounds: The warm-up, then the rounds that have begun.
         seconds: Seconds of the stages that belong to no round.
         student: The newest exported model's folder.
-        report: The run's report, where there is one.
     """
 
     name: str
@@ -82,7 +81,6 @@ class RunSummary:
     rounds: list[RoundSummary]
     seconds: dict[str, float]
     student: str | None
-    report: str | None
 
     @property
     def metric_names(self) -> list[str]:
@@ -101,14 +99,12 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
     indices = sorted({key.round for key in manifests if key.round is not None})
     exports = [key for key in manifests if key.stage == "export"]
     student = store.path(exports[-1], "model") if exports else None
-    report = store.folder / "report.html"
     return RunSummary(
         name=config.name,
         folder=display_path(store.folder),
         rounds=[_round(store, config, manifests, index) for index in indices],
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
         student=None if student is None else display_path(student),
-        report=display_path(report) if report.is_file() else None,
     )
 
 
@@ -215,8 +211,6 @@ def samples_table(summary: RunSummary) -> TextTable:
 def files_table(summary: RunSummary) -> list[tuple[str, str]]:
     """Return what lies where: description and path."""
     files = [("student", summary.student)] if summary.student is not None else []
-    if summary.report is not None:
-        files.append(("report", summary.report))
     return [
         *((what, path) for what, path in files if path is not None),
         ("tables", f"{summary.folder}/round=*/stage=*/*.parquet"),

@@ -36,6 +36,12 @@ class ArtifactError(NPDError):
     """A table, manifest or folder of a run is missing, damaged or not what its schema says."""
 
 
+class RunNotFoundError(ArtifactError):
+    """There is no run where one was named."""
+
+    exit_code = 2
+
+
 class StageError(NPDError):
     """A stage could not finish: non-finite numbers, nothing left to train on, or its process died."""
 

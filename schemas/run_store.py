@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from schemas.config import RunConfig, parse_config
-from schemas.errors import ArtifactError, ConfigError
+from schemas.errors import ArtifactError, ConfigError, RunNotFoundError
 from schemas.manifest import (
     MANIFEST_NAME,
     RUN_NAME,
@@ -77,11 +77,11 @@ class RunStore:
         """Open an existing run.
 
         Raises:
-            ArtifactError: there is no run in ``folder``.
+            RunNotFoundError: there is no run in ``folder``.
         """
         store = cls(folder)
         if store.record() is None:
-            raise ArtifactError(f"{folder}: no run here (no {RUN_NAME}); start one with `npd run CONFIG`")
+            raise RunNotFoundError(f"{folder}: no run here (no {RUN_NAME}); start one with `npd run CONFIG`")
         return store
 
     def record(self) -> RunRecord | None:
@@ -101,6 +101,14 @@ class RunStore:
     def path(self, key: StageKey, *names: str) -> Path:
         """Return the path of a stage's folder, or of something in it."""
         return self.folder.joinpath(key.folder, *names)
+
+    def log(self, key: StageKey) -> Path:
+        """Return the file that holds what a stage's process printed.
+
+        >>> RunStore("runs/a").log(StageKey("score", 1)).name
+        'round-1-score.log'
+        """
+        return self.folder / "logs" / f"{key.label.replace(' · ', '-').replace(' ', '-')}.log"
 
     def relative(self, path: Path) -> str:
         """Return ``path`` as manifests name it."""

@@ -65,11 +65,20 @@ def test_a_missing_prompt_file_is_told_before_anything_is_written(tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_missing_model_is_told_before_anything_is_written(tmp_path: Path, student_dir: Path) -> None:
+    config = write_smoke_config(tmp_path, tmp_path / "no" / "such" / "teacher", student_dir)
+    code, output = invoke("run", str(config))
+    assert code == 2
+    assert "teacher.model" in output
+    assert "no such folder" in output
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("arguments", [["status"], ["rerun", "--stage", "score"], ["inspect"]])
 def test_a_folder_without_a_run_is_named(tmp_path: Path, arguments: list[str]) -> None:
     name, *options = arguments
     code, output = invoke(name, str(tmp_path), *options)
-    assert code == 1
+    assert code == 2
     assert f"error: {tmp_path}: no run here" in output
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.process import log_path, run_in_process
+from flows.process import run_in_process
 from schemas.config import RunConfig
 from schemas.errors import PromptError, StageError
 from schemas.run_store import RunStore
@@ -34,7 +34,7 @@ def endless_config(tmp_path: Path) -> RunConfig:
 
 def child_of(store: RunStore) -> int:
     """Wait for the process of stage prompts and return its id, as the log tells it."""
-    log = log_path(store, PROMPTS)
+    log = store.log(PROMPTS)
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if log.is_file() and " · process " in (text := log.read_text()):
@@ -80,7 +80,7 @@ def test_a_typed_error_crosses_the_process_as_the_same_class(tmp_path: Path) -> 
     with pytest.raises(PromptError, match=r"prompts\.jsonl"):
         run_in_process(store, config, PROMPTS)
     assert store.manifest(PROMPTS) is None
-    assert "Traceback" in log_path(store, PROMPTS).read_text()
+    assert "Traceback" in store.log(PROMPTS).read_text()
 
 
 def test_any_other_error_becomes_a_stage_error_that_names_the_log(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_any_other_error_becomes_a_stage_error_that_names_the_log(tmp_path: Path
     with pytest.raises(StageError, match=r"`prompts` failed: .*Error.*prompts\.log") as caught:
         run_in_process(store, config, PROMPTS)
     assert type(caught.value) is StageError
-    assert "Traceback" in log_path(store, PROMPTS).read_text()
+    assert "Traceback" in store.log(PROMPTS).read_text()
 
 
 def test_a_killed_process_fails_its_stage_and_says_what_to_lower(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.errors import ArtifactError, ConfigError
+from schemas.errors import ArtifactError, ConfigError, RunNotFoundError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER, GENERATE, PROMPTS
@@ -139,8 +139,9 @@ def test_damaged_manifest_names_the_file(tmp_path: Path) -> None:
 
 
 def test_opening_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no run here"):
+    with pytest.raises(RunNotFoundError, match="no run here") as error:
         RunStore.open(tmp_path)
+    assert error.value.exit_code == 2
     with pytest.raises(ConfigError, match="only local folders"):
         RunStore("s3://bucket/run")
 
