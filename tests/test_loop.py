@@ -89,6 +89,30 @@ def test_a_setting_that_says_only_where_runs_nothing_again(
     assert run_loop(moved)[1] == []
 
 
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_an_interrupted_stage_continues_from_its_finished_shards(
+    tmp_path: Path, finished: tuple[RunStore, RunConfig], teacher_dir: Path, student_dir: Path, stage: str
+) -> None:
+    config = smoke_config(tmp_path, teacher_dir, student_dir)
+    store, key = RunStore.create(config), StageKey(stage, 0)
+    for earlier in loop(config)[: loop(config).index(key)]:
+        execute(store, config, earlier)
+
+    def stop_after_the_second_shard(done: int, total: int, unit: str) -> None:
+        if store.part(key, 1).exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(store, config, key, stop_after_the_second_shard)
+    kept = {path.name: path.stat().st_mtime_ns for path in store.path(key).glob("part-*.parquet")}
+    assert sorted(kept) == ["part-00000.parquet", "part-00001.parquet"]
+    execute(store, config, key)
+    for name, written in kept.items():
+        assert store.path(key, name).stat().st_mtime_ns == written
+    for path in finished[0].path(key).glob("part-*.parquet"):
+        assert store.path(key, path.name).read_bytes() == path.read_bytes()
+
+
 def test_one_damaged_byte_runs_its_stage_again(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
     config = smoke_config(tmp_path, teacher_dir, student_dir, "rounds=1")
     store, _ = run_loop(config)

@@ -1,6 +1,7 @@
 """Scoring a round shard by shard: student first, then teacher, then the table."""
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from schemas.config import ScoreConfig
 from schemas.errors import ModelError, StageError
@@ -41,6 +43,15 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """The samples of a shard: ids (strings), and int32 token rows of prompts and responses."""
+
+    sample_ids: pa.Array
+    prompts: Ragged
+    responses: Ragged
+
+
+@dataclass(frozen=True)
 class Scored:
     """What one model says of a shard.
 
@@ -65,7 +76,7 @@ def unconditional_context(context: str, header: TokenIds | None, bos_id: int | N
 
 
 def score_rollouts(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     prompts: Ragged,
     responses: Ragged,
     bare: TokenIds,
@@ -89,7 +100,7 @@ def score_rollouts(
     """
     passes = [
         prefill(
-            model,  # type: ignore[arg-type]
+            model,
             context,
             responses,
             batch_tokens=settings.batch_tokens,
@@ -157,93 +168,78 @@ def plan_shards(job: StageJob) -> list[Shard]:
 
 
 def score_round(job: StageJob) -> None:
-    """Score every shard that is not there yet."""
+    """Score every shard that is not there yet: all of them by the student, then all by the teacher."""
     store, settings = job.store, job.config.score
     student, teacher = policy_model(store, job.config, job.round), teacher_model(store, job.config)
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
     header = reply_header(tokenizer) if settings.context == "header" else None
     bare = unconditional_context(settings.context, header, tokenizer.bos_token_id)
 
-    pending = [shard for shard in plan_shards(job) if not shard.path.is_file()]
-    rollouts = [_read(job, shard) for shard in pending]
-    total = sum(_pass_tokens(prompts, responses, bare) for _, prompts, responses in rollouts)
+    shards = plan_shards(job)
+    pending = [(shard, _read(job, shard)) for shard in shards if not shard.path.is_file()]
+    passes = 2 * sum(
+        len(read.prompts.values) + 2 * len(read.responses.values) + len(bare) * len(read.responses)
+        for _, read in pending
+    )
     done = 0
 
     def on_tokens(count: int) -> None:
         nonlocal done
         done += count
-        job.progress(done, 2 * total, "tokens")
+        job.progress(done, passes, "tokens")
 
-    by_student = _score_all(student, rollouts, bare, settings, 0, on_tokens)
-    model = _load(teacher) if pending else None
-    for shard, scored, (ids, prompts, responses) in zip(pending, by_student, rollouts, strict=True):
-        assert model is not None
-        by_teacher = score_rollouts(
-            model,
-            prompts,
-            responses,
-            bare,
-            settings,
-            top_k=settings.top_k,
-            shared_vocab=teacher.shared_vocab,
-            on_tokens=on_tokens,
-        )
-        for name, result in (("student", scored), ("teacher", by_teacher)):
-            _require_finite(name, ids, result, responses, bare)
-        table = score_table(ids, responses, scored, by_teacher, settings)
-        store.write_table(shard.path, table, score_schema(settings.top_k, settings.topk_dtype), row_group_rows=128)
-    job.counters |= {"samples": sum(s.rows for s in plan_shards(job)), "tokens": done}
+    rollouts = [read for _, read in pending]
+    # The whole round by the student first, so that its memory is free again when the teacher is loaded.
+    by_student = list(_score_all("student", student, rollouts, bare, settings, 0, on_tokens))
+    by_teacher = _score_all("teacher", teacher, rollouts, bare, settings, settings.top_k, on_tokens)
+    schema = score_schema(settings.top_k, settings.topk_dtype)
+    for (shard, read), learned, taught in zip(pending, by_student, by_teacher, strict=True):
+        table = score_table(read.sample_ids, read.responses, learned, taught, settings)
+        store.write_table(shard.path, table, schema, row_group_rows=128)
+    job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}
 
 
 def _score_all(
-    student: ModelRef,
-    rollouts: list[tuple[pa.Array, Ragged, Ragged]],
+    name: str,
+    ref: ModelRef,
+    rollouts: list[Rollouts],
     bare: TokenIds,
     settings: ScoreConfig,
     top_k: int,
     on_tokens: TokensDone,
-) -> list[Scored]:
+) -> Iterator[Scored]:
+    """Score one shard after another with one model, which is loaded at the first and released after the last."""
     if not rollouts:
-        return []
-    model = _load(student)
-    scored = [
-        score_rollouts(
+        return
+    model = load_ref(ref)
+    check_head(model)
+    for read in rollouts:
+        scored = score_rollouts(
             model,
-            prompts,
-            responses,
+            read.prompts,
+            read.responses,
             bare,
             settings,
             top_k=top_k,
-            shared_vocab=student.shared_vocab,
+            shared_vocab=ref.shared_vocab,
             on_tokens=on_tokens,
         )
-        for _, prompts, responses in rollouts
-    ]
+        _require_finite(name, read.sample_ids, scored, read.responses, bare)
+        yield scored
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return scored
 
 
-def _load(ref: ModelRef) -> torch.nn.Module:
-    model = load_ref(ref)
-    check_head(model)
-    return model
-
-
-def _read(job: StageJob, shard: Shard) -> tuple[pa.Array, Ragged, Ragged]:
+def _read(job: StageJob, shard: Shard) -> Rollouts:
     table = job.store.read_part(shard.source, GENERATE, ["sample_id", "prompt_ids", "response_ids"])
     table = table.slice(shard.start, shard.rows).combine_chunks()
-    return (
+    return Rollouts(
         table.column("sample_id").combine_chunks(),
         Ragged.from_arrow(table.column("prompt_ids")),
         Ragged.from_arrow(table.column("response_ids")),
     )
-
-
-def _pass_tokens(prompts: Ragged, responses: Ragged, bare: TokenIds) -> int:
-    return len(prompts.values) + 2 * len(responses.values) + len(bare) * len(responses)
 
 
 def _require_finite(name: str, ids: pa.Array, scored: Scored, responses: Ragged, bare: TokenIds) -> None:
