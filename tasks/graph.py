@@ -84,8 +84,10 @@ def _models_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
 
 
 def _reference_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
-    """Only how responses are sampled: the warm-up's optimizer settings do not touch them."""
+    """Only what the teacher's responses depend on: not how the student samples, nor the warm-up's optimizer."""
     values = _sections("generate", "teacher")(config, key)
+    for name in ("temperature", "top_p", "samples_per_prompt"):
+        del values["generate"][name]
     values["evaluate_max_new_tokens"] = config.evaluate.max_new_tokens
     if config.warmup is not None:
         warmup = config.warmup

@@ -81,6 +81,14 @@ def test_a_new_bound_filters_again_and_nothing_before(tmp_path: Path, teacher_di
     assert ran == [StageKey(stage, 0) for stage in ("filter", "pack", "train", "export", "evaluate")]
 
 
+def test_how_the_student_samples_does_not_touch_the_teachers_references(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    run_loop(smoke_config(tmp_path, teacher_dir, student_dir, "rounds=1"))
+    _, ran = run_loop(smoke_config(tmp_path, teacher_dir, student_dir, "rounds=1", "generate.temperature=0.5"))
+    assert ran[0] == StageKey("generate", 0)
+
+
 def test_a_setting_that_says_only_where_runs_nothing_again(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
