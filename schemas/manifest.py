@@ -60,7 +60,7 @@ class RunRecord(BaseModel):
     schema_name: Literal["npd.run"] = "npd.run"
     schema_version: int = 1
     run_id: str
-    """Hash of the first resolved config without name and place: equal for two runs of one config, wherever they are."""
+    """Hash of the first config without name and places: equal for two runs of one config, wherever they are."""
     config_hash: str
     config: dict[str, Any]
     seed: int

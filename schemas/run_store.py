@@ -61,7 +61,7 @@ class RunStore:
             store._write_json(
                 store.folder / RUN_NAME,
                 RunRecord(
-                    run_id=config_hash[:16] if record is None else record.run_id,
+                    run_id=_identity(config) if record is None else record.run_id,
                     config_hash=config_hash,
                     config=config.model_dump(mode="json"),
                     seed=config.seed,
@@ -300,6 +300,19 @@ class RunStore:
 
     def _write_json(self, path: Path, record: BaseModel) -> None:
         self._write_bytes(path, (record.model_dump_json(indent=2) + "\n").encode())
+
+
+def _identity(config: RunConfig) -> str:
+    """Return a hash of the config that is the same wherever its files lie: of absolute paths only the last part."""
+
+    def placeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placeless(child) for name, child in value.items()}
+        if isinstance(value, list):
+            return [placeless(child) for child in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return hash_json(placeless(config.fingerprinted()))[:16]
 
 
 def _fsync(path: Path) -> None:

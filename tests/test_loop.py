@@ -1,6 +1,7 @@
 """Whole runs on tiny models, every stage real: what the tables promise across stages."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,10 @@ def test_same_seed_same_bytes_in_every_table(
     tmp_path: Path, finished: tuple[RunStore, RunConfig], teacher_dir: Path, student_dir: Path
 ) -> None:
     first = tables(finished[0])
-    again, _ = run_loop(smoke_config(tmp_path, teacher_dir, student_dir, "name=another"))
+    # Another run, of another name, with its prompts and models in another place.
+    teacher, student = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (teacher_dir, student_dir))
+    prompts = shutil.copyfile(ROOT / "configs" / "prompts" / "everyday.jsonl", tmp_path / "everyday.jsonl")
+    again, _ = run_loop(smoke_config(tmp_path, teacher, student, "name=another", f"prompts.sources.0.path={prompts}"))
     assert tables(again) == first
     # Every stage with a table is among them: prompts, reference, warm-up and both rounds.
     assert len(first) >= 2 + 3 + 2 * 6

@@ -32,7 +32,8 @@ def test_tables_carry_their_schema_and_the_runs_id(tmp_path: Path) -> None:
 def test_run_id_does_not_depend_on_name_or_place(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     first = make_store(tmp_path / "a", config).record()
-    second = make_store(tmp_path / "b", config.model_copy(update={"name": "other"})).record()
+    moved = make_config(tmp_path, prompts={"sources": [{"type": "jsonl", "path": "/elsewhere/prompts.jsonl"}]})
+    second = make_store(tmp_path / "b", moved.model_copy(update={"name": "other"})).record()
     third = make_store(tmp_path / "c", config.model_copy(update={"seed": 5})).record()
     assert first is not None
     assert second is not None
