@@ -1,0 +1,40 @@
+"""A whole round with the real vLLM engine, each stage in its own forked process, as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import GENERATE, score_schema
+from tests.flows.conftest import CONFIGS, write_smoke_config
+from tests.tiny_models import make_model, save_model
+
+# vLLM's attention on a CPU takes heads of 32 and more.
+WIDTH = 128
+
+
+@pytest.mark.engine
+def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) -> None:
+    teacher = save_model(tmp_path / "teacher", make_model(seed=1, layers=3, hidden=WIDTH))
+    student = save_model(tmp_path / "student", make_model(seed=2, hidden=WIDTH))
+    generate = {"engine": "vllm", "max_new_tokens": 12, "shard_prompts": 6}
+    config = write_smoke_config(tmp_path, teacher, student, rounds=1, warmup=None, generate=generate)
+    command = [sys.executable, "-m", "flows.cli", "run", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    store = RunStore.open(tmp_path / "runs" / "smoke")
+    settings = store.config.score
+    scores = store.read_table(StageKey("score", 0), score_schema(settings.top_k, settings.topk_dtype))
+    nll = dict(zip(scores["sample_id"].to_pylist(), scores["student_nll"].to_pylist(), strict=True))
+    rollouts = store.read_table(StageKey("generate", 0), GENERATE).to_pylist()
+    assert len(rollouts) == 10
+    assert store.finished(StageKey("generate", 0)).counters["engine"] == "vllm"
+    for row in rollouts:
+        # Float32 in two engines with different kernels.
+        assert -np.mean(row["sampled_logprobs"]) == pytest.approx(nll[row["sample_id"]], abs=1e-3)
