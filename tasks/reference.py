@@ -10,6 +10,7 @@ from schemas.errors import PromptError
 from schemas.stage_key import WARMUP
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
+from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import start_model, teacher_model
 from tasks.rollout.context import longest_sequence, prompts_that_fit
 from tasks.rollout.engine import Finished, LazyEngine, Rollouts, SamplingSettings, TokenIds, open_engine
@@ -18,7 +19,6 @@ from tasks.stage import StageJob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.rollout.prompts import TokenRows
     from tasks.rollout.shards import Group, Respond, Shard
 
 ANSWERS_VERSION = "answers"
@@ -72,7 +72,7 @@ def run(job: StageJob) -> None:
     job.counters |= {"engine": config.generate.engine} | engine.counters()
 
 
-def _group(prompts: pa.Table, tokens: "TokenRows", respond: "Respond", version: str) -> "Group":
+def _group(prompts: pa.Table, tokens: Ragged, respond: "Respond", version: str) -> "Group":
     from tasks.rollout.shards import Group
 
     return Group(
@@ -94,12 +94,12 @@ def _answers_group(
     Raises:
         PromptError: an answer is missing, or does not fit with its prompt; names the source and row.
     """
-    from tasks.rollout.prompts import TokenRows, fitting_prompts
+    from tasks.rollout.prompts import fitting_prompts
 
     require_answers(prompts)
     prompts, tokens = fitting_prompts(job, prompts, tokenizer, context)
     encoded = tokenizer(prompts.column("answer").to_pylist(), add_special_tokens=False)["input_ids"]
-    replies = TokenRows.from_rows([np.array([*ids, ends[0]], dtype=np.int32) for ids in encoded])
+    replies = Ragged.from_rows([np.array([*ids, ends[0]], dtype=np.int32) for ids in encoded])
     fits = prompts_that_fit(
         tokens.lengths,
         context,

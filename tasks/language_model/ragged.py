@@ -32,8 +32,7 @@ class Ragged:
     def from_rows(cls, rows: Sequence[NDArray[Any]]) -> Ragged:
         """Join a sequence of one-dimensional arrays."""
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-        values = np.concatenate(rows) if len(rows) else np.empty(0, np.int32)
-        return cls(values, offsets_of(lengths))
+        return cls(np.concatenate(rows) if len(rows) else np.empty(0, np.int32), offsets_of(lengths))
 
     @classmethod
     def repeat(cls, row: NDArray[Any], times: int) -> Ragged:
@@ -47,6 +46,14 @@ class Ragged:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def rows(self, start: int, stop: int) -> list[NDArray[Any]]:
+        """Return views of rows ``start`` to ``stop``."""
+        return [self[index] for index in range(start, stop)]
+
+    def filter(self, mask: NDArray[np.bool_]) -> Ragged:
+        """Keep the rows where ``mask`` [rows] is true."""
+        return Ragged(self.values[np.repeat(mask, self.lengths)], offsets_of(self.lengths[mask]))
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]

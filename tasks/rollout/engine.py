@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.config import GenerateConfig
+from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
 
 TokenIds = NDArray[np.int32]
@@ -59,13 +60,11 @@ class Rollouts:
         cls, rows: Sequence[TokenIds], logprobs: Sequence[NDArray[np.float32]], end_ids: Sequence[int]
     ) -> "Rollouts":
         """Join single responses, none of them empty, into columns."""
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        flat = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
-        ended = np.isin(flat[offsets[1:] - 1], end_ids)
+        responses = Ragged.from_rows(rows)
+        ended = np.isin(responses.values[responses.offsets[1:] - 1], end_ids)
         return cls(
-            response_ids=flat,
-            offsets=offsets,
+            response_ids=responses.values.astype(np.int32),
+            offsets=responses.offsets,
             logprobs=np.concatenate([*logprobs, np.empty(0, np.float32)]).astype(np.float32),
             finish_reason=np.where(ended, "stop", "length"),
         )

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from schemas.tables import GENERATE
+from tasks.language_model.ragged import Ragged
 from tasks.rollout.engine import Engine, Finished, Rollouts, SamplingSettings, TokenIds
-from tasks.rollout.prompts import TokenRows
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import StageJob
 
@@ -55,7 +55,7 @@ class Group:
     """
 
     prompt_ids: list[str]
-    tokens: TokenRows
+    tokens: Ragged
     respond: Respond
     policy_version: str
     policy_step: int
@@ -81,7 +81,7 @@ def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
 def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """Return one shard's samples and responses as a table of schema GENERATE."""
     samples = len(shard.prompt_ids)
-    prompts = TokenRows.from_rows(shard.tokens)
+    prompts = Ragged.from_rows(shard.tokens)
     responses: Any = rollouts.rows()
     return pa.table(
         {
@@ -94,7 +94,7 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
             "round": np.full(samples, group.round, np.int32),
             "policy_version": [group.policy_version] * samples,
             "policy_step": np.full(samples, group.policy_step, np.int64),
-            "prompt_ids": _lists(prompts.flat, prompts.offsets),
+            "prompt_ids": _lists(prompts.values, prompts.offsets),
             "response_ids": _lists(rollouts.response_ids, rollouts.offsets),
             "response": tokenizer.batch_decode(responses, skip_special_tokens=True),
             "finish_reason": pa.array(rollouts.finish_reason.tolist(), pa.string()),
