@@ -13,6 +13,7 @@ from schemas.config import fields_markdown
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import CONFIGS, FinishedRun, write_smoke_config
+from tests.tiny_models import make_model, make_tokenizer, save_model
 
 RUNNER = CliRunner()
 COMMAND = [sys.executable, "-m", "flows.cli"]
@@ -169,14 +170,27 @@ def test_rerun_refuses_a_setting_that_earlier_stages_read(copied: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_a_failed_stage_is_one_message_and_exit_code_1_or_2(tmp_path: Path, student_dir: Path) -> None:
-    config = write_smoke_config(tmp_path, tmp_path / "no-such-teacher", student_dir)
-    done = command("run", str(config))
+def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: Path, student_dir: Path) -> None:
+    bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
+    done = command("run", str(write_smoke_config(tmp_path, bare, bare)))
     assert done.returncode == 2
-    assert "no-such-teacher" in done.stderr
     assert done.stderr.startswith("error: ")
+    assert "no chat template" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert "models: did not finish" in done.stdout
+
+
+@pytest.mark.e2e
+def test_a_round_with_nothing_kept_stops_with_exit_code_1_and_names_the_bound(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    bounds = {"min_delta_ifd": 50.0, "max_delta_ifd": 60.0}
+    done = command("run", str(write_smoke_config(tmp_path, teacher_dir, student_dir, warmup=None, filter=bounds)))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "filter.min_delta_ifd" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "round 0 · filter: did not finish" in done.stdout
 
 
 @pytest.mark.e2e
