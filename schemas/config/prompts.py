@@ -27,7 +27,7 @@ class _Rows(Section):
 class JsonlSource(_Rows):
     """A JSON Lines file, one prompt a line."""
 
-    type: Literal["jsonl"] = "jsonl"
+    type: Literal["jsonl"]
     """Which kind of source this is."""
 
     path: str = Field(min_length=1)
