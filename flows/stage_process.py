@@ -84,6 +84,8 @@ class ForkServer:
             if "code" in answer:
                 self._codes[answer["pid"]] = answer["code"]
             else:
+                # The system may have given a new process the number of one that ended long ago.
+                self._codes.pop(answer["pid"], None)
                 self._started.append(answer["pid"])
 
 
