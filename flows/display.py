@@ -50,6 +50,10 @@ def _result(manifest: Manifest) -> str:
     return ", ".join(parts)
 
 
+def _warnings(manifest: Manifest, up_to_date: bool) -> list[str]:
+    return [] if up_to_date else list(manifest.counters.get("warnings", []))
+
+
 class LiveDisplay:
     """One bar per stage, with rate and elapsed time; a finished stage becomes a line."""
 
@@ -65,7 +69,7 @@ class LiveDisplay:
         )
         self._console = console
         self._tasks: dict[StageKey, TaskID] = {}
-        self._rate = Rate()
+        self._rates: dict[StageKey, Rate] = {}
 
     def __enter__(self) -> "LiveDisplay":
         self._progress.start()
@@ -80,12 +84,12 @@ class LiveDisplay:
     def started(self, key: StageKey) -> None:
         """Show a bar that does not know its length yet."""
         self._progress.update(self._waiting, visible=False)
-        self._rate = Rate()
+        self._rates[key] = Rate()
         self._tasks[key] = self._progress.add_task(key.label, total=None, detail="starting")
 
     def progressed(self, key: StageKey, done: int, total: int, unit: str) -> None:
         """Move the stage's bar."""
-        detail = describe(done, total, unit, self._rate(done, unit))
+        detail = describe(done, total, unit, self._rates[key](done, unit))
         self._progress.update(self._tasks[key], completed=done, total=total or None, detail=detail)
 
     def finished(self, key: StageKey, manifest: Manifest, *, up_to_date: bool) -> None:
@@ -95,6 +99,8 @@ class LiveDisplay:
             self._progress.remove_task(self._tasks.pop(key))
         what = Text("up to date", style="dim") if up_to_date else Text(_result(manifest))
         self._progress.console.print(Text.assemble(("✓ ", "green"), (f"{key.label}  ", "bold"), what))
+        for warning in _warnings(manifest, up_to_date):
+            self._progress.console.print(Text.assemble(("! ", "yellow"), f"{key.label}: {warning}"))
 
     def failed(self, key: StageKey) -> None:
         """Replace the bar by a line."""
@@ -108,8 +114,8 @@ class PlainDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._rate = Rate()
-        self._last = 0.0
+        self._rates: dict[StageKey, Rate] = {}
+        self._last: dict[StageKey, float] = {}
 
     def __enter__(self) -> "PlainDisplay":
         return self
@@ -124,19 +130,21 @@ class PlainDisplay:
 
     def started(self, key: StageKey) -> None:
         """Print that the stage starts."""
-        self._rate, self._last = Rate(), time.monotonic()
+        self._rates[key], self._last[key] = Rate(), time.monotonic()
         self._line(f"{key.label}: starting")
 
     def progressed(self, key: StageKey, done: int, total: int, unit: str) -> None:
         """Print how far the stage is, now and then."""
-        rate = self._rate(done, unit)
-        if time.monotonic() - self._last >= LINE_SECONDS:
-            self._last = time.monotonic()
+        rate = self._rates[key](done, unit)
+        if time.monotonic() - self._last[key] >= LINE_SECONDS:
+            self._last[key] = time.monotonic()
             self._line(f"{key.label}: {describe(done, total, unit, rate)}")
 
     def finished(self, key: StageKey, manifest: Manifest, *, up_to_date: bool) -> None:
         """Print what the stage came to."""
         self._line(f"{key.label}: {'up to date' if up_to_date else 'done in ' + _result(manifest)}")
+        for warning in _warnings(manifest, up_to_date):
+            self._line(f"{key.label}: warning: {warning}")
 
     def failed(self, key: StageKey) -> None:
         """Print that the stage stopped before its end."""

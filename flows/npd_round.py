@@ -1,19 +1,26 @@
 """The flow `npd-round`: Near-Policy Distillation, round after round."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
+from prefect.futures import PrefectFuture
 
 from flows.configs import read_config
+from flows.process import cancelling
 from flows.progress import artifact_key
 from flows.stage_tasks import evaluate, export, filter, generate, models, pack, prompts, reference, score, train
 from flows.summary import round_rows, summarize, summary_dict, summary_markdown
 from schemas.config import RunConfig
 from schemas.errors import NPDError
+from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP
+from tasks.graph import samples
 
 
 def _run_name() -> str:
@@ -55,17 +62,60 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
     evaluate(*run, round=WARMUP)
     publish_round(store, settings, WARMUP)
 
-    for index in range(settings.rounds):
-        generate(*run, round=index)
-        score(*run, round=index)
-        filter(*run, round=index)
-        pack(*run, round=index)
-        train(*run, round=index)
-        export(*run, round=index)
-        evaluate(*run, round=index)
-        publish_round(store, settings, index)
+    with sampling_ahead(store, settings) as ahead:
+        for index in range(settings.rounds):
+            if samples(settings, index):
+                if not ahead.finish(index):
+                    generate(*run, round=index)
+                    score(*run, round=index)
+                filter(*run, round=index)
+                pack(*run, round=index)
+            ahead.start(index + 1)
+            train(*run, round=index)
+            export(*run, round=index)
+            evaluate(*run, round=index)
+            publish_round(store, settings, index)
 
     return summary_dict(summarize(store, settings))
+
+
+class SamplingAhead:
+    """Samples and scores a round while the one before it trains (`overlap`)."""
+
+    def __init__(self, store: RunStore, config: RunConfig) -> None:
+        self._store, self._config = store, config
+        self._begun: dict[int, list[PrefectFuture[Manifest]]] = {}
+
+    def start(self, index: int) -> None:
+        """Begin to sample round ``index`` and score it, if the config wants that and the round samples at all."""
+        if not self._config.overlap or index >= self._config.rounds or not samples(self._config, index):
+            return
+        run = (self._store, self._config)
+        generated = generate.submit(*run, round=index)
+        self._begun[index] = [generated, score.submit(*run, round=index, wait_for=[generated])]
+
+    def finish(self, index: int) -> bool:
+        """Wait until round ``index`` is scored; return False if nobody began it.
+
+        Raises:
+            NPDError: what went wrong in stage generate or score.
+        """
+        futures = self._begun.pop(index, [])
+        for future in futures:
+            future.result()
+        return bool(futures)
+
+
+@contextmanager
+def sampling_ahead(store: RunStore, config: RunConfig) -> Iterator[SamplingAhead]:
+    """Give a SamplingAhead whose stages end when the flow leaves this context by an error."""
+    cancelled = threading.Event()
+    with cancelling(cancelled):
+        try:
+            yield SamplingAhead(store, config)
+        except BaseException:
+            cancelled.set()
+            raise
 
 
 def publish_round(store: RunStore, config: RunConfig, index: int) -> None:

@@ -4,23 +4,51 @@ import json
 import os
 import selectors
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from flows.stage_process import StageProcess, fork_server
+from flows.stage_process import StageProcess, start_process
 from schemas.config import RunConfig
 from schemas.errors import StageError, error_by_name
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore, now_iso
-from schemas.stage_key import StageKey
+from schemas.stage_key import WARMUP, StageKey
+from tasks.graph import TRAINING_STAGES, samples
 from tasks.process import Job, out_of_memory_hint
 from tasks.stage import Progress, no_progress
+
+_CANCELLED: ContextVar[threading.Event | None] = ContextVar("npd_stage_cancelled", default=None)
 
 _POLL_SECONDS = 0.5
 _EXIT_SECONDS = 60.0
 _TERMINATE_SECONDS = 5.0
+
+
+@contextmanager
+def cancelling(cancelled: threading.Event) -> Iterator[None]:
+    """End the stages started inside this context, in whatever thread, once ``cancelled`` is set."""
+    token = _CANCELLED.set(cancelled)
+    try:
+        yield
+    finally:
+        _CANCELLED.reset(token)
+
+
+def threads_of(config: RunConfig, key: StageKey) -> int | None:
+    """Return how many CPU threads a stage's process may use; None: as many as the libraries take.
+
+    With `overlap`, what may run side by side shares the cores whether or not it does so this time: how numbers are
+    summed up, and so their last digits, can depend on the number of threads.
+    """
+    if config.devices.cpu_threads is not None or not config.overlap or key.round is None or key.round == WARMUP:
+        return config.devices.cpu_threads
+    ahead = key.stage in ("generate", "score") and key.round > 0
+    beside = key.stage in TRAINING_STAGES and key.round + 1 < config.rounds and samples(config, key.round + 1)
+    return max(1, len(os.sched_getaffinity(0)) // 2) if ahead or beside else None
 
 
 def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progress: Progress = no_progress) -> Manifest:
@@ -30,15 +58,16 @@ def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progres
 
     Raises:
         NPDError: what the stage raised, as the same class; for any other error, or a child that died, a StageError
-            that names the log.
+            that names the log; a StageError too if the stage was cancelled.
     """
     log = store.log(key)
     log.parent.mkdir(parents=True, exist_ok=True)
-    job = Job(str(store.folder), config.model_dump(mode="json"), (key.stage, key.round), str(log))
+    threads = threads_of(config, key)
+    job = Job(str(store.folder), config.model_dump(mode="json"), (key.stage, key.round), str(log), threads)
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
         try:
-            process = fork_server().start(writing, sink.fileno())
+            process = start_process(writing, sink.fileno())
         finally:
             os.close(writing)
         sink.write(f"--- {key.label} · process {process.pid} · {now_iso()}\n".encode())
@@ -76,10 +105,12 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _lines(process: StageProcess, events: int) -> Iterator[bytes]:
     """Yield whole lines until the child has closed the pipe, or has died while others still hold it."""
-    buffer = b""
+    buffer, cancelled = b"", _CANCELLED.get()
     with selectors.DefaultSelector() as selector:
         selector.register(events, selectors.EVENT_READ)
         while True:
+            if cancelled is not None and cancelled.is_set():
+                raise StageError("cancelled: the run ended beside it; the same command continues where it stopped")
             died = process.has_ended()
             if selector.select(0 if died else _POLL_SECONDS):
                 chunk = os.read(events, 65536)

@@ -59,6 +59,9 @@ class ForkServer:
                 while not self._started and not self._ended:
                     self._receive(block=True)
             if not self._started:
+                # A process that is just dying may still look alive to its parent.
+                self._ended = True
+                os.close(writing)
                 raise StageError("the server that starts stages has died; run again")
             return StageProcess(self, self._started.pop(0), writing)
         finally:
@@ -138,6 +141,14 @@ class StageProcess:
 @lru_cache(maxsize=1)
 def _server(owner: int) -> ForkServer:
     return ForkServer()
+
+
+def start_process(events: int, log: int) -> "StageProcess":
+    """Start a process from this process's server; see ``ForkServer.start``. A dead server is replaced once."""
+    try:
+        return fork_server().start(events, log)
+    except StageError:
+        return fork_server().start(events, log)
 
 
 def fork_server() -> ForkServer:

@@ -50,6 +50,8 @@ def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
     artifact.finished(manifest)
     if listener is not None:
         listener.finished(key, manifest, up_to_date=False)
+    for warning in manifest.counters.get("warnings", []):
+        logger.warning("%s: %s", key.label, warning)
     logger.info("%s: done in %.1f s", key.label, manifest.counters["seconds"])
     return manifest
 

@@ -187,11 +187,34 @@ def score_schema(top_k: int, dtype: str) -> TableSchema:
     )
 
 
+# The next two are a score stage's own, gone once it is done: what it keeps of the student until the teacher is loaded.
+SCORE_STUDENT = TableSchema(
+    name="score_student",
+    version=1,
+    columns=pa.schema([pa.field("nll", pa.float64()), pa.field("nll_uncond", pa.float64())]),
+    checks={"nll": _AT_LEAST_0, "nll_uncond": _AT_LEAST_0},
+)
+
+SCORE_CHECK = TableSchema(
+    name="score_check",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("sample_id", pa.string()),
+            _required("response_tokens", pa.int32()),
+            # Mean absolute difference of the sampler's log-probabilities from a prefill's, nats per token.
+            _required("gap", pa.float64()),
+        ]
+    ),
+    checks={"response_tokens": _AT_LEAST_0, "gap": _AT_LEAST_0},
+    unique=("sample_id",),
+)
+
 ZONES = ("learnable", "degenerate", "cognitive_disconnect")
 
 FILTER = TableSchema(
     name="filter",
-    version=1,
+    version=2,
     columns=pa.schema(
         [
             _required("sample_id", pa.string()),
@@ -202,9 +225,11 @@ FILTER = TableSchema(
             _required("reason", pa.string()),
             _required("min_delta_ifd", pa.float32()),
             _required("max_delta_ifd", pa.float32()),
+            # Optimizer steps between the weights that sampled and those that begin to learn from the sample.
+            _required("policy_lag", pa.int64()),
         ]
     ),
-    checks={"zone": [pandera.Check.isin(list(ZONES))]},
+    checks={"zone": [pandera.Check.isin(list(ZONES))], "policy_lag": _AT_LEAST_0},
     unique=("sample_id",),
 )
 
@@ -243,7 +268,7 @@ def pack_schema(top_k: int | None, dtype: str = "float16") -> TableSchema:
 
 TRAIN_METRICS = TableSchema(
     name="train_metrics",
-    version=1,
+    version=2,
     columns=pa.schema(
         [
             _required("step", pa.int64()),
@@ -259,6 +284,8 @@ TRAIN_METRICS = TableSchema(
             # Null: a rate is a time, and times live in the manifest only, so that tables repeat byte for byte.
             pa.field("tokens_per_second", pa.float64()),
             pa.field("policy_kl", pa.float64()),
+            # Optimizer steps since the weights that sampled what the step learned from; null in the warm-up.
+            pa.field("policy_lag", pa.int64()),
         ]
     ),
     checks={"step": _AT_LEAST_0, "response_tokens": _AT_LEAST_0},

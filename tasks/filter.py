@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from schemas.config import FilterConfig, Quantile
 from schemas.errors import StageError
 from schemas.stage_key import StageKey
-from schemas.tables import FILTER, ZONES, score_schema
+from schemas.tables import FILTER, GENERATE, ZONES, score_schema
 from tasks.sequences import locate, read_lengths
 from tasks.stage import StageJob
 
@@ -48,7 +48,8 @@ def run(job: StageJob) -> None:
     tokens = (lengths.prompt_tokens + lengths.response_tokens)[rows]
     delta_ifd = scores.column("delta_ifd").combine_chunks()
     bounds = applied_bounds(delta_ifd, config.filter)
-    table = ledger(scores.column("sample_id"), delta_ifd, tokens, bounds, config.pack.max_tokens)
+    lag = policy_lag(job)[rows]
+    table = ledger(scores.column("sample_id"), delta_ifd, tokens, bounds, config.pack.max_tokens, lag)
     counts = dict.fromkeys(REASONS, 0) | _counts(table, "reason")
     if not counts["kept"]:
         raise StageError(f"{job.key.label}: {nothing_kept(counts, delta_ifd, bounds, config.pack.max_tokens)}")
@@ -66,7 +67,20 @@ def run(job: StageJob) -> None:
         "zones": dict.fromkeys(ZONES, 0) | _counts(table, "zone"),
         "min_delta_ifd": low if math.isfinite(low) else None,
         "max_delta_ifd": high if math.isfinite(high) else None,
+        "policy_lag": int(lag.max()),
     }
+
+
+def policy_lag(job: StageJob) -> NDArray[np.int64]:
+    """Return the lag of every sample of the round's generate table, in its order; int64 [samples].
+
+    Lag: optimizer steps between the weights that sampled and those that begin to learn from the samples.
+    """
+    store = job.store
+    begins = int(store.finished(StageKey("train", job.round - 1)).counters["policy_step"]) if job.round > 0 else 0
+    steps = store.read_table(StageKey("generate", job.round), GENERATE, ["policy_step"]).column("policy_step")
+    lag: NDArray[np.int64] = begins - steps.to_numpy()
+    return lag
 
 
 def applied_bounds(delta_ifd: pa.Array, config: FilterConfig) -> tuple[np.float32, np.float32]:
@@ -96,6 +110,7 @@ def ledger(
     sequence_tokens: NDArray[np.int64],
     bounds: tuple[np.float32, np.float32],
     max_tokens: int,
+    lag: NDArray[np.int64],
 ) -> pa.Table:
     """Place every sample in a zone and say whether it is kept, and if not, why.
 
@@ -116,6 +131,7 @@ def ledger(
         sequence_tokens: int64 [samples], prompt and response together.
         bounds: Lowest and highest delta-IFD to keep, as ``applied_bounds`` gives them.
         max_tokens: Longest sequence that fits into a bin.
+        lag: int64 [samples]; see ``policy_lag``.
 
     Returns:
         The filter table (schema FILTER), in the order of the arguments.
@@ -136,6 +152,7 @@ def ledger(
             "reason": pa.array(REASONS, pa.string()).take(pa.array(reason)),
             "min_delta_ifd": pa.array(np.full(len(values), low, np.float32)),
             "max_delta_ifd": pa.array(np.full(len(values), high, np.float32)),
+            "policy_lag": pa.array(lag),
         },
         schema=FILTER.columns,
     )

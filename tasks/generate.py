@@ -39,7 +39,7 @@ def run(job: StageJob) -> None:
     longest = longest_sequence(tokens.lengths, context, config.max_new_tokens)
     engine = LazyEngine(lambda: open_engine(policy, config, longest))
     group = Group(
-        prompt_ids=prompts.column("prompt_id").to_pylist(),
+        prompt_ids=prompts.column("prompt_id"),
         tokens=tokens,
         respond=sampled(engine, settings),
         policy_version=policy.version,

@@ -34,9 +34,28 @@ def initial_policy(config: RunConfig) -> StageKey:
     return StageKey("export", WARMUP) if config.warmup is not None else MODELS
 
 
+def result_policy(config: RunConfig, round_index: int) -> StageKey:
+    """Return the stage whose model round ``round_index`` ends with; below 0: the initial policy."""
+    return initial_policy(config) if round_index < 0 else StageKey("export", round_index)
+
+
 def sampling_policy(config: RunConfig, round_index: int) -> StageKey:
-    """Return the stage whose model samples round ``round_index`` (pi_gen); WARMUP: the initial policy."""
-    return initial_policy(config) if round_index <= 0 else StageKey("export", round_index - 1)
+    """Return the stage whose model samples round ``round_index`` (pi_gen).
+
+    Without overlap the student as the round before left it; with overlap as that round found it, since sampling then
+    runs beside its training.
+    """
+    return result_policy(config, round_index - (2 if config.overlap else 1))
+
+
+def samples(config: RunConfig, round_index: int) -> bool:
+    """Say whether round ``round_index`` samples anew."""
+    return round_index % config.refresh_every == 0
+
+
+def sampled_round(config: RunConfig, round_index: int) -> int:
+    """Return the round whose samples round ``round_index`` trains on (WARMUP: its own)."""
+    return round_index if round_index == WARMUP else round_index - round_index % config.refresh_every
 
 
 def _round(key: StageKey) -> int:
@@ -59,8 +78,12 @@ def _sections(*names: str) -> Callable[[RunConfig, StageKey], dict[str, Any]]:
 def _train_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     if key.round == WARMUP:
         return _sections("warmup")(config, key)
+    values = _sections("train")(config, key)
+    if config.train.guard.action != "refresh":
+        # Only then does the guard change what comes out; a run that it stopped goes on with a higher budget.
+        del values["train"]["guard"]
     # The schedule spans all rounds, so their number shapes every step.
-    return _sections("train")(config, key) | {"rounds": config.rounds}
+    return values | {"rounds": config.rounds}
 
 
 def _pack_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
@@ -106,8 +129,17 @@ def _train_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
     index = _round(key)
     if index == WARMUP:
         return [MODELS, StageKey("pack", WARMUP)]
-    before = [StageKey("train", index - 1)] if index > 0 else []
-    return [initial_policy(config), StageKey("pack", index), *before]
+    return [initial_policy(config), StageKey("pack", sampled_round(config, index)), *_trained_before(index)]
+
+
+def _filter_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
+    index = _round(key)
+    # The lag of a sample counts up to where the round's training begins.
+    return [StageKey("generate", index), StageKey("score", index), *_trained_before(index)]
+
+
+def _trained_before(index: int) -> list[StageKey]:
+    return [StageKey("train", index - 1)] if index > 0 else []
 
 
 def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
@@ -118,39 +150,40 @@ def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
 STAGES: dict[str, Stage] = {
     "prompts": Stage("tasks.prompts", 1, _sections("prompts"), lambda c, k: [], own_process=False),
     "models": Stage("tasks.models", 1, _models_config, lambda c, k: [PROMPTS]),
-    "reference": Stage("tasks.reference", 1, _reference_config, lambda c, k: [PROMPTS, MODELS]),
+    "reference": Stage("tasks.reference", 2, _reference_config, lambda c, k: [PROMPTS, MODELS]),
     "generate": Stage(
         "tasks.generate",
-        1,
+        2,
         _sections("generate", "student"),
         lambda c, k: [PROMPTS, MODELS, sampling_policy(c, _round(k))],
     ),
     "score": Stage(
         "tasks.score",
-        1,
+        2,
         _sections("score"),
         lambda c, k: [MODELS, sampling_policy(c, _round(k)), StageKey("generate", _round(k))],
     ),
     "filter": Stage(
         "tasks.filter",
-        1,
+        2,
         _filter_config,
-        lambda c, k: [StageKey("generate", _round(k)), StageKey("score", _round(k))],
+        _filter_inputs,
         own_process=False,
     ),
     "pack": Stage("tasks.pack", 1, _pack_config, _pack_inputs, own_process=False),
-    "train": Stage("tasks.train", 1, _train_config, _train_inputs),
+    "train": Stage("tasks.train", 2, _train_config, _train_inputs),
     "export": Stage("tasks.export", 1, _sections("export"), _export_inputs),
     "evaluate": Stage(
         "tasks.evaluate",
-        1,
+        2,
         _sections("evaluate"),
-        lambda c, k: [PROMPTS, REFERENCE, MODELS, sampling_policy(c, _round(k) + 1)],
+        lambda c, k: [PROMPTS, REFERENCE, MODELS, result_policy(c, _round(k))],
     ),
 }
 
 WARMUP_STAGES = ("pack", "train", "export")
-ROUND_STAGES = ("generate", "score", "filter", "pack", "train", "export", "evaluate")
+SAMPLING_STAGES = ("generate", "score", "filter", "pack")
+TRAINING_STAGES = ("train", "export", "evaluate")
 
 
 def loop(config: RunConfig) -> list[StageKey]:
@@ -159,7 +192,11 @@ def loop(config: RunConfig) -> list[StageKey]:
     if config.warmup is not None:
         keys += [StageKey(stage, WARMUP) for stage in WARMUP_STAGES]
     keys.append(StageKey("evaluate", WARMUP))
-    return keys + [StageKey(stage, index) for index in range(config.rounds) for stage in ROUND_STAGES]
+    for index in range(config.rounds):
+        if samples(config, index):
+            keys += [StageKey(stage, index) for stage in SAMPLING_STAGES]
+        keys += [StageKey(stage, index) for stage in TRAINING_STAGES]
+    return keys
 
 
 def downstream(config: RunConfig, key: StageKey) -> list[StageKey]:

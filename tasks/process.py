@@ -45,12 +45,14 @@ class Job(NamedTuple):
         config: The resolved config as JSON values.
         key: Stage name and round.
         log: Where this process's stdout and stderr go, for error messages.
+        threads: CPU threads to use; None: the libraries' own choice.
     """
 
     folder: str
     config: dict[str, Any]
     key: tuple[str, int | None]
     log: str
+    threads: int | None = None
 
     def to_line(self) -> bytes:
         """Return the job as the line the child reads."""
@@ -118,6 +120,8 @@ def run_job(events_descriptor: int) -> int:
     job = Job.from_line(_read_line(stdin))
     threading.Thread(target=_end_with_parent, args=(stdin,), daemon=True).start()
     key = StageKey(*job.key)
+    if job.threads is not None:
+        _limit_threads(job.threads)
     try:
         execute(RunStore(job.folder), parse_config(job.config), key, events.progress)
     except Exception as error:  # the boundary of the process: every error must reach the parent
@@ -126,6 +130,15 @@ def run_job(events_descriptor: int) -> int:
         return 1
     events.send({"event": "done"})
     return 0
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    # vLLM on a CPU would otherwise bind its threads to every core of the machine.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
 
 
 def _claim_stdin() -> int:

@@ -1,5 +1,6 @@
 """Stage reference: the teacher's own responses, to held-out prompts for evaluation and to train prompts for warm-up."""
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +77,7 @@ def _group(prompts: pa.Table, tokens: Ragged, respond: "Respond", version: str) 
     from tasks.rollout.shards import Group
 
     return Group(
-        prompt_ids=prompts.column("prompt_id").to_pylist(),
+        prompt_ids=prompts.column("prompt_id"),
         tokens=tokens,
         respond=respond,
         policy_version=version,
@@ -94,12 +95,11 @@ def _answers_group(
     Raises:
         PromptError: an answer is missing, or does not fit with its prompt; names the source and row.
     """
-    from tasks.rollout.prompts import fitting_prompts
+    from tasks.rollout.prompts import encode_answers, fitting_prompts
 
     require_answers(prompts)
     prompts, tokens = fitting_prompts(job, prompts, tokenizer, context)
-    encoded = tokenizer(prompts.column("answer").to_pylist(), add_special_tokens=False)["input_ids"]
-    replies = Ragged.from_rows([np.array([*ids, ends[0]], dtype=np.int32) for ids in encoded])
+    replies = encode_answers(tokenizer, prompts.column("answer"), ends[0])
     fits = prompts_that_fit(
         tokens.lengths,
         context,
@@ -111,10 +111,12 @@ def _answers_group(
     job.counters["dropped_prompts"] += int((~fits).sum())
     replies = replies.filter(fits)
 
-    def respond(shard: "Shard", finished: Finished) -> Rollouts:
-        rows: list[TokenIds] = replies.rows(*shard.rows)
-        unsampled = [np.full(len(row), np.nan, np.float32) for row in rows]
-        return Rollouts.from_rows(rows, unsampled, ends)
+    def respond(shards: Iterable["Shard"], finished: Finished) -> Iterator[tuple["Shard", Rollouts]]:
+        for shard in shards:
+            rows: list[TokenIds] = replies.rows(*shard.rows)
+            unsampled = [np.full(len(row), np.nan, np.float32) for row in rows]
+            finished(len(rows))
+            yield shard, Rollouts.from_rows(rows, unsampled, ends)
 
     return _group(prompts.filter(pa.array(fits)), tokens.filter(fits), respond, ANSWERS_VERSION)
 

@@ -41,6 +41,10 @@ class StageJob:
     progress: Progress = no_progress
     counters: dict[str, Any] = field(default_factory=dict)
 
+    def warn(self, message: str) -> None:
+        """Tell people of something that does not stop the stage; it goes into the manifest and the terminal."""
+        self.counters.setdefault("warnings", []).append(message)
+
     @property
     def round(self) -> int:
         """The round's index from 0 (WARMUP for the warm-up)."""

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from flows.states import upstream
 from schemas.config import RunConfig, load_config
 from schemas.errors import StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import FILTER, GENERATE, IGNORE_LABEL, PROMPTS, pack_schema, score_schema
+from schemas.tables import FILTER, GENERATE, IGNORE_LABEL, PROMPTS, TRAIN_METRICS, pack_schema, score_schema
 from tasks.graph import STAGES, loop
 from tasks.stage import current_manifest, execute
 
@@ -97,7 +98,7 @@ def test_a_setting_that_says_only_where_runs_nothing_again(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
     run_loop(smoke_config(tmp_path, teacher_dir, student_dir, "rounds=1"))
-    moved = smoke_config(tmp_path, teacher_dir, student_dir, "rounds=1", "teacher.device=cpu", "train.report_to=[]")
+    moved = smoke_config(tmp_path, teacher_dir, student_dir, "rounds=1", "devices.teacher=cpu", "train.report_to=[]")
     assert run_loop(moved)[1] == []
 
 
@@ -194,6 +195,45 @@ def test_the_scored_student_is_the_one_that_sampled(finished: tuple[RunStore, Ru
             assert -np.mean(row["sampled_logprobs"]) == pytest.approx(nll[row["sample_id"]], abs=1e-4)
     steps = [store.read_table(StageKey("generate", r), GENERATE)["policy_step"][0].as_py() for r in range(2)]
     assert steps[0] == 0 < steps[1] == store.finished(StageKey("train", 0)).counters["policy_step"]
+
+
+def test_overlap_samples_from_the_student_before_the_round_that_trains(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    config = smoke_config(tmp_path, teacher_dir, student_dir, "rounds=3", "overlap=true")
+    store, _ = run_loop(config)
+    trained = [store.finished(StageKey("train", index)).counters["policy_step"] for index in range(3)]
+    sampled = [store.read_table(StageKey("generate", index), GENERATE)["policy_step"][0].as_py() for index in range(3)]
+    assert sampled == [0, 0, trained[0]]
+    versions = [
+        store.read_table(StageKey("generate", index), GENERATE)["policy_version"][0].as_py() for index in range(3)
+    ]
+    assert versions[0] == versions[1] != versions[2]
+    # Nothing that sampling reads comes from the training it runs beside.
+    for index in (1, 2):
+        for stage in ("generate", "score"):
+            assert StageKey("train", index - 1) not in upstream(config, StageKey(stage, index))
+    lags = [set(store.read_table(StageKey("filter", index), FILTER)["policy_lag"].to_pylist()) for index in range(3)]
+    assert lags == [{0}, {trained[0]}, {trained[1] - trained[0]}]
+    for index in range(3):
+        steps = store.read_table(StageKey("train", index), TRAIN_METRICS)
+        expected = [step - 1 - sampled[index] for step in steps["step"].to_pylist()]
+        assert steps["policy_lag"].to_pylist() == expected
+
+
+def test_rounds_between_refreshes_train_on_the_packs_that_are_there(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    """Two rounds on one round's packs are one round of twice the epochs, exported half-way."""
+    config = smoke_config(tmp_path / "a", teacher_dir, student_dir, "refresh_every=2")
+    sparse, _ = run_loop(config)
+    assert [key.stage for key in loop(config) if key.round == 1] == ["train", "export", "evaluate"]
+    one, _ = run_loop(smoke_config(tmp_path / "b", teacher_dir, student_dir, "rounds=1", "train.epochs_per_round=4"))
+    weights = [
+        store.path(StageKey("export", index), "model", "model.safetensors").read_bytes()
+        for store, index in ((sparse, 1), (one, 0), (sparse, 0))
+    ]
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_manifests_follow_inputs_to_outputs(finished: tuple[RunStore, RunConfig]) -> None:

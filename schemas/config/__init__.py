@@ -12,7 +12,7 @@ from schemas.config.prompts import (
     ReasoningGymSource,
 )
 from schemas.config.reference import fields_markdown
-from schemas.config.run import RunConfig
+from schemas.config.run import DevicesConfig, RunConfig
 from schemas.config.stages import (
     EvaluateConfig,
     FilterConfig,
@@ -22,14 +22,23 @@ from schemas.config.stages import (
     ScoreConfig,
     VllmOptions,
 )
-from schemas.config.training import ExportConfig, LoraConfig, OptimizerConfig, TrainConfig, WarmupConfig
+from schemas.config.training import (
+    ExportConfig,
+    GuardConfig,
+    LoraConfig,
+    OptimizerConfig,
+    TrainConfig,
+    WarmupConfig,
+)
 
 __all__ = [
     "DatasetSource",
+    "DevicesConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FilterConfig",
     "GenerateConfig",
+    "GuardConfig",
     "JsonlSource",
     "LoraConfig",
     "ModelSource",

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config.base import PLACEMENT, Section
+from schemas.config.base import Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -26,10 +26,8 @@ class ModelSource(Section):
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
     attn_implementation: str | None = None
-    """Attention kernel of `transformers` (`sdpa`, `flex_attention`, `flash_attention_2`); null: its own choice."""
-
-    device: str | None = Field(default=None, json_schema_extra=PLACEMENT)
-    """Torch device for this model (`cuda:1`, `cpu`); null: the first GPU, else the CPU."""
+    """Attention kernel of `transformers` (`sdpa`, `flex_attention`, `flash_attention_2`). null: its own choice to
+    sample, and to prefill and train ours, which costs what the sequences of a pack cost."""
 
 
 class TeacherConfig(ModelSource):
@@ -62,9 +60,6 @@ class StudentConfig(Section):
 
     attn_implementation: str | None = None
     """As `teacher.attn_implementation`."""
-
-    device: str | None = Field(default=None, json_schema_extra=PLACEMENT)
-    """As `teacher.device`."""
 
     @model_validator(mode="after")
     def _init_is_complete(self) -> "StudentConfig":

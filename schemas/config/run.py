@@ -9,6 +9,23 @@ from schemas.config.stages import EvaluateConfig, FilterConfig, GenerateConfig, 
 from schemas.config.training import ExportConfig, TrainConfig, WarmupConfig
 
 
+class DevicesConfig(Section):
+    """Where models run. null: the first GPU, else the CPU."""
+
+    sampler: str | None = None
+    """Torch device (`cuda:0`, `cpu`) of the student when it samples and is scored."""
+
+    teacher: str | None = None
+    """Device of the teacher."""
+
+    trainer: str | None = None
+    """Device the student trains on."""
+
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a stage's process. null: one per core; with `overlap`, half of the cores each for stages that
+    run side by side."""
+
+
 class RunConfig(Section):
     """A run of Near-Policy Distillation."""
 
@@ -22,7 +39,19 @@ class RunConfig(Section):
     """Seed of everything drawn: splits, samples, batch order. The same seed gives the same tables, byte for byte."""
 
     rounds: int = Field(default=2, ge=1)
-    """Times the sampler is refreshed, plus one. The paper: two rounds."""
+    """Rounds of training, each ending in an export. The paper: two."""
+
+    refresh_every: int = Field(default=1, ge=1)
+    """Rounds between two refreshes of the sampler; the rounds between train on the packs that are there. 1: every
+    round samples anew."""
+
+    overlap: bool = False
+    """While a round trains, sample and score the next from the newest export there is: the student before that
+    round. Costs one round of policy lag, saves up to the shorter of the two. Needs room for both at once: see
+    `devices`."""
+
+    devices: DevicesConfig = Field(default=DevicesConfig(), json_schema_extra=PLACEMENT)
+    """Where models run."""
 
     teacher: TeacherConfig
     """The model that annotates."""
@@ -68,6 +97,15 @@ class RunConfig(Section):
                     f"`{key}` {tokens} does not fit into `pack.max_tokens` {self.pack.max_tokens}: the longest "
                     "responses would all be dropped"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_schedule_refreshes(self) -> "RunConfig":
+        if self.refresh_every > 1 and self.train.guard.action == "refresh":
+            raise ValueError(
+                "`train.guard.action: refresh` and `refresh_every` above 1 both say when the sampler is refreshed; "
+                "for rarer refreshes beside the guard raise `train.epochs_per_round` instead"
+            )
         return self
 
     @property

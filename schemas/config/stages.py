@@ -48,7 +48,7 @@ class GenerateConfig(Section):
     """Sequences decoded at a time by the transformers engine."""
 
     shard_prompts: int = Field(default=256, ge=1)
-    """Prompts per finished file; what a crash can lose at most."""
+    """Prompts per finished file; what a crash can lose at most (vLLM works on several files at once)."""
 
     vllm: VllmOptions = VllmOptions()
     """Options of the vLLM engine."""
@@ -67,6 +67,14 @@ class ScoreConfig(Section):
     context: Literal["header", "bos"] = "header"
     """Unconditional text before the response: `header`, what the chat template puts directly before a reply; `bos`,
     the BOS token alone (where a tokenizer has none, the first response token leaves both means)."""
+
+    student_logprobs: Literal["sampled", "prefill"] = "sampled"
+    """The student's log-probabilities of its responses: `sampled`, those the engine gave with them; `prefill`, computed
+    again, which costs one more pass over prompts and responses."""
+
+    check_samples: int = Field(default=16, ge=0, json_schema_extra=PLACEMENT)
+    """Samples of a round whose `sampled` log-probabilities are compared with a prefill; the stage fails where they are
+    not those of the student it scores."""
 
     batch_tokens: int = Field(default=4096, ge=16)
     """Tokens in one packed prefill. More is faster until memory ends."""

@@ -23,6 +23,20 @@ class LoraConfig(Section):
     """Which modules get an adapter."""
 
 
+class GuardConfig(Section):
+    """The near-policy guard: watches D_KL(current student || the policy that sampled its packs) while training."""
+
+    max_policy_kl: float | None = Field(default=0.10, gt=0)
+    """The budget, nats per token. The paper: about 0.10. null: no guard; the KL is recorded all the same."""
+
+    window_steps: int = Field(default=10, ge=1)
+    """Optimizer steps whose token-weighted mean is held against the budget; a shorter round is not judged."""
+
+    action: Literal["warn", "refresh", "stop"] = "warn"
+    """Over budget: `warn` says so once a round; `refresh` ends the round there, so that the next one samples from the
+    student as it is (the last round trains the epochs that this leaves; it can only warn); `stop` fails the stage."""
+
+
 class OptimizerConfig(Section):
     """What warm-up and rounds both need to train."""
 
@@ -81,6 +95,9 @@ class TrainConfig(OptimizerConfig):
     """What happens to the mass outside the top k. `truncated`: left out, the paper's formula; can go negative.
     `tail`: one more bucket; never negative, no gradient where the student equals the teacher. `renormalized`: both
     sides renormalised over the k tokens."""
+
+    guard: GuardConfig = GuardConfig()
+    """How far the student may move from its sampler."""
 
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; null: all weights."""

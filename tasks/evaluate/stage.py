@@ -11,7 +11,7 @@ from tasks.evaluate.agreement import Mean, compare_models
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_ref
 from tasks.language_model.ragged import Ragged
-from tasks.language_model.sources import policy_model, teacher_model
+from tasks.language_model.sources import result_model, teacher_model
 from tasks.stage import StageJob
 
 _LOGITS_CHUNK = 512
@@ -21,8 +21,8 @@ def evaluate_student(job: StageJob) -> None:
     """See ``tasks.evaluate.run``."""
     store, config = job.store, job.config
     prompts, responses = held_out_references(job)
-    teacher = load_ref(teacher_model(store, config))
-    student = load_ref(policy_model(store, config, job.round + 1))
+    teacher = load_ref(teacher_model(store, config), packed=True)
+    student = load_ref(result_model(store, config, job.round), packed=True)
     check_head(teacher)
     check_head(student)
     total, done = len(prompts.values) + len(responses.values), 0

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ModelError
+from tasks.language_model.packed_attention import packed_row
+
+# Two sequences in one row, to see whether the second sees the first.
+_PROBE_LENGTHS = (6, 5)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,32 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     """Return the last hidden states [1, tokens, width] of packed sequences that do not see each other.
 
     ``position_ids`` restart at 0 with each sequence. transformers isolates the sequences from them only without a
-    cache and without an attention mask.
+    cache and without an attention mask; `packed_sequences` attention does so without a mask matrix.
     """
-    states: Tensor = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    with packed_row(model, position_ids) as options:
+        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+    states: Tensor = output.last_hidden_state
     return states
+
+
+def probe_states(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Return the hidden states [tokens, width] of two short sequences packed in one row, and of each alone."""
+    device, vocab = input_device(model), model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 1 + sum(_PROBE_LENGTHS), device=device)[None] % vocab
+    positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])[None]
+    pairs = zip(ids.split(_PROBE_LENGTHS, dim=1), positions.split(_PROBE_LENGTHS, dim=1), strict=True)
+    alone = torch.cat([hidden_states(model, *pair)[0] for pair in pairs])
+    return hidden_states(model, ids, positions)[0], alone
+
+
+def agree(states: Tensor, others: Tensor) -> bool:
+    """Say whether two ways to the same hidden states differ by no more than the rounding of their dtype explains.
+
+    Taken as the norm of the difference over the norm: a leak between sequences changes a tenth and more.
+    """
+    tolerance = 1e-2 if states.dtype.itemsize >= 4 else 5e-2
+    states, others = states.float(), others.float()
+    return bool((states - others).norm() <= tolerance * others.norm())
 
 
 @torch.no_grad()
@@ -71,7 +97,7 @@ def check_head(model: PreTrainedModel) -> None:
     """Check that ``OutputHead`` reproduces the model's own logits, so that an unknown architecture cannot score wrong.
 
     Raises:
-        ModelError: the logits differ, or are not finite.
+        ModelError: the logits differ, or are not finite, or packed sequences see each other.
     """
     device = input_device(model)
     ids = torch.arange(1, 6, device=device)[None] % model.config.get_text_config().vocab_size
@@ -87,4 +113,21 @@ def check_head(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__} transforms its logits in a way this project does not know "
             f"(largest difference {(own - ours).abs().max().item():.3g}); it cannot be distilled yet"
+        )
+    check_isolation(model)
+
+
+@torch.no_grad()
+def check_isolation(model: PreTrainedModel) -> None:
+    """Check that packed sequences do not see each other, whatever the model's layers and its attention implementation.
+
+    Raises:
+        ModelError: they do: layers carry a state from token to token, or masks are made without the positions.
+    """
+    if not agree(*probe_states(model)):
+        attention = model.config.get_text_config()._attn_implementation
+        raise ModelError(
+            f"{type(model).__name__}: sequences packed into one row see each other or get wrong positions with "
+            f"attention `{attention}`; try `attn_implementation: eager` or `flash_attention_2`. If that does not help, "
+            "its layers carry a state (Mamba, linear attention) or take no positions: it cannot be distilled in packs"
         )

@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.errors import ModelError
+from tasks.language_model.head import agree, probe_states
+from tasks.language_model.packed_attention import PACKED_SEQUENCES
 from tasks.language_model.sources import ModelRef
 
 
@@ -55,8 +57,18 @@ def load_model(
     device: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode onto its device.
+
+    Args:
+        folder: A Hugging Face model.
+        dtype: As in the config.
+        device: As in the config.
+        attn_implementation: As in the config.
+        trust_remote_code: As in the config.
+        packed: It will be given packed rows: with no ``attn_implementation``, let it attend by `packed_sequences` if
+            its architecture can.
 
     Raises:
         ModelError: the folder has no weights that `transformers` can load.
@@ -71,15 +83,44 @@ def load_model(
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
     model.to(target)  # type: ignore[arg-type]
     loaded: PreTrainedModel = model.eval()
+    if attn_implementation is None:
+        text = loaded.config.get_text_config()
+        if getattr(text, "attn_logit_softcapping", None) is not None and text._attn_implementation == "sdpa":
+            # transformers' sdpa leaves the cap out without a word (Gemma 2), and vLLM does not.
+            loaded.set_attn_implementation("eager")
+        if packed:
+            prefer_packed_attention(loaded)
     return loaded
 
 
-def load_ref(ref: ModelRef) -> PreTrainedModel:
-    """Load the model that ``ref`` names."""
+@torch.no_grad()
+def prefer_packed_attention(model: PreTrainedModel) -> bool:
+    """Let a model attend by `packed_sequences` if its hidden states stay the same; else leave it as it is.
+
+    Returns:
+        Whether it now does.
+    """
+    if not model.is_backend_compatible():
+        return False
+    own = model.config.get_text_config()._attn_implementation
+    expected, _ = probe_states(model)
+    model.set_attn_implementation(PACKED_SEQUENCES)
+    try:
+        if agree(probe_states(model)[0], expected):
+            return True
+    except ModelError:  # it asks for something that this attention does not do
+        pass
+    model.set_attn_implementation(own)
+    return False
+
+
+def load_ref(ref: ModelRef, *, packed: bool = False) -> PreTrainedModel:
+    """Load the model that ``ref`` names; ``packed`` as in ``load_model``."""
     return load_model(
         ref.path,
         dtype=ref.dtype,
         device=ref.device,
         attn_implementation=ref.attn_implementation,
         trust_remote_code=ref.trust_remote_code,
+        packed=packed,
     )

@@ -14,6 +14,11 @@ from tasks.language_model.ragged import Ragged, offsets_of
 
 TokensDone = Callable[[int], None]
 
+_BLOCK = 64
+"""Neighbouring ids whose largest logit decides whether they are searched for the top k."""
+
+_LAST_ID = 0xFFFFFFFF
+
 
 @dataclass(frozen=True)
 class PrefillBatch:
@@ -37,18 +42,23 @@ class PrefillBatch:
 def plan_batches(lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
     """Group sequences, longest first, into batches of at most ``budget`` tokens (one sequence may exceed it alone).
 
+    The shortest sequences fill what is left of each batch.
+
     >>> [batch.tolist() for batch in plan_batches(np.array([3, 5, 2, 4]), 7)]
-    [[1], [3, 0], [2]]
+    [[1, 2], [3, 0]]
     """
     order = np.argsort(-lengths, kind="stable")
-    batches, start, used = [], 0, 0
-    for position, length in enumerate(lengths[order]):
-        if position > start and used + length > budget:
-            batches.append(order[start:position])
-            start, used = position, 0
-        used += int(length)
-    if start < len(order):
-        batches.append(order[start:])
+    ordered = lengths[order].tolist()
+    batches, first, last = [], 0, len(order)
+    while first < last:
+        longest, shortest, room = first, last, budget
+        while first < last and (first == longest or ordered[first] <= room):
+            room -= ordered[first]
+            first += 1
+        while last > first and ordered[last - 1] <= room:
+            last -= 1
+            room -= ordered[last]
+        batches.append(np.concatenate([order[longest:first], order[last:shortest]]))
     return batches
 
 
@@ -86,12 +96,13 @@ def prefill_batches(context: Ragged, response: Ragged, budget: int) -> Iterator[
 
 @dataclass(frozen=True)
 class Prefill:
-    """Log-probabilities in nats at temperature 1 over the full vocabulary, one entry per flat response token.
+    """Log-probabilities in nats at temperature 1 over the full vocabulary.
 
     Args:
-        logprobs: float32 [tokens], of the response token; NaN where nothing predicts it.
-        topk_ids: int32 [tokens, k], most likely first; empty with k = 0.
-        topk_logprobs: float32 [tokens, k].
+        logprobs: float32 [tokens], of each flat response token; NaN where nothing predicts it.
+        topk_ids: int32 [wanted, k], one entry per flat token of the rows whose top k were wanted, most likely first and
+            the lower id first among equals; empty with k = 0.
+        topk_logprobs: float32 [wanted, k].
     """
 
     logprobs: NDArray[np.float32]
@@ -108,6 +119,7 @@ def prefill(
     batch_tokens: int,
     logits_chunk: int,
     top_k: int = 0,
+    topk_rows: NDArray[np.bool_] | None = None,
     shared_vocab: int | None = None,
     on_tokens: TokensDone | None = None,
 ) -> Prefill:
@@ -120,38 +132,93 @@ def prefill(
         batch_tokens: Tokens in one packed forward pass.
         logits_chunk: Positions projected onto the vocabulary at a time.
         top_k: Most likely next tokens to return at each position.
+        topk_rows: Bool, one per row: where they are wanted; None: everywhere.
         shared_vocab: Only ids below this may appear among the top k (padded vocabulary rows are no tokens).
         on_tokens: Called with the number of tokens after each pass.
     """
     head = OutputHead.of(model)
     device = input_device(model)
-    tokens = len(response.values)
-    logprobs = np.full(tokens, np.nan, np.float32)
-    topk_ids = np.zeros((tokens, top_k), np.int32)
-    topk_logprobs = np.full((tokens, top_k), -np.inf, np.float32)
+    wanted = np.ones(len(response), bool) if topk_rows is None else topk_rows
+    wanted = np.repeat(wanted & (top_k > 0), response.lengths)
+    topk_places = np.cumsum(wanted) - 1
+    logprobs = np.full(len(wanted), np.nan, np.float32)
+    topk_ids = np.zeros((int(wanted.sum()), top_k), np.int32)
+    topk_logprobs = np.full(topk_ids.shape, -np.inf, np.float32)
     for batch in prefill_batches(context, response, batch_tokens):
+        # Positions whose top k are wanted come first, so that those of a chunk are a slice of its logits.
+        order = np.argsort(~wanted[batch.targets], kind="stable")
+        targets = batch.targets[order]
+        topk_targets = topk_places[targets[wanted[targets]]]
+        states_at = torch.from_numpy(batch.states_at[order]).to(device)
+        labels = torch.from_numpy(response.values[targets].astype(np.int64)).to(device)
         states = hidden_states(
             model,
             torch.from_numpy(batch.input_ids).to(device),
             torch.from_numpy(batch.position_ids).to(device),
         )[0]
-        for start in range(0, len(batch.targets), logits_chunk):
-            places = batch.states_at[start : start + logits_chunk]
-            targets = batch.targets[start : start + logits_chunk]
-            scores = head.logits(states[torch.from_numpy(places).to(device)]).log_softmax(-1)
-            labels = torch.from_numpy(response.values[targets].astype(np.int64)).to(device)
-            logprobs[targets] = scores.gather(1, labels[:, None])[:, 0].cpu().numpy()
-            if top_k:
-                values, ids = most_likely(scores, top_k, shared_vocab)
-                topk_ids[targets] = ids.cpu().numpy()
-                topk_logprobs[targets] = values.cpu().numpy()
+        chunks = [
+            _score_chunk(
+                head.logits(states[states_at[start : start + logits_chunk]]),
+                labels[start : start + logits_chunk],
+                top_k,
+                max(0, len(topk_targets) - start),
+                shared_vocab,
+            )
+            for start in range(0, len(targets), logits_chunk)
+        ]
+        if chunks:
+            found, values, ids = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
+            logprobs[targets] = found
+            topk_logprobs[topk_targets] = values
+            topk_ids[topk_targets] = ids
         if on_tokens is not None:
             on_tokens(batch.input_ids.size)
     return Prefill(logprobs, topk_ids, topk_logprobs)
 
 
-def most_likely(logprobs: Tensor, top_k: int, shared_vocab: int | None) -> tuple[Tensor, Tensor]:
-    """Return the ``top_k`` largest log-probabilities [n, k] and their ids, most likely first."""
-    scored = logprobs if shared_vocab is None else logprobs[:, :shared_vocab]
-    values, ids = scored.topk(top_k, dim=-1)
-    return values, ids
+def _score_chunk(
+    logits: Tensor, labels: Tensor, top_k: int, topk_rows: int, shared_vocab: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities of ``labels`` [n], and values and ids of the top k of the first ``topk_rows`` [m, k].
+
+    log p = (z - max z) - log(sum exp(z - max z)), in float32. Overwrites ``logits`` [n, vocabulary]: they are the
+    largest tensor of a pass, and this keeps them the only one of their size.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, labels[:, None]) - largest
+    values, ids = most_likely(logits[:topk_rows, :shared_vocab], top_k)
+    values -= largest[:topk_rows]
+    log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log_()
+    return (chosen - log_sum)[:, 0], values - log_sum[:topk_rows], ids
+
+
+def most_likely(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``top_k`` largest of float32 ``logits`` [n, vocabulary] and their ids (int32), both [n, k].
+
+    The largest come first, and the lower id first among equals, on every device. Exact, in one pass over the logits:
+    the k largest lie in the k blocks of neighbouring ids whose maxima are largest, and only those are searched.
+    """
+    vocabulary = logits.shape[1]
+    whole = vocabulary // _BLOCK * _BLOCK
+    maxima = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
+    if whole < vocabulary:
+        maxima = torch.cat([maxima, logits[:, whole:].amax(-1, keepdim=True)], 1)
+    blocks = torch.arange(maxima.shape[1], device=logits.device)
+    kept = _ids_of(_rank_keys(maxima, blocks).topk(min(top_k, len(blocks)), sorted=False).values)
+    ids = (kept[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
+    keys = _rank_keys(logits.gather(1, ids.clamp(max=vocabulary - 1)), ids)
+    # The last block may reach past the vocabulary.
+    keys.masked_fill_(ids >= vocabulary, torch.iinfo(torch.int64).min)
+    best = _ids_of(keys.topk(top_k).values)
+    return logits.gather(1, best), best.to(torch.int32)
+
+
+def _rank_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Return int64 keys that order float32 ``values`` upwards and, among equals, their ``ids`` downwards."""
+    # Read as integers, positive floats ascend and negative ones descend; + 0.0 makes -0.0 equal to 0.0.
+    bits = (values + 0.0).view(torch.int32)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (_LAST_ID - ids)
+
+
+def _ids_of(keys: Tensor) -> Tensor:
+    return _LAST_ID - (keys & _LAST_ID)

@@ -39,6 +39,12 @@ class Ragged:
         """Return ``times`` copies of ``row``."""
         return cls(np.tile(row, times), np.arange(times + 1, dtype=np.int64) * len(row))
 
+    @classmethod
+    def concat(cls, parts: Sequence[Ragged]) -> Ragged:
+        """Join the rows of ``parts``, one part after another."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(np.concatenate([part.values for part in parts]), offsets_of(lengths))
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Length of each row."""

@@ -10,7 +10,7 @@ from schemas.errors import ArtifactError, ModelError
 from schemas.manifest import hash_json
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
-from tasks.graph import MODELS, initial_policy, sampling_policy
+from tasks.graph import MODELS, initial_policy, result_policy, sampling_policy
 
 PACKAGE_SCHEME = "package://"
 
@@ -82,23 +82,26 @@ def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
         context=found.teacher_context,
         shared_vocab=found.shared_vocab,
         dtype=source.dtype,
-        device=source.device,
+        device=config.devices.teacher,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
     )
 
 
 def policy_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
-    """Return the student's snapshot that samples round ``round_index``; WARMUP: the student the rounds start from.
+    """Return the student's snapshot that samples round ``round_index`` (pi_gen), on the sampler's device."""
+    return _student(store, config, sampling_policy(config, round_index), config.devices.sampler)
 
-    Pass ``config.rounds`` for the last export.
-    """
-    return _student(store, config, sampling_policy(config, round_index))
+
+def result_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
+    """Return the student that round ``round_index`` ends with; WARMUP: that the rounds start from."""
+    return _student(store, config, result_policy(config, round_index), config.devices.sampler)
 
 
 def start_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
     """Return the weights that round ``round_index``'s training started from: one model for all rounds of a run."""
-    return _student(store, config, MODELS if round_index == WARMUP else initial_policy(config))
+    key = MODELS if round_index == WARMUP else initial_policy(config)
+    return _student(store, config, key, config.devices.trainer)
 
 
 def exported_folder(store: RunStore, key: StageKey) -> Path:
@@ -106,7 +109,7 @@ def exported_folder(store: RunStore, key: StageKey) -> Path:
     return store.path(key, "student" if key == MODELS else "model")
 
 
-def _student(store: RunStore, config: RunConfig, key: StageKey) -> ModelRef:
+def _student(store: RunStore, config: RunConfig, key: StageKey, device: str | None) -> ModelRef:
     found, source = resolved_models(store), config.student
     manifest = store.finished(key)
     folder = exported_folder(store, key)
@@ -124,7 +127,7 @@ def _student(store: RunStore, config: RunConfig, key: StageKey) -> ModelRef:
         context=found.student_context,
         shared_vocab=found.shared_vocab,
         dtype=source.dtype,
-        device=source.device,
+        device=device,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
     )

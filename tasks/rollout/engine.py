@@ -1,8 +1,9 @@
 """What an engine is given and what it returns, whichever engine it is."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,24 @@ class SamplingSettings:
     context: int
     end_ids: tuple[int, ...]
     vocab_size: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What one shard asks for, one response a row.
+
+    Args:
+        prompts: Tokens of each prompt.
+        seeds: Seed of each response (int64).
+    """
+
+    prompts: Sequence[TokenIds]
+    seeds: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each prompt (int64)."""
+        return np.fromiter(map(len, self.prompts), np.int64, len(self.prompts))
 
 
 @dataclass(frozen=True)
@@ -82,13 +101,22 @@ class Engine(Protocol):
     """Samples responses from one model, loaded once."""
 
     def generate(
-        self,
-        prompt_ids: Sequence[TokenIds],
-        seeds: NDArray[np.int64],
-        settings: SamplingSettings,
-        finished: Finished,
-    ) -> Rollouts:
-        """Sample one response per prompt; response i depends on prompt i and seed i alone, not on its neighbours."""
+        self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """Sample one response per prompt; it depends on its own prompt and seed alone, not on its neighbours.
+
+        Args:
+            requests: One a shard; taken only as far as the engine has use for, so it may make them as it goes.
+            settings: How responses are drawn.
+            finished: Told of every response.
+
+        Yields:
+            Number of a shard in ``requests`` and its responses, in any order, as soon as the shard's last is done.
+        """
+        ...
+
+    def counters(self) -> dict[str, float | str]:
+        """Return what the engine counts over all its calls, for the stage's manifest."""
         ...
 
     def close(self) -> None:
@@ -113,11 +141,11 @@ def open_engine(model: ModelRef, config: GenerateConfig, longest_sequence: int) 
         return VllmEngine(model, config.vllm, longest_sequence)
     from tasks.rollout.transformers_engine import TransformersEngine
 
-    return TransformersEngine(model, config.batch_size)
+    return TransformersEngine(model, config.batch_size, longest_sequence)
 
 
 class LazyEngine:
-    """An engine that is loaded by the first call that needs it, so that finished shards cost no load.
+    """An engine that is loaded by the first shard that needs it, so that finished shards cost no load.
 
     Args:
         opener: Loads it.
@@ -126,31 +154,35 @@ class LazyEngine:
     def __init__(self, opener: Callable[[], Engine]) -> None:
         self._opener = opener
         self._engine: Engine | None = None
+        self._own: dict[str, float | str] = {}
         self._tokens = 0
         self._seconds = self._load_seconds = 0.0
 
     def generate(
-        self,
-        prompt_ids: Sequence[TokenIds],
-        seeds: NDArray[np.int64],
-        settings: SamplingSettings,
-        finished: Finished,
-    ) -> Rollouts:
+        self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
+    ) -> Iterator[tuple[int, Rollouts]]:
         """See Engine."""
+        waiting = iter(requests)
+        first = next(waiting, None)
+        if first is None:
+            return
         clock = time.perf_counter()
         if self._engine is None:
             self._engine = self._opener()
             self._load_seconds = time.perf_counter() - clock
             clock += self._load_seconds
-        rollouts = self._engine.generate(prompt_ids, seeds, settings, finished)
-        self._seconds += time.perf_counter() - clock
-        self._tokens += len(rollouts.response_ids)
-        return rollouts
+        for number, rollouts in self._engine.generate(chain([first], waiting), settings, finished):
+            self._seconds += time.perf_counter() - clock
+            self._tokens += len(rollouts.response_ids)
+            self._own = self._engine.counters()
+            yield number, rollouts
+            # What the caller does with a shard is not the engine's time.
+            clock = time.perf_counter()
 
-    def counters(self) -> dict[str, float]:
-        """Return seconds to load, and response tokens per second since; 0 where nothing was sampled."""
+    def counters(self) -> dict[str, float | str]:
+        """Return seconds to load, response tokens per second since (0: nothing was sampled), and the engine's own."""
         rate = self._tokens / self._seconds if self._seconds else 0.0
-        return {"load_seconds": round(self._load_seconds, 3), "tokens_per_second": round(rate, 1)}
+        return {"load_seconds": round(self._load_seconds, 3), "tokens_per_second": round(rate, 1)} | self._own
 
     def close(self) -> None:
         """Free the model if it was loaded."""

@@ -1,5 +1,9 @@
 """The prompts of a split as tokens, columnar."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
@@ -12,20 +16,36 @@ from tasks.rollout.engine import TokenIds
 from tasks.stage import StageJob
 
 _CHUNK = 4096
+"""Texts that are Python objects at a time."""
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: pa.ChunkedArray) -> Ragged:
     """Return conversations (list<struct<role, content>>) as tokens, each ending where the reply begins."""
-    rows: list[TokenIds] = []
-    for start in range(0, len(messages), _CHUNK):
-        rows += encode_prompts(tokenizer, messages.slice(start, _CHUNK).to_pylist())
-    return Ragged.from_rows(rows)
+    return _encoded(messages, lambda conversations: encode_prompts(tokenizer, conversations))
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: pa.ChunkedArray, end_id: int) -> Ragged:
+    """Return answers (string) as tokens, each closed by ``end_id``."""
+
+    def encode(texts: list[str]) -> list[TokenIds]:
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [np.array([*ids, end_id], dtype=np.int32) for ids in encoded]
+
+    return _encoded(answers, encode)
+
+
+def _encoded(column: pa.ChunkedArray, encode: Callable[[list[Any]], list[TokenIds]]) -> Ragged:
+    starts = range(0, len(column), _CHUNK)
+    chunks = [Ragged.from_rows(encode(column.slice(start, _CHUNK).to_pylist())) for start in starts]
+    return Ragged.concat([Ragged.from_rows([]), *chunks])
 
 
 def fitting_prompts(
     job: StageJob, prompts: pa.Table, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> tuple[pa.Table, Ragged]:
-    """Return the prompts that leave room for a reply, and their tokens; count the others as `dropped_prompts`.
+    """Return the prompts that leave room for a reply, as rows and as tokens; count the others as `dropped_prompts`.
+
+    The rows have no messages any more: once they are tokens, the text is only memory.
 
     Args:
         job: The stage, for `prompts.too_long` and its counters.
@@ -50,7 +70,8 @@ def fitting_prompts(
             f"none of the {len(mask)} prompts leaves room for a reply in the models' context of {context} tokens; "
             "shorten them or choose models with a longer context"
         )
-    return prompts.filter(pa.array(mask)), tokens.filter(mask)
+    kept = prompts.drop_columns("messages")
+    return (kept, tokens) if mask.all() else (kept.filter(pa.array(mask)), tokens.filter(mask))
 
 
 def of_split(prompts: pa.Table, split: str) -> pa.Table:

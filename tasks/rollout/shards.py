@@ -1,6 +1,6 @@
 """From prompts to the finished files of a rollout table: one shard at a time, each kept when a stage starts again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
-from tasks.rollout.engine import Engine, Finished, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import StageJob
 
@@ -22,21 +22,22 @@ class Shard:
     """The samples of one file.
 
     Args:
+        number: Of the file.
         rows: First and one past the last prompt, in their group.
         prompt_ids: Prompt of each sample.
         sample_index: Number of each sample among its prompt's (int32).
-        tokens: Prompt tokens of each sample.
-        seeds: Seed of each sample (int64).
+        requests: Prompt tokens and seed of each sample.
     """
 
+    number: int
     rows: tuple[int, int]
     prompt_ids: list[str]
     sample_index: NDArray[np.int32]
-    tokens: list[TokenIds]
-    seeds: NDArray[np.int64]
+    requests: Requests
 
 
-Respond = Callable[[Shard, Finished], Rollouts]
+Respond = Callable[[Iterable[Shard], Finished], Iterator[tuple[Shard, Rollouts]]]
+"""Answers shards, each as soon as it is done, in any order; tells of every response."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Group:
     Args:
         prompt_ids: Their ids.
         tokens: Their tokens.
-        respond: Answers one shard of them.
+        respond: Answers shards of them.
         policy_version: Hash of the weights that answer; "answers" where nothing is sampled.
         policy_step: Optimizer steps these weights have had.
         round: Round the samples are for.
@@ -54,7 +55,7 @@ class Group:
         samples_per_prompt: Responses for each.
     """
 
-    prompt_ids: list[str]
+    prompt_ids: pa.ChunkedArray
     tokens: Ragged
     respond: Respond
     policy_version: str
@@ -63,25 +64,37 @@ class Group:
     prefix: str
     samples_per_prompt: int = 1
 
-    def shard(self, start: int, stop: int, run_seed: int) -> Shard:
+    def shard(self, number: int, start: int, stop: int, run_seed: int) -> Shard:
         """Return the samples of prompts ``start`` to ``stop``; samples of one prompt lie together."""
         n = self.samples_per_prompt
-        ids = [prompt_id for prompt_id in self.prompt_ids[start:stop] for _ in range(n)]
+        ids = [prompt_id for prompt_id in self.prompt_ids[start:stop].to_pylist() for _ in range(n)]
         index = np.tile(np.arange(n, dtype=np.int32), stop - start)
         seeds = [sample_seed(run_seed, self.round, prompt_id, int(i)) for prompt_id, i in zip(ids, index, strict=True)]
         tokens = [row for row in self.tokens.rows(start, stop) for _ in range(n)]
-        return Shard((start, stop), ids, index, tokens, np.array(seeds, dtype=np.int64))
+        return Shard(number, (start, stop), ids, index, Requests(tokens, np.array(seeds, dtype=np.int64)))
 
 
 def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
     """Answer shards with ``engine``."""
-    return lambda shard, finished: engine.generate(shard.tokens, shard.seeds, settings, finished)
+
+    def respond(shards: Iterable[Shard], finished: Finished) -> Iterator[tuple[Shard, Rollouts]]:
+        asked: dict[int, Shard] = {}
+
+        def requests() -> Iterator[Requests]:
+            for place, shard in enumerate(shards):
+                asked[place] = shard
+                yield shard.requests
+
+        for place, rollouts in engine.generate(requests(), settings, finished):
+            yield asked.pop(place), rollouts
+
+    return respond
 
 
 def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """Return one shard's samples and responses as a table of schema GENERATE."""
     samples = len(shard.prompt_ids)
-    prompts = Ragged.from_rows(shard.tokens)
+    prompts = Ragged.from_rows(shard.requests.prompts)
     responses: Any = rollouts.rows()
     return pa.table(
         {
@@ -99,7 +112,7 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
             "response": tokenizer.batch_decode(responses, skip_special_tokens=True),
             "finish_reason": pa.array(rollouts.finish_reason.tolist(), pa.string()),
             "sampled_logprobs": _lists(rollouts.logprobs, rollouts.offsets),
-            "seed": shard.seeds,
+            "seed": shard.requests.seeds,
         },
         schema=GENERATE.columns,
     )
@@ -108,39 +121,43 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
 def write_shards(job: StageJob, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> None:
     """Write every shard that is not there yet; count samples, tokens and how responses ended, over all shards."""
     total = sum(len(group.prompt_ids) * group.samples_per_prompt for group in groups)
-    done = tokens = stopped = kept = 0
+    done = tokens = stopped = kept = shards = 0
     shard_prompts = job.config.generate.shard_prompts
-    spans = [
-        (group, start, min(start + shard_prompts, len(group.prompt_ids)))
-        for group in groups
-        for start in range(0, len(group.prompt_ids), shard_prompts)
-    ]
 
     def finished(count: int) -> None:
         nonlocal done
         done += count
         job.progress(done, total, "samples")
 
-    for number, (group, start, stop) in enumerate(spans):
-        path = job.store.part(job.key, number)
-        expected = done + (stop - start) * group.samples_per_prompt
-        if path.exists():
-            table = job.store.read_part(path, GENERATE, ["response_ids", "finish_reason"])
-            kept += 1
-        else:
-            shard = group.shard(start, stop, job.config.seed)
-            table = rollout_table(group, shard, group.respond(shard, finished), tokenizer)
-            job.store.write_table(path, table, GENERATE)
-        finished(expected - done)
+    def count(table: pa.Table) -> None:
+        nonlocal tokens, stopped
         tokens += pc.sum(pc.list_value_length(table.column("response_ids"))).as_py()
         stopped += pc.sum(pc.equal(table.column("finish_reason"), "stop")).as_py()
+
+    for group in groups:
+        missing: list[tuple[int, int, int]] = []
+        for start in range(0, len(group.prompt_ids), shard_prompts):
+            path, stop = job.store.part(job.key, shards), min(start + shard_prompts, len(group.prompt_ids))
+            if path.exists():
+                table = job.store.read_part(path, GENERATE, ["response_ids", "finish_reason"])
+                count(table)
+                finished(table.num_rows)
+                kept += 1
+            else:
+                missing.append((shards, start, stop))
+            shards += 1
+        wanted = (group.shard(*span, job.config.seed) for span in missing)
+        for shard, rollouts in group.respond(wanted, finished):
+            table = rollout_table(group, shard, rollouts, tokenizer)
+            job.store.write_table(job.store.part(job.key, shard.number), table, GENERATE)
+            count(table)
     job.counters |= {
         "prompts": sum(len(group.prompt_ids) for group in groups),
         "samples": total,
         "tokens": tokens,
         "stop": stopped,
         "length": total - stopped,
-        "shards": len(spans),
+        "shards": shards,
         "shards_kept": kept,
     }
 

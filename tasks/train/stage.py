@@ -6,16 +6,20 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from transformers import TrainerState
 from trl.trainer.sft_config import SFTConfig
 
-from schemas.config import LoraConfig, OptimizerConfig
-from schemas.errors import ConfigError
+from schemas.config import GuardConfig, LoraConfig, OptimizerConfig
+from schemas.errors import ConfigError, StageError
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
+from tasks.graph import sampled_round, sampling_policy
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
 from tasks.language_model.sources import start_model
 from tasks.stage import StageJob
+from tasks.train.guard import describe_breach, ends_round, is_over_budget
+from tasks.train.loss import Objective
 from tasks.train.packs import PackReader
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
@@ -34,61 +38,101 @@ def train_round(job: StageJob) -> None:
     if warmup:
         assert config.warmup is not None
         settings = config.warmup
-    reader = PackReader(store.table_files(StageKey("pack", job.round)))
+    reader = PackReader(store.table_files(StageKey("pack", sampled_round(config, job.round))))
     schedule = round_schedule(job, settings, len(reader))
-    start = start_model(store, config, job.round)
-    device = resolve_device(start.device)
-    model = load_model(
-        start.path,
-        dtype="float32",
-        device=str(device),
-        attn_implementation=start.attn_implementation,
-        trust_remote_code=start.trust_remote_code,
-    )
-    check_head(model)
-    model.config.use_cache = False
     folder = store.path(job.key, _RUNNING)
-    trainer = NearPolicyTrainer(
-        model=model,
-        args=trainer_arguments(settings, schedule, folder, config.seed, device),
-        tokenizer=load_tokenizer(start.path, trust_remote_code=start.trust_remote_code),
-        reader=reader,
-        schedule=schedule,
-        optimizer_config=settings,
-        kd_weight=0.0 if warmup else config.train.kd_weight,
-        kd_form=config.train.kd_form,
-        peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
-        on_steps=lambda done, total: job.progress(done, total, "steps"),
-    )
-    trainer.train(resume_from_checkpoint=resume_point(job, folder))
-    metrics = metrics_table(trainer.state.log_history, schedule, job.round)
+    guard = None if warmup else config.train.guard
+    resume = resume_point(job, folder)
+    state = TrainerState() if resume is None else TrainerState.load_from_json(str(resume / "trainer_state.json"))
+    if not is_over(state, schedule, guard):
+        start = start_model(store, config, job.round)
+        device = resolve_device(start.device)
+        model = load_model(
+            start.path,
+            dtype="float32",
+            device=str(device),
+            attn_implementation=start.attn_implementation,
+            trust_remote_code=start.trust_remote_code,
+            packed=True,
+        )
+        check_head(model)
+        model.config.use_cache = False
+        trainer = NearPolicyTrainer(
+            model=model,
+            args=trainer_arguments(settings, schedule, folder, config.seed, device),
+            tokenizer=load_tokenizer(start.path, trust_remote_code=start.trust_remote_code),
+            reader=reader,
+            schedule=schedule,
+            optimizer_config=settings,
+            objective=Objective(0.0 if warmup else config.train.kd_weight, config.train.kd_form, settings.loss_chunk),
+            guard=guard,
+            peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
+            on_steps=lambda done, total: job.progress(done, total, "steps"),
+            on_warning=job.warn,
+        )
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        state = trainer.state
+    if guard is not None and guard.action == "stop" and is_over_budget(state.log_history, schedule.start_step, guard):
+        raise StageError(
+            f"{job.key.label}: {describe_breach(state, schedule, guard)}, and `train.guard.action` is `stop`. "
+            "Raise the budget to go on from here; or lower `train.learning_rate` or `train.epochs_per_round`, filter "
+            "more (`filter.max_delta_ifd`), or set `train.guard.action: refresh`"
+        )
+    metrics = metrics_table(state.log_history, schedule, job.round, sampler_step(job))
     store.write_table(store.path(job.key, "metrics.parquet"), metrics, TRAIN_METRICS)
-    keep_last_checkpoint(folder, store.path(job.key, CHECKPOINT), schedule.end_step)
-    response_tokens = sum(metrics.column("response_tokens").to_pylist())
+    keep_last_checkpoint(folder, store.path(job.key, CHECKPOINT), state.global_step)
+    epochs = schedule.epoch(state.global_step) - schedule.epochs_before
     job.counters |= {
-        "policy_step": schedule.end_step,
+        "policy_step": state.global_step,
         "start_step": schedule.start_step,
-        "epochs": schedule.epochs,
+        "epochs": round(epochs, 6),
+        "epochs_done": schedule.epoch(state.global_step),
         "packs": len(reader),
-        "response_tokens": response_tokens,
-        "tokens": schedule.epochs * reader.tokens(),
+        "response_tokens": sum(metrics.column("response_tokens").to_pylist()),
+        "tokens": round(epochs * int(reader.seq_lengths.values.sum())),
     }
 
 
+def sampler_step(job: StageJob) -> int | None:
+    """Return the optimizer steps of the weights that sampled what the round trains on; None for the warm-up."""
+    if job.round == WARMUP:
+        return None
+    sampler = sampling_policy(job.config, sampled_round(job.config, job.round)).round
+    if sampler is None or sampler == WARMUP:
+        return 0
+    return int(job.store.finished(StageKey("train", sampler)).counters["policy_step"])
+
+
+def is_over(state: TrainerState, schedule: RoundSchedule, guard: GuardConfig | None) -> bool:
+    """Say whether a checkpoint's round has nothing left to train: all its steps done, or ended by the guard."""
+    if state.global_step >= schedule.end_step:
+        return True
+    if guard is None or not ends_round(schedule, guard):
+        return False
+    return is_over_budget(state.log_history, schedule.start_step, guard)
+
+
 def round_schedule(job: StageJob, settings: OptimizerConfig, packs: int) -> RoundSchedule:
-    """Return where this round lies in the run (the warm-up is a run of its own)."""
+    """Return where this round lies in the run (the warm-up is a run of its own).
+
+    The last round takes the epochs that the guard cut off earlier ones.
+    """
     config = job.config
     if job.round == WARMUP:
         assert config.warmup is not None
         epochs = config.warmup.epochs
         return RoundSchedule(0, packs, settings.packs_per_step, 0, epochs, epochs)
-    before = job.store.finished(StageKey("train", job.round - 1)).counters if job.round > 0 else {"policy_step": 0}
+    start_step, before = 0, 0.0
+    if job.round > 0:
+        counters = job.store.finished(StageKey("train", job.round - 1)).counters
+        start_step, before = int(counters["policy_step"]), float(counters["epochs_done"])
+    last = job.round == config.rounds - 1
     return RoundSchedule(
-        start_step=int(before["policy_step"]),
+        start_step=start_step,
         packs=packs,
         packs_per_step=settings.packs_per_step,
-        epochs_before=job.round * config.train.epochs_per_round,
-        epochs=config.train.epochs_per_round,
+        epochs_before=before,
+        epochs=config.total_epochs - before if last else config.train.epochs_per_round,
         total_epochs=config.total_epochs,
     )
 
@@ -144,18 +188,20 @@ def peft_config(lora: LoraConfig) -> Any:
     )
 
 
-def resume_point(job: StageJob, folder: Path) -> str | None:
+def resume_point(job: StageJob, folder: Path) -> Path | None:
     """Return the checkpoint to continue from: this round's newest whole one, else the last of the round before."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     if whole:
-        return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+        return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     if job.round > 0:
-        return str(job.store.path(StageKey("train", job.round - 1), CHECKPOINT))
+        return job.store.path(StageKey("train", job.round - 1), CHECKPOINT)
     return None
 
 
-def metrics_table(log_history: list[dict[str, float]], schedule: RoundSchedule, round_index: int) -> pa.Table:
-    """Return the round's logged steps as the train metrics table."""
+def metrics_table(
+    log_history: list[dict[str, float]], schedule: RoundSchedule, round_index: int, sampled_at: int | None
+) -> pa.Table:
+    """Return the round's logged steps as the train metrics table; ``sampled_at``: the sampler's optimizer steps."""
     warmup = round_index == WARMUP
     steps = [entry for entry in log_history if "ce" in entry and entry["step"] > schedule.start_step]
     return pa.table(
@@ -171,6 +217,8 @@ def metrics_table(log_history: list[dict[str, float]], schedule: RoundSchedule, 
             "response_tokens": [int(entry["response_tokens"]) for entry in steps],
             "tokens_per_second": [None] * len(steps),
             "policy_kl": [None if warmup else entry["policy_kl"] for entry in steps],
+            # The step learned with the weights of the step before.
+            "policy_lag": [None if sampled_at is None else int(entry["step"]) - 1 - sampled_at for entry in steps],
         },
         schema=TRAIN_METRICS.columns,
     )

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer, extended: packs with targets, CE + top-k KL, and one run over several rounds."""
 
 import functools
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from schemas.config import OptimizerConfig
+from schemas.config import GuardConfig, OptimizerConfig
 from schemas.errors import StageError
 from tasks.language_model.head import OutputHead, hidden_states
-from tasks.train.loss import KdForm, LossSums, Targets, loss_sums
+from tasks.train.guard import describe_breach, ends_round, is_over_budget, sampled_policy_kl
+from tasks.train.loss import LossSums, Objective, Targets, loss_sums
 from tasks.train.packs import PackCollator, PackReader
-from tasks.train.schedule import EpochSampler, RoundSchedule, cosine_scheduler
+from tasks.train.schedule import EpochSampler, RoundSchedule, cosine_scheduler, pack_costs
 
 StepsDone = Callable[[int, int], None]
 
 
-def add_distillation_head(model: PreTrainedModel, form: KdForm, chunk: int) -> None:
+def add_distillation_head(model: PreTrainedModel, objective: Objective) -> None:
     """Let ``model(..., distillation_targets=targets)`` return LossSums instead of logits.
 
     The forward itself is extended, not replaced, so that wrappers around it (autocast, DDP, PEFT) still apply.
@@ -35,20 +37,9 @@ def add_distillation_head(model: PreTrainedModel, form: KdForm, chunk: int) -> N
         if distillation_targets is None:
             return original(*args, **kwargs)
         hidden = hidden_states(self, kwargs["input_ids"], kwargs["position_ids"])[0]
-        sums = loss_sums(hidden, OutputHead.of(self), distillation_targets, form, chunk)
-        return {"ce": sums.ce, "kd": sums.kd, "label_logprobs": sums.label_logprobs}
+        return loss_sums(hidden, OutputHead.of(self), distillation_targets, objective)._asdict()
 
     model.forward = types.MethodType(forward, model)
-
-
-def sampled_policy_kl(label_logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
-    """Estimate D_KL(pi_current || pi_gen) in nats at each token drawn from pi_gen, [n].
-
-    With r = pi_current / pi_gen of the drawn token, r log r - (r - 1) has the KL as its mean under pi_gen and is never
-    negative (the control variate r - 1 has mean 0).
-    """
-    log_ratio = label_logprobs.double() - sampled_logprobs.double()
-    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
 
 
 class _Progress(TrainerCallback):
@@ -58,6 +49,20 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         total = self.schedule.end_step - self.schedule.start_step
         self.on_steps(state.global_step - self.schedule.start_step, total)
+
+
+class _Guard(TrainerCallback):
+    def __init__(self, schedule: RoundSchedule, guard: GuardConfig, on_warning: Callable[[str], None]) -> None:
+        self.schedule, self.guard, self.on_warning, self.warned = schedule, guard, on_warning, False
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not is_over_budget(state.log_history, self.schedule.start_step, self.guard):
+            return
+        if not self.warned:
+            self.on_warning(describe_breach(state, self.schedule, self.guard))
+            self.warned = True
+        if ends_round(self.schedule, self.guard):
+            control.should_save = control.should_training_stop = True
 
 
 class NearPolicyTrainer(SFTTrainer):
@@ -71,11 +76,12 @@ class NearPolicyTrainer(SFTTrainer):
         tokenizer: The student's.
         reader: The round's packs.
         schedule: Where the round lies in the run.
-        optimizer_config: Learning rates and chunk size.
-        kd_weight: Lambda; 0 trains on labels alone and needs no targets.
-        kd_form: See ``topk_forward_kl``.
+        optimizer_config: Learning rates.
+        objective: The loss.
+        guard: What to do when the student leaves its sampler too far behind; None in a warm-up.
         peft_config: Adapters to train instead of all weights.
         on_steps: Told steps done and steps of the round.
+        on_warning: Told once if the guard's budget is exceeded.
     """
 
     def __init__(
@@ -87,14 +93,21 @@ class NearPolicyTrainer(SFTTrainer):
         reader: PackReader,
         schedule: RoundSchedule,
         optimizer_config: OptimizerConfig,
-        kd_weight: float,
-        kd_form: KdForm,
+        objective: Objective,
+        guard: GuardConfig | None = None,
         peft_config: Any = None,
         on_steps: StepsDone = lambda done, total: None,
+        on_warning: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.schedule, self.optimizer_config = schedule, optimizer_config
-        self.kd_weight, self.kd_form, self.seed = kd_weight, kd_form, args.seed
-        add_distillation_head(model, kd_form, optimizer_config.loss_chunk)
+        self.objective: Objective = objective
+        self.sampler = EpochSampler(
+            pack_costs(reader.seq_lengths, model.config.get_text_config().hidden_size),
+            schedule.packs_per_step,
+            args.seed,
+            schedule.epochs_before,
+        )
+        add_distillation_head(model, objective)
         super().__init__(
             model=model,
             args=args,
@@ -102,11 +115,14 @@ class NearPolicyTrainer(SFTTrainer):
             data_collator=PackCollator(reader),
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[_Progress(schedule, on_steps)],
+            callbacks=[
+                _Progress(schedule, on_steps),
+                *([] if guard is None else [_Guard(schedule, guard, on_warning)]),
+            ],
         )
         # The loss below divides by the step's response tokens itself.
         self.model_accepts_loss_kwargs = True
-        self._sums = {"ce": 0.0, "kd": 0.0, "policy_kl": 0.0, "response_tokens": 0.0}
+        self._sums: dict[str, Tensor] = {}
 
     # -- the loss --------------------------------------------------------------------------------------------------
 
@@ -119,48 +135,52 @@ class NearPolicyTrainer(SFTTrainer):
     ) -> Tensor:
         """Return the micro-batch's share of the optimizer step's loss."""
         places = (inputs["labels"][0, 1:] != -100).nonzero()[:, 0]
+        distil = self.objective.kd_weight > 0
         targets = Targets(
             places=places,
             labels=inputs["labels"][0, places + 1],
-            topk_ids=inputs.get("topk_ids") if self.kd_weight > 0 else None,
-            topk_logprobs=inputs.get("topk_logprobs") if self.kd_weight > 0 else None,
+            topk_ids=inputs.get("topk_ids") if distil else None,
+            topk_logprobs=inputs.get("topk_logprobs") if distil else None,
         )
         sums = LossSums(
             **model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], distillation_targets=targets)
         )
         tokens = len(places) if num_items_in_batch is None else num_items_in_batch
-        loss = ((1 - self.kd_weight) * sums.ce + self.kd_weight * sums.kd) / torch.as_tensor(tokens).clamp(min=1)
-        if not torch.isfinite(loss):
-            raise StageError(
-                f"train: the loss of optimizer step {self.state.global_step + 1} is not finite "
-                f"(CE {sums.ce.item():.4g}, KD {sums.kd.item():.4g} nats over {len(places)} tokens); lower "
-                "`train.learning_rate` or set `train.precision: fp32`"
-            )
-        self._sums["ce"] += sums.ce.item()
-        self._sums["kd"] += sums.kd.item()
-        self._sums["response_tokens"] += len(places)
+        loss = sums.loss / torch.as_tensor(tokens).clamp(min=1)
+        parts = {"ce": sums.ce, "kd": sums.kd, "response_tokens": sums.ce.new_tensor(len(places))}
         if "sampled_logprobs" in inputs:
-            kl = sampled_policy_kl(sums.label_logprobs, inputs["sampled_logprobs"])
-            self._sums["policy_kl"] += kl.sum().item()
+            parts["policy_kl"] = sampled_policy_kl(sums.label_logprobs, inputs["sampled_logprobs"]).sum()
+        # Kept on the device: a number read from a GPU waits for everything before it.
+        self._sums = {name: value.double() + self._sums.get(name, 0.0) for name, value in parts.items()}
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages gradients over processes; the token count is theirs together.
             loss = loss * self.accelerator.num_processes
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's own parts to what is logged: token-weighted means in nats."""
-        tokens = self._sums["response_tokens"]
-        if tokens:
-            gradient = logs.get("grad_norm", 0.0)
-            if not torch.isfinite(torch.tensor(gradient)):
+        """Add the step's own parts to what is logged: token-weighted means in nats.
+
+        Raises:
+            StageError: the step's loss or gradient is not finite.
+        """
+        if self._sums:
+            sums = {name: value.item() for name, value in self._sums.items()}
+            self._sums = {}
+            tokens = sums.pop("response_tokens")
+            if not (math.isfinite(sums["ce"]) and math.isfinite(sums["kd"])):
+                raise StageError(
+                    f"train: the loss of optimizer step {self.state.global_step} is not finite "
+                    f"(CE {sums['ce']:.4g}, KD {sums['kd']:.4g} nats over {tokens:.0f} tokens); lower "
+                    "`train.learning_rate` or set `train.precision: fp32`"
+                )
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
                 raise StageError(
                     f"train: the gradient of optimizer step {self.state.global_step} is not finite; lower "
                     "`train.learning_rate` or set `train.precision: fp32`"
                 )
-            logs |= {name: self._sums[name] / tokens for name in ("ce", "kd", "policy_kl")}
+            logs |= {name: value / tokens for name, value in sums.items()}
             logs["response_tokens"] = tokens
             logs["run_epoch"] = self.schedule.epoch(self.state.global_step)
-            self._sums = dict.fromkeys(self._sums, 0.0)
         super().log(logs, start_time)
 
     # -- one run over all rounds -----------------------------------------------------------------------------------
@@ -183,7 +203,7 @@ class NearPolicyTrainer(SFTTrainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return EpochSampler(self.schedule.packs, self.seed, self.schedule.epochs_before)
+        return self.sampler
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any

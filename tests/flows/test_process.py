@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.process import run_in_process
+from flows.process import cancelling, run_in_process, threads_of
 from schemas.config import RunConfig
 from schemas.errors import PromptError, StageError
 from schemas.run_store import RunStore
@@ -116,6 +116,42 @@ def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:
     assert not is_running(child_of(store))
 
 
+def test_a_cancelled_stage_ends_with_its_child(tmp_path: Path) -> None:
+    config = endless_config(tmp_path)
+    store = make_store(tmp_path, config)
+    cancelled = threading.Event()
+
+    def cancel() -> None:
+        child_of(store)
+        cancelled.set()
+
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    with cancelling(cancelled), pytest.raises(StageError, match=r"cancelled.*continues where it stopped"):
+        run_in_process(store, config, PROMPTS)
+    canceller.join()
+    assert not is_running(child_of(store))
+
+
+def test_stages_that_may_run_side_by_side_share_the_cores(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    overlap = make_config(tmp_path, overlap=True, rounds=3)
+    half = max(1, cores // 2)
+    expected = {
+        StageKey("generate", 0): None,
+        StageKey("train", WARMUP): None,
+        StageKey("generate", 1): half,
+        StageKey("score", 2): half,
+        StageKey("train", 0): half,
+        StageKey("train", 2): None,
+        StageKey("models"): None,
+    }
+    assert {key: threads_of(overlap, key) for key in expected} == expected
+    assert {threads_of(make_config(tmp_path), key) for key in expected} == {None}
+    limited = make_config(tmp_path, devices={"cpu_threads": 3})
+    assert {threads_of(limited, key) for key in expected} == {3}
+
+
 def test_the_child_ends_when_its_parent_dies(tmp_path: Path) -> None:
     config = endless_config(tmp_path)
     store = make_store(tmp_path, config)
@@ -144,6 +180,6 @@ def test_out_of_memory_errors_say_what_to_lower() -> None:
 
 
 def test_a_job_survives_its_line() -> None:
-    job = Job("runs/a", {"name": "a", "text": "two\nlines"}, ("train", WARMUP), "log")
+    job = Job("runs/a", {"name": "a", "text": "two\nlines"}, ("train", WARMUP), "log", threads=2)
     assert job.to_line().count(b"\n") == 1
     assert Job.from_line(job.to_line()) == job

@@ -34,6 +34,7 @@ def filter_table(reasons: list[str]) -> pa.Table:
             "reason": reason,
             "min_delta_ifd": 0.0,
             "max_delta_ifd": 0.8,
+            "policy_lag": 0,
         }
         for i, reason in enumerate(reasons)
     ]

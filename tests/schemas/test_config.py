@@ -152,7 +152,7 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
 
 def test_placement_does_not_touch_fingerprints() -> None:
     plain = parse_config(MINIMAL)
-    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere", "teacher": {"model": "a", "device": "cpu"}})
+    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}})
     changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
     assert plain.fingerprinted() == moved.fingerprinted()
     assert plain.fingerprinted() != changed.fingerprinted()

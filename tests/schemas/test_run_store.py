@@ -179,6 +179,7 @@ def test_metadata_can_be_read_with_nulls_in_nullable_columns(tmp_path: Path) -> 
             "reason": ["not_scorable", "kept"],
             "min_delta_ifd": [0.0, 0.0],
             "max_delta_ifd": [0.8, 0.8],
+            "policy_lag": [0, 0],
         },
         schema=FILTER.columns,
     )

@@ -31,7 +31,9 @@ def _ledger(
     ids = pa.chunked_array([[f"s{i}" for i in range(len(tokens))]])
     low, high = (np.float32(bound) for bound in bounds)
     values = pa.array(delta_ifd, pa.float32())
-    rows: list[dict[str, Any]] = ledger(ids, values, np.array(tokens), (low, high), max_tokens).to_pylist()
+    rows: list[dict[str, Any]] = ledger(
+        ids, values, np.array(tokens), (low, high), max_tokens, np.arange(len(tokens))
+    ).to_pylist()
     return rows
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from schemas.config import RunConfig
+from schemas.config import GenerateConfig, RunConfig
 from schemas.errors import PromptError
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
@@ -14,7 +15,8 @@ from schemas.tables import GENERATE
 from tasks import generate
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_tokenizer
-from tasks.language_model.sources import policy_model
+from tasks.language_model.sources import ModelRef, policy_model
+from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
 from tasks.stage import StageJob, execute
 from tests.tasks.rollout_runs import TRAIN, make_run
 
@@ -57,6 +59,8 @@ def test_every_train_prompt_is_answered_in_order(tmp_path: Path, teacher_dir: Pa
     assert counters["stop"] + counters["length"] == 2 * TRAIN
     assert counters["engine"] == "transformers"
     assert counters["tokens_per_second"] > 0
+    assert counters["decoding"] == "slots"
+    assert counters["slot_use"] == 1.0
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
@@ -111,6 +115,29 @@ def test_an_interrupted_stage_continues_from_its_finished_shards(
     assert store.part(KEY, 1).stat().st_mtime_ns == kept_since
     assert (manifest.counters["shards"], manifest.counters["shards_kept"]) == (3, 1)
     assert manifest.counters["samples"] == TRAIN
+
+
+def test_shards_may_be_done_in_any_order(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.rollout.transformers_engine import TransformersEngine
+
+    class LastFirst(TransformersEngine):
+        def generate(
+            self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
+        ) -> Iterator[tuple[int, Rollouts]]:
+            yield from reversed(list(super().generate(requests, settings, finished)))
+
+    def open_last_first(model: ModelRef, config: GenerateConfig, longest: int) -> LastFirst:
+        return LastFirst(model, config.batch_size, longest)
+
+    in_order = part_bytes(run_stage(tmp_path / "in_order", teacher_dir, student_dir)[0])
+    monkeypatch.setattr(generate, "open_engine", open_last_first)
+    store, config = make_run(tmp_path / "last_first", teacher_dir, student_dir)
+    seen: list[int] = []
+    execute(store, config, KEY, lambda done, total, unit: seen.append(done))
+    assert part_bytes(store) == in_order
+    assert seen[-1] == TRAIN
 
 
 def test_no_model_is_loaded_when_every_shard_is_there(

@@ -11,7 +11,7 @@ from schemas.errors import ModelError, PromptError
 from tasks.language_model.loading import load_model
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import longest_sequence, prompts_that_fit, response_limits
-from tasks.rollout.engine import Rollouts, SamplingSettings, TokenIds, open_engine
+from tasks.rollout.engine import Requests, Rollouts, SamplingSettings, TokenIds, open_engine
 from tasks.rollout.sampling import choose_tokens
 from tasks.rollout.seeds import sample_seed, uniforms
 from tasks.rollout.transformers_engine import TransformersEngine
@@ -33,18 +33,23 @@ def model_ref(folder: Path) -> ModelRef:
 
 
 def sample(engine: TransformersEngine, wanted: SamplingSettings, seeds: NDArray[np.int64] = SEEDS) -> Rollouts:
-    return engine.generate(PROMPTS, seeds, wanted, lambda count: None)
+    return answers(engine, Requests(PROMPTS, seeds), wanted)
+
+
+def answers(engine: TransformersEngine, requests: Requests, wanted: SamplingSettings) -> Rollouts:
+    ((_, rollouts),) = engine.generate([requests], wanted, lambda count: None)
+    return rollouts
 
 
 @pytest.fixture(scope="module")
 def engine(student_dir: Path) -> TransformersEngine:
-    return TransformersEngine(model_ref(student_dir), batch_size=4)
+    return TransformersEngine(model_ref(student_dir), batch_size=4, longest_sequence=512)
 
 
 @pytest.fixture(scope="module")
 def padded_engine(teacher_dir: Path) -> TransformersEngine:
     """264 vocabulary rows for 259 tokens."""
-    return TransformersEngine(model_ref(teacher_dir), batch_size=4)
+    return TransformersEngine(model_ref(teacher_dir), batch_size=4, longest_sequence=512)
 
 
 def drawn_by_hand(logits: NDArray[np.float32], draw: float, temperature: float, top_p: float, vocab_size: int) -> int:
@@ -108,10 +113,10 @@ def test_sample_seeds_are_stable_distinct_and_fit_int64() -> None:
 
 def test_a_sample_depends_on_its_own_prompt_and_seed_alone(student_dir: Path, engine: TransformersEngine) -> None:
     reference = sample(engine, settings())
-    alone = TransformersEngine(model_ref(student_dir), batch_size=1)
-    together = TransformersEngine(model_ref(student_dir), batch_size=64)
+    alone = TransformersEngine(model_ref(student_dir), batch_size=1, longest_sequence=512)
+    together = TransformersEngine(model_ref(student_dir), batch_size=64, longest_sequence=512)
     order = np.random.default_rng(1).permutation(len(PROMPTS))
-    shuffled = together.generate([PROMPTS[i] for i in order], SEEDS[order], settings(), lambda count: None)
+    shuffled = answers(together, Requests([PROMPTS[i] for i in order], SEEDS[order]), settings())
     for other in (sample(alone, settings()), sample(together, settings())):
         assert np.array_equal(other.response_ids, reference.response_ids)
         assert np.allclose(other.logprobs, reference.logprobs, atol=1e-4)
@@ -153,9 +158,9 @@ def test_logprobs_are_those_of_a_full_forward_pass_at_temperature_1(
 
 def test_frequencies_are_the_models_probabilities(student_dir: Path) -> None:
     count = 4000
-    engine = TransformersEngine(model_ref(student_dir), batch_size=1000)
+    engine = TransformersEngine(model_ref(student_dir), batch_size=1000, longest_sequence=512)
     seeds = np.array([sample_seed(7, 0, "p", index) for index in range(count)])
-    drawn = engine.generate([PROMPTS[0]] * count, seeds, settings(temperature=0.8, max_new_tokens=1), lambda n: None)
+    drawn = answers(engine, Requests([PROMPTS[0]] * count, seeds), settings(temperature=0.8, max_new_tokens=1))
     logprobs = full_logprobs(student_dir, PROMPTS[0], np.array([0], dtype=np.int32))[0].double()
     probabilities = (logprobs / 0.8).softmax(dim=-1).numpy()
     observed = np.bincount(drawn.response_ids, minlength=259)
@@ -198,7 +203,7 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight[259:] = 0
         model.lm_head.weight[:259] *= 0.01
-    engine = TransformersEngine(model_ref(save_model(tmp_path / "padded", model)), batch_size=64)
+    engine = TransformersEngine(model_ref(save_model(tmp_path / "padded", model)), batch_size=64, longest_sequence=512)
     for temperature in (0.0, 1.0):
         for top_p in (1.0, 0.9):
             drawn = sample(engine, settings(temperature=temperature, top_p=top_p, max_new_tokens=60))
@@ -218,13 +223,15 @@ def test_generation_settings_that_come_with_a_model_do_not_change_the_samples(
         "suppress_tokens": [9],
     }.items():
         setattr(model.generation_config, name, value)
-    opinionated = TransformersEngine(model_ref(save_model(tmp_path / "model", model)), batch_size=4)
+    opinionated = TransformersEngine(
+        model_ref(save_model(tmp_path / "model", model)), batch_size=4, longest_sequence=512
+    )
     assert np.array_equal(sample(opinionated, settings()).response_ids, sample(engine, settings()).response_ids)
 
 
 def test_finished_samples_are_reported_while_a_batch_decodes(engine: TransformersEngine) -> None:
     reports: list[int] = []
-    engine.generate(PROMPTS, SEEDS, settings(max_new_tokens=200, temperature=1.5), reports.append)
+    list(engine.generate([Requests(PROMPTS, SEEDS)], settings(max_new_tokens=200, temperature=1.5), reports.append))
     assert sum(reports) == len(PROMPTS)
     # More reports than the three batches: some come from within.
     assert len(reports) > 3

@@ -1,6 +1,7 @@
 """The two engines on the same weights. vLLM gets a process of its own, as in a run."""
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE
 from tasks.language_model.sources import ModelRef
-from tasks.rollout.engine import Rollouts, SamplingSettings
+from tasks.rollout.engine import Requests, Rollouts, SamplingSettings
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import execute
 from tests.tasks.rollout_runs import make_run
@@ -35,6 +36,9 @@ class VllmResults:
     greedy: Rollouts
     sampled: Rollouts
     again_reversed: Rollouts
+    together: dict[int, Rollouts]
+    in_turn: dict[int, Rollouts]
+    taken: list[int]
     reports: list[int]
     store_folder: Path
 
@@ -44,17 +48,32 @@ def model_ref(folder: Path) -> ModelRef:
 
 
 def sample_with_vllm(folder: Path, run_root: Path) -> VllmResults:
-    from tasks.rollout.vllm_engine import VllmEngine
+    from tasks.rollout import vllm_engine
 
-    engine = VllmEngine(model_ref(folder), VllmOptions(), longest_sequence=64)
+    engine = vllm_engine.VllmEngine(model_ref(folder), VllmOptions(), longest_sequence=64)
     reports: list[int] = []
-    greedy = engine.generate(PROMPTS, SEEDS, GREEDY, reports.append)
-    sampled = engine.generate(PROMPTS, SEEDS, SAMPLED, reports.append)
-    again = engine.generate(PROMPTS[::-1], SEEDS[::-1], SAMPLED, reports.append)
+    taken: list[int] = []
+
+    def shards() -> Iterator[Requests]:
+        for start in (0, 2, 4):
+            taken.append(start)
+            yield Requests(PROMPTS[start : start + 2], SEEDS[start : start + 2])
+
+    ((_, greedy),) = engine.generate([Requests(PROMPTS, SEEDS)], GREEDY, reports.append)
+    ((_, sampled),) = engine.generate([Requests(PROMPTS, SEEDS)], SAMPLED, reports.append)
+    ((_, again),) = engine.generate([Requests(PROMPTS[::-1], SEEDS[::-1])], SAMPLED, reports.append)
+    together = dict(engine.generate(shards(), GREEDY, reports.append))
+    taken.clear()
+    vllm_engine._QUEUE = 3
+    in_turn: dict[int, Rollouts] = {}
+    taken_before: list[int] = []
+    for number, rollouts in engine.generate(shards(), GREEDY, reports.append):
+        in_turn[number] = rollouts
+        taken_before.append(len(taken))
     engine.close()
     store, config = make_run(run_root, folder, folder, generate={"engine": "vllm"})
     execute(store, config, StageKey("generate", 0))
-    return VllmResults(greedy, sampled, again, reports, store.folder)
+    return VllmResults(greedy, sampled, again, together, in_turn, taken_before, reports, store.folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +98,8 @@ def test_greedy_responses_and_their_logprobs_agree_with_the_transformers_engine(
 ) -> None:
     from tasks.rollout.transformers_engine import TransformersEngine
 
-    engine = TransformersEngine(model_ref(folder), batch_size=4)
-    expected = engine.generate(PROMPTS, SEEDS, GREEDY, lambda count: None)
+    engine = TransformersEngine(model_ref(folder), batch_size=4, longest_sequence=64)
+    ((_, expected),) = engine.generate([Requests(PROMPTS, SEEDS)], GREEDY, lambda count: None)
     assert np.array_equal(results.greedy.offsets, expected.offsets)
     assert np.array_equal(results.greedy.response_ids, expected.response_ids)
     assert results.greedy.finish_reason.tolist() == expected.finish_reason.tolist()
@@ -119,7 +138,21 @@ def test_ends_limits_and_padding_rows_are_respected(results: VllmResults) -> Non
             assert 2 not in row[:-1]
             assert (row[-1] == 2) == stopped
             assert stopped or len(row) == min(24, 60 - len(prompt))
-    assert sum(results.reports) == 3 * len(PROMPTS)
+    assert sum(results.reports) == 5 * len(PROMPTS)
+
+
+def test_shards_in_one_queue_get_the_responses_they_get_alone(results: VllmResults) -> None:
+    for shards in (results.together, results.in_turn):
+        assert sorted(shards) == [0, 1, 2]
+        for number, rollouts in shards.items():
+            for place in range(2):
+                assert np.array_equal(rollouts.row(place), results.greedy.row(2 * number + place))
+
+
+def test_a_full_queue_takes_no_further_shard_until_one_ends(results: VllmResults) -> None:
+    # Three requests fill the queue: two shards of two do so at first.
+    assert results.taken[0] == 2
+    assert results.taken[-1] == 3
 
 
 def test_the_table_is_the_same_from_both_engines(results: VllmResults, folder: Path, tmp_path: Path) -> None:

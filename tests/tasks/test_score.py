@@ -1,5 +1,8 @@
 import copy
-from typing import Literal
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -7,16 +10,25 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from schemas.config import ScoreConfig
-from schemas.tables import score_schema
+from schemas.config import RunConfig, ScoreConfig
+from schemas.errors import ArtifactError, ModelError, StageError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import GENERATE, score_schema
 from tasks.language_model.chat import reply_header
 from tasks.language_model.ragged import Ragged
+from tasks.language_model.sources import policy_model
+from tasks.score.check import checked_rows, gap_tolerance
 from tasks.score.ifd import ifd, mean_nll
 from tasks.score.stage import score_rollouts, score_table
+from tasks.stage import execute
+from tests.run_fixtures import finish_stage
+from tests.tasks.rollout_runs import make_run
 from tests.tiny_models import make_model, make_tokenizer
 
 EOS = 2
 TOP_K = 7
+SCORE, SAMPLES = StageKey("score", 0), StageKey("generate", 0)
 
 
 def reference_logprobs(model: LlamaForCausalLM, context: list[int], response: list[int]) -> list[torch.Tensor]:
@@ -84,7 +96,7 @@ def test_delta_ifd_matches_float64_one_sequence_at_a_time(
     )
     ids = pa.array([f"s{i}" for i in range(len(prompts))])
     table = score_schema(TOP_K, "float32").validate(
-        score_table(ids, responses, by_student, by_teacher, settings), "test"
+        score_table(ids, responses, by_student.nll, by_teacher, settings), "test"
     )
     rows = table.to_pylist()
     for index, row in enumerate(rows):
@@ -123,6 +135,32 @@ def test_targets_are_the_teachers_top_k_at_each_response_position(
             assert scored.conditional.logprobs[start + position] == pytest.approx(
                 float(row[responses[index][position]]), abs=1e-4
             )
+
+
+@pytest.mark.parametrize("context", ["header", "nothing"])
+def test_known_logprobs_replace_the_pass_after_the_prompt(
+    models: tuple[LlamaForCausalLM, LlamaForCausalLM], rollouts: tuple[Ragged, Ragged], context: str
+) -> None:
+    student, _ = models
+    prompts, responses = rollouts
+    bare = reply_header(make_tokenizer()) if context == "header" else np.array([], np.int32)
+    settings = ScoreConfig(batch_tokens=64)
+    options: dict[str, Any] = {"top_k": 0, "shared_vocab": 259}
+    passed: list[int] = []
+    whole = score_rollouts(student, prompts, responses, bare, settings, **options)
+    known = score_rollouts(
+        student,
+        prompts,
+        responses,
+        bare,
+        settings,
+        **options,
+        sampled=whole.conditional.logprobs,
+        on_tokens=passed.append,
+    )
+    np.testing.assert_array_equal(known.nll.conditional, whole.nll.conditional)
+    np.testing.assert_allclose(known.nll.unconditional, whole.nll.unconditional, atol=1e-5)
+    assert sum(passed) == len(responses.values) + len(bare) * len(responses)
 
 
 def test_shifting_the_targets_by_one_row_is_noticed(
@@ -173,3 +211,179 @@ def test_ifd_forms() -> None:
     conditional, unconditional = np.array([1.0, 2.0]), np.array([2.0, 1.0])
     np.testing.assert_allclose(ifd(conditional, unconditional, "loss_ratio"), [0.5, 2.0])
     np.testing.assert_allclose(ifd(conditional, unconditional, "ppl_ratio"), [np.exp(-1), np.e])
+
+
+def score_config(config: RunConfig, **score: Any) -> RunConfig:
+    return config.model_copy(update={"score": config.score.model_copy(update=score)})
+
+
+@pytest.fixture(scope="module")
+def sampled_run(
+    tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path
+) -> tuple[RunStore, RunConfig]:
+    """A run whose samples are there: 14 in three files, five shards to score."""
+    store, config = make_run(
+        tmp_path_factory.mktemp("sampled"),
+        teacher_dir,
+        student_dir,
+        generate={"samples_per_prompt": 2},
+        score={"top_k": 5, "shard_samples": 4, "batch_tokens": 128},
+    )
+    execute(store, config, SAMPLES)
+    return store, config
+
+
+@pytest.fixture
+def run(sampled_run: tuple[RunStore, RunConfig], tmp_path: Path) -> tuple[RunStore, RunConfig]:
+    """A copy of the run that a test may change."""
+    store, config = sampled_run
+    return RunStore(shutil.copytree(store.folder, tmp_path / "run")), config
+
+
+def read_scores(store: RunStore, config: RunConfig) -> pa.Table:
+    return store.read_table(SCORE, score_schema(config.score.top_k, config.score.topk_dtype))
+
+
+def change_sampled(store: RunStore, change: Callable[[list[float]], list[Any]], sample: str | None = None) -> None:
+    """Write the generate table again with ``change(logprobs)`` of one sample's or of all log-probabilities."""
+    tables = [store.read_part(path, GENERATE) for path in store.table_files(SAMPLES)]
+    for index, table in enumerate(tables):
+        columns = (table[name].to_pylist() for name in ("sample_id", "sampled_logprobs"))
+        rows = [change(row) if sample in (None, name) else row for name, row in zip(*columns, strict=True)]
+        place = table.column_names.index("sampled_logprobs")
+        tables[index] = table.set_column(place, "sampled_logprobs", pa.array(rows, pa.list_(pa.float32())))
+    finish_stage(store, SAMPLES, GENERATE, tables)
+
+
+def test_the_samplers_logprobs_are_used_and_checked(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    manifest = execute(store, config, SCORE)
+    assert sorted(path.name for path in store.path(SCORE).iterdir()) == [
+        "manifest.json",
+        *(f"part-0000{index}.parquet" for index in range(5)),
+    ]
+    assert manifest.counters["sampled_logprob_gap"] < 1e-4
+    scores = read_scores(store, config)
+    rollouts = store.read_table(SAMPLES, GENERATE)
+    assert scores["sample_id"].to_pylist() == rollouts["sample_id"].to_pylist()
+    means = [-np.mean(row, dtype=np.float64) for row in rollouts["sampled_logprobs"].to_pylist()]
+    np.testing.assert_allclose(scores["student_nll"].to_numpy(), means, rtol=1e-6)
+
+    again = score_config(config, student_logprobs="prefill")
+    prefilled = execute(store, again, SCORE)
+    assert "sampled_logprob_gap" not in prefilled.counters
+    other = read_scores(store, again)
+    for name in ("student_nll", "student_nll_uncond", "teacher_nll", "delta_ifd"):
+        np.testing.assert_allclose(other[name].to_numpy(), scores[name].to_numpy(), atol=1e-4)
+    assert other["teacher_topk_ids"].equals(scores["teacher_topk_ids"])
+    # Fewer samples are checked than computed again: what the student reads after prompts is the difference.
+    tokens = sum(len(p) + len(r) for p, r in zip(*(rollouts[c].to_pylist() for c in ("prompt_ids", "response_ids"))))
+    unchecked = execute(store, score_config(config, check_samples=0, shard_samples=5), SCORE)
+    assert prefilled.counters["tokens"] - unchecked.counters["tokens"] == tokens
+    # All 14 samples are checked where 16 may be.
+    assert manifest.counters["tokens"] == prefilled.counters["tokens"]
+
+
+def test_logprobs_of_another_policy_are_refused_and_computed_on_request(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    change_sampled(store, lambda row: [value - 0.5 for value in row])
+    with pytest.raises(
+        StageError, match=r"0\.5 nats per token.*r000-p00-000.*score\.student_logprobs: prefill"
+    ) as caught:
+        execute(store, config, SCORE)
+    assert policy_model(store, config, 0).version in str(caught.value)
+    assert "`transformers`" in str(caught.value)
+    assert store.manifest(SCORE) is None
+    assert not list(store.path(SCORE).glob("*.parquet"))
+    again = score_config(config, student_logprobs="prefill")
+    execute(store, again, SCORE)
+    rollouts = store.read_table(SAMPLES, GENERATE, ["sampled_logprobs"])
+    means = [-np.mean(row) - 0.5 for row in rollouts["sampled_logprobs"].to_pylist()]
+    np.testing.assert_allclose(read_scores(store, again)["student_nll"].to_numpy(), means, atol=1e-4)
+
+
+def test_one_wrong_sample_is_named(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    change_sampled(store, lambda row: [value - 3.0 for value in row], "r000-p04-001")
+    with pytest.raises(StageError, match=r"first is r000-p04-001 \(3 nats\)"):
+        execute(store, config, SCORE)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("-inf")])
+def test_missing_logprobs_name_the_sample(run: tuple[RunStore, RunConfig], missing: float | None) -> None:
+    store, config = run
+    change_sampled(store, lambda row: [*row[:-1], missing], "r000-p04-001")
+    with pytest.raises(ArtifactError, match=r"part-00001\.parquet: sample r000-p04-001: `sampled_logprobs`.*prefill"):
+        execute(store, config, SCORE)
+    execute(store, score_config(config, student_logprobs="prefill"), SCORE)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "prefill"])
+@pytest.mark.parametrize("half_done", ["student-00000.parquet", "student-00001.parquet", "part-00000.parquet"])
+def test_a_stage_continues_in_the_middle_of_either_pass_with_the_same_bytes(
+    run: tuple[RunStore, RunConfig], mode: Literal["sampled", "prefill"], half_done: str
+) -> None:
+    store, config = run
+    config = score_config(config, student_logprobs=mode)
+    whole = execute(store, config, SCORE)
+    expected = {path.name: path.read_bytes() for path in store.table_files(SCORE)}
+    store.invalidate(SCORE)
+
+    def stop(done: int, total: int, unit: str) -> None:
+        if store.path(SCORE, half_done).is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(store, config, SCORE, stop)
+    kept = {path.name: path.stat().st_mtime_ns for path in store.path(SCORE).glob("*.parquet")}
+    assert half_done in kept
+    assert len([name for name in kept if name.startswith("part")]) == (half_done == "part-00000.parquet")
+    reported: list[tuple[int, int]] = []
+
+    def watch(done: int, total: int, unit: str) -> None:
+        reported.append((done, total))
+        for name, written in kept.items():
+            assert store.path(SCORE, name).stat().st_mtime_ns == written
+
+    manifest = execute(store, config, SCORE, watch)
+    assert {path.name: path.read_bytes() for path in store.table_files(SCORE)} == expected
+    assert manifest.counters.get("sampled_logprob_gap") == whole.counters.get("sampled_logprob_gap")
+    done, total = reported[-1]
+    assert done == total == manifest.counters["tokens"] < whole.counters["tokens"]
+
+
+def test_progress_counts_the_tokens_of_both_models(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    reported: list[tuple[int, int]] = []
+    execute(store, config, SCORE, lambda done, total, unit: reported.append((done, total)))
+    done = [done for done, _ in reported]
+    assert done == sorted(set(done))
+    assert {total for _, total in reported} == {done[-1]}
+
+
+def test_more_targets_than_tokens_are_refused(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    with pytest.raises(ModelError, match=r"score\.top_k: 260: .* 259 tokens"):
+        execute(store, score_config(config, top_k=260), SCORE)
+
+
+def test_checked_rows_are_spread_over_the_round() -> None:
+    rows = checked_rows(1_000, 16, [1, 0])
+    assert np.array_equal(rows // 62.5, np.arange(16))
+    assert np.array_equal(rows, checked_rows(1_000, 16, [1, 0]))
+    assert not np.array_equal(rows, checked_rows(1_000, 16, [1, 1]))
+    assert checked_rows(17, 16, [5, 3]).tolist() == sorted(set(checked_rows(17, 16, [5, 3]).tolist()))
+    assert checked_rows(5, 16, [0, 0]).tolist() == [0, 1, 2, 3, 4]
+    assert len(checked_rows(5, 0, [0, 0])) == len(checked_rows(0, 16, [0, 0])) == 0
+
+
+def test_tolerance_leaves_room_for_16_bit_logits() -> None:
+    """Rounding the logits of a wide vocabulary to bfloat16 stays well inside; another policy's would not be."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(512, 5_000, generator=generator) * 6
+    exact = logits.log_softmax(-1)
+    rounded = logits.bfloat16().float().log_softmax(-1)
+    tokens = torch.multinomial(exact.exp(), 1, generator=generator)
+    gap = float((exact - rounded).gather(1, tokens).abs().mean())
+    assert gap < gap_tolerance(torch.bfloat16) / 3
+    assert gap > gap_tolerance(torch.float32) / 3

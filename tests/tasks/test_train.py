@@ -16,7 +16,10 @@ from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import FILLER_ID, IGNORE_LABEL, PROMPTS, TRAIN_METRICS, pack_schema
 from tasks.graph import MODELS
+from tasks.language_model.ragged import Ragged
 from tasks.stage import execute
+from tasks.train.guard import recent_policy_kl
+from tasks.train.schedule import EpochSampler, pack_costs
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.tasks.test_loss import reference_kl
 
@@ -109,8 +112,11 @@ def test_two_rounds_of_n_epochs_equal_one_round_of_2n(tmp_path: Path, teacher_di
     execute(one, config, StageKey("train", 0))
 
     assert_same(trained_weights(two, 1), trained_weights(one, 0))
-    together = pa.concat_tables([metrics(two, 0), metrics(two, 1)]).drop(["round"])
-    assert together.equals(metrics(one, 0).drop(["round"]))
+    together = pa.concat_tables([metrics(two, 0), metrics(two, 1)])
+    columns = [name for name in together.column_names if name not in ("round", "policy_lag")]
+    assert together.select(columns).equals(metrics(one, 0).select(columns))
+    # Only the second round's sampler is a newer one.
+    assert together.column("policy_lag").to_pylist() == [0, 1, 2, 3, 0, 1, 2, 3]
     # It trained: the round moved the weights, and rounds are not restarts.
     assert any(not torch.equal(v, trained_weights(two, 0)[k]) for k, v in trained_weights(two, 1).items())
     assert together.column("step").to_pylist() == list(range(1, 9))
@@ -324,3 +330,113 @@ def test_metrics_hold_no_times(tmp_path: Path, teacher_dir: Path, student_dir: P
         assert store.finished(StageKey("train", 0)).counters["tokens_per_second"] > 0
     assert files[0].read_bytes() == files[1].read_bytes()
     assert pq.read_table(files[0]).num_rows == 1
+
+
+def guarded_run(root: Path, teacher: Path, student: Path, rounds: int = 1, **guard: Any) -> tuple[RunStore, RunConfig]:
+    """Packs whose sampler is nowhere near the student, two optimizer steps an epoch, three epochs a round."""
+    settings = {"max_policy_kl": 0.1, "window_steps": 2, **guard}
+    return training_run(
+        root, teacher, student, rounds=rounds, epochs=3, packs=random_packs(), guard=settings, save_every_steps=100
+    )
+
+
+def test_guard_warns_once_and_changes_nothing(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    stores = {}
+    guards: dict[str, dict[str, Any]] = {"warned": {}, "off": {"max_policy_kl": None}, "short": {"window_steps": 7}}
+    for name, guard in guards.items():
+        stores[name], config = guarded_run(tmp_path / name, teacher_dir, student_dir, **guard)
+        execute(stores[name], config, StageKey("train", 0))
+        warnings = stores[name].finished(StageKey("train", 0)).counters.get("warnings", [])
+        assert len(warnings) == (1 if name == "warned" else 0)
+    warning = stores["warned"].finished(StageKey("train", 0)).counters["warnings"][0]
+    assert "optimizer step 2 " in warning
+    assert "train.guard.max_policy_kl" in warning
+    assert_same(trained_weights(stores["warned"], 0), trained_weights(stores["off"], 0))
+
+
+def test_guard_refreshes_early_and_the_last_round_trains_what_is_left(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = guarded_run(tmp_path / "a", teacher_dir, student_dir, rounds=2, action="refresh")
+    for index in range(2):
+        execute(store, config, StageKey("train", index))
+    first, last = (store.finished(StageKey("train", index)).counters for index in range(2))
+    assert (first["policy_step"], first["epochs_done"]) == (2, 1.0)
+    # Six epochs in all, two steps each; over budget again, but there is no sampler left to refresh.
+    assert (last["policy_step"], last["epochs"], last["epochs_done"]) == (12, 5.0, 6.0)
+    assert last["warnings"]
+    steps = pa.concat_tables([metrics(store, 0), metrics(store, 1)])
+    assert steps.column("step").to_pylist() == list(range(1, 13))
+    assert steps.column("learning_rate").to_pylist()[-1] > config.train.min_learning_rate
+
+    # Killed after the round's last checkpoint, before its manifest: it does not train on.
+    again, config = guarded_run(tmp_path / "b", teacher_dir, student_dir, rounds=2, action="refresh")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "write_table", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute(again, config, StageKey("train", 0))
+    seen: list[int] = []
+    execute(again, config, StageKey("train", 0), lambda done, total, unit: seen.append(done))
+    assert seen == []
+    assert_same(trained_weights(again, 0), trained_weights(store, 0))
+    assert metrics(again, 0).equals(metrics(store, 0))
+
+
+def test_guard_stops_and_a_higher_budget_goes_on_from_there(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    store, config = guarded_run(tmp_path / "a", teacher_dir, student_dir, action="stop")
+    for _ in range(2):
+        with pytest.raises(StageError, match=r"optimizer step 2 .*`train.guard.max_policy_kl` is 0.1"):
+            execute(store, config, StageKey("train", 0))
+    assert store.manifest(StageKey("train", 0)) is None
+    raised = config.train.guard.model_copy(update={"max_policy_kl": 1e9})
+    higher = config.model_copy(update={"train": config.train.model_copy(update={"guard": raised})})
+    seen: list[int] = []
+    execute(store, higher, StageKey("train", 0), lambda done, total, unit: seen.append(done))
+    assert seen == [3, 4, 5, 6]
+    free, config = guarded_run(tmp_path / "b", teacher_dir, student_dir, max_policy_kl=None)
+    execute(free, config, StageKey("train", 0))
+    assert_same(trained_weights(store, 0), trained_weights(free, 0))
+
+
+def test_recent_policy_kl_weighs_tokens_and_forgets_earlier_rounds() -> None:
+    history = [
+        {"step": 1, "policy_kl": 9.0, "response_tokens": 100},
+        {"step": 2, "policy_kl": 0.1, "response_tokens": 30},
+        {"step": 3, "policy_kl": 0.4, "response_tokens": 10},
+        {"step": 3, "train_runtime": 1.0},
+    ]
+    assert recent_policy_kl(history, 1, 2) == pytest.approx((0.1 * 30 + 0.4 * 10) / 40)
+    assert recent_policy_kl(history, 1, 3) is None
+    assert recent_policy_kl(history, 0, 1) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("packs", "packs_per_step"), [(1, 1), (17, 1), (64, 8), (67, 8), (5, 8), (8, 8)])
+def test_every_pack_once_an_epoch_and_steps_of_like_cost(packs: int, packs_per_step: int) -> None:
+    random = np.random.default_rng(packs)
+    costs = random.lognormal(3, 1, packs)
+    sampler = EpochSampler(costs, packs_per_step, 3, 0)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(packs))
+        assert orders[-1] == list(sampler)
+    if packs > packs_per_step:
+        assert orders[0] != orders[1]
+    if packs_per_step > 1 and packs >= 64:
+        whole = costs[orders[0][: packs - packs % packs_per_step]].reshape(-1, packs_per_step)
+        spread = (whole.max(1) / whole.mean(1)).mean()
+        shuffled = random.permutation(costs)[: whole.size].reshape(-1, packs_per_step)
+        # What the step waits for beyond its mean, against packs in any order.
+        assert spread - 1 < ((shuffled.max(1) / shuffled.mean(1)).mean() - 1) / 2
+    # A run's epoch has one order, whichever round it falls into.
+    later = EpochSampler(costs, packs_per_step, 3, 2)
+    assert list(later) == orders[2]
+
+
+def test_a_packs_cost_is_its_tokens_and_the_squares_of_its_sequences() -> None:
+    lengths = Ragged.from_rows([np.array([100]), np.array([50, 50]), np.array([7, 1, 3])])
+    expected = [100 + 100**2 / 240, 100 + 2 * 50**2 / 240, 11 + (49 + 1 + 9) / 240]
+    assert pack_costs(lengths, width=20).tolist() == pytest.approx(expected)

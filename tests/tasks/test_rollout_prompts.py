@@ -1,0 +1,35 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from schemas.tables import PROMPTS
+from tasks.language_model.chat import encode_prompts
+from tasks.rollout import prompts
+from tasks.rollout.prompts import encode_answers, encode_messages
+from tests.tiny_models import make_tokenizer
+
+MESSAGES = [[{"role": "user", "content": "Say " + "ha" * index}] for index in range(8)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+def test_conversations_in_any_chunks_are_the_tokens_of_each(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_CHUNK", chunk)
+    column = pa.chunked_array([MESSAGES[:5], MESSAGES[5:]], type=PROMPTS.columns.field("messages").type)
+    tokens = encode_messages(make_tokenizer(), column)
+    assert tokens.values.dtype == np.int32
+    assert [row.tolist() for row in tokens.rows(0, len(tokens))] == [
+        encode_prompts(make_tokenizer(), [conversation])[0].tolist() for conversation in MESSAGES
+    ]
+
+
+def test_answers_are_closed_by_the_end_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_CHUNK", 2)
+    tokenizer = make_tokenizer()
+    tokens = encode_answers(tokenizer, pa.chunked_array([["one", "", "three"]]), 2)
+    expected = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in ("one", "", "three")]
+    assert [row.tolist() for row in tokens.rows(0, 3)] == expected
+
+
+def test_no_prompts_are_no_tokens() -> None:
+    tokens = encode_messages(make_tokenizer(), pa.chunked_array([], type=PROMPTS.columns.field("messages").type))
+    assert (len(tokens), len(tokens.values)) == (0, 0)
