@@ -1,11 +1,14 @@
 # make round   set up and run the quickstart            make test   set up and run every test
 # make lint    ruff and mypy                            make docs   write the generated parts of README
+# make bench   every benchmark of BENCHMARKS.md, about an hour; it wants the machine for itself
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: round test test-quick lint docs clean
+BENCHMARKS := end_to_end train_step loss scoring packing overlap growth overhead
+
+.PHONY: round test test-quick lint docs bench clean
 
 round: .venv/.run-ready
 	$(BIN)/npd run $(CONFIG)
@@ -23,6 +26,10 @@ lint: .venv/.test-ready
 
 docs: .venv/.run-ready
 	$(BIN)/python docs/write_reference.py
+
+bench: .venv/.test-ready round
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.storage --run runs/quickstart
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -139,14 +139,18 @@ class _FusedLoss(torch.autograd.Function):
                 seen[part] = -parts.ce
                 if not any(ctx.needs_input_grad):
                     continue
-                gradient = logits if slope is None else logits.mul_(slope)
-                lower = gradient.to(dtype)
+                if slope is not None:
+                    logits.mul_(slope)
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+                lower = logits.to(dtype)
+                # Both at once would be the largest thing here.
+                del logits, slope
                 if grad_states is not None:
                     grad_states[part] = (lower @ matrix).to(states.dtype)
                 if grad_weight is not None:
                     _add_product_(grad_weight, lower.T, inputs)
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(0)
+                del lower
         in_float = [None if gradient is None else gradient.to(weight.dtype) for gradient in (grad_weight, grad_bias)]
         ctx.gradients = [grad_states, *in_float]
         ctx.mark_non_differentiable(ce, kd, seen)
