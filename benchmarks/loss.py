@@ -282,7 +282,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     on_gpu = arguments.device.startswith("cuda")
     tokens, hidden, vocab = arguments.tokens, arguments.hidden, arguments.vocab
     chunks = sorted({int(chunk) for chunk in arguments.chunks.split(",")} | {arguments.default_chunk})
-    names, notes = available([*map(chunk_name, chunks), NAIVE, COMPILED, TRL, LIGER])
+    # Compiling takes most of a minute.
+    naive_sides = [NAIVE] if arguments.quick else [NAIVE, COMPILED]
+    names, notes = available([*map(chunk_name, chunks), *naive_sides, TRL, LIGER])
     rows = []
     for dtype in arguments.dtypes.split(","):
         problem = Problem(tokens, hidden, vocab, arguments.top_k, dtype, arguments.device, arguments.kd_form)
