@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_CHAT_TEMPLATE = (
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -81,10 +81,14 @@ def make_model(
 def make_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
     """Return a byte-level ChatML tokenizer of ``tokens`` tokens, at least 259; from the 260th on no text holds them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known = [*_SPECIAL, *alphabet]
+    known = [*SPECIAL, *alphabet]
     if tokens < len(known):
         raise ValueError(f"a byte-level tokenizer has at least {len(known)} tokens, not {tokens}")
-    known += [f"filler{index}" for index in range(tokens - len(known))]
+    return tokenizer_of([*known, *(f"filler{index}" for index in range(tokens - len(known)))])
+
+
+def tokenizer_of(known: list[str], chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of these tokens, SPECIAL and every byte's letter among them."""
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(known)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -95,7 +99,7 @@ def make_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
     )
-    fast.chat_template = _CHAT_TEMPLATE
+    fast.chat_template = chat_template
     return fast
 
 

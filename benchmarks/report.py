@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Measurement
+from flows.process import available_cores
 from schemas.run_store import package_versions
 
 
@@ -78,11 +79,10 @@ def this_machine(device: str = "cpu") -> Machine:
         import torch
 
         gpu = torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu_model(),
-        cores=cores,
+        cores=available_cores(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpu=gpu,
         load=round(os.getloadavg()[0], 2),

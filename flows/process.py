@@ -38,6 +38,11 @@ def cancelling(cancelled: threading.Event) -> Iterator[None]:
         _CANCELLED.reset(token)
 
 
+def available_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_of(config: RunConfig, key: StageKey) -> int | None:
     """Return how many CPU threads a stage's process may use; None: as many as the libraries take.
 
@@ -48,7 +53,7 @@ def threads_of(config: RunConfig, key: StageKey) -> int | None:
         return config.devices.cpu_threads
     ahead = key.stage in ("generate", "score") and key.round > 0
     beside = key.stage in TRAINING_STAGES and key.round + 1 < config.rounds and samples(config, key.round + 1)
-    return max(1, len(os.sched_getaffinity(0)) // 2) if ahead or beside else None
+    return max(1, available_cores() // 2) if ahead or beside else None
 
 
 def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progress: Progress = no_progress) -> Manifest:

@@ -50,7 +50,7 @@ def sampling_policy(config: RunConfig, round_index: int) -> StageKey:
 
 def samples(config: RunConfig, round_index: int) -> bool:
     """Say whether round ``round_index`` samples anew."""
-    return round_index % config.refresh_every == 0
+    return sampled_round(config, round_index) == round_index
 
 
 def sampled_round(config: RunConfig, round_index: int) -> int:

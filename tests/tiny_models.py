@@ -3,15 +3,10 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from benchmarks.random_models import CHAT_TEMPLATE, SPECIAL, tokenizer_of
 
 
 def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE, swap: bool = False) -> PreTrainedTokenizerFast:
@@ -19,19 +14,7 @@ def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE, swap: bool = Fa
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if swap:
         alphabet[40], alphabet[41] = alphabet[41], alphabet[40]
-    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = chat_template
-    return fast
+    return tokenizer_of([*SPECIAL, *alphabet], chat_template)
 
 
 def make_model(
