@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measure import Measurement
 from flows.process import available_cores
-from schemas.run_store import package_versions
+from schemas.provenance import package_versions
 
 
 class BenchmarkParser(argparse.ArgumentParser):

@@ -111,7 +111,7 @@ def finish(run: Run, key: StageKey) -> Manifest:
 
 def run_apart(run: Run, key: StageKey) -> Manifest:
     """Run a stage again from its start, in a process of its own; its manifest tells its time and its peak memory."""
-    run.store.invalidate(key)
+    run.store.supersede(key)
     return run_in_process(*run, key)
 
 

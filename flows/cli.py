@@ -1,10 +1,9 @@
-"""The command line: `npd run`, `status`, `rerun`, `inspect`, `config`."""
+"""The command line: `npd run`, `status`, `rerun`, `inspect`, `verify`, `trace`, `diff`, `gc`, `config`."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from schemas.errors import NPDError
+from flows import audit_commands
+from flows.terminal import Terminal
+from schemas.errors import NPDError, OrchestrationError
 
 if TYPE_CHECKING:
     from flows.summary import RunSummary
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 
 _EPILOG = (
-    "Exit codes: 0 done; 1 a stage failed; 2 wrong input, config or arguments; 130 interrupted. "
+    "Exit codes: 0 done; 1 a stage failed (verify: something does not hold; diff: the runs differ); 2 wrong input, "
+    "config or arguments, or another process works on the run; 130 interrupted, 143 ended by SIGTERM. "
     "A run that failed or was interrupted continues where it stopped when `npd run` is called again."
 )
 
@@ -33,10 +35,10 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except NPDError as error:
             message = Text.assemble(("error: ", "bold red"), str(error))
-            Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+            Terminal(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            Console(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
+            Terminal(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -51,7 +53,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, for example runs/quickstart.")]
+RunPlace = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Folder or URL of a run, for example runs/quickstart or s3://bucket/runs/x."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,26 +101,26 @@ def run(
     from schemas.run_store import RunStore
     from tasks.graph import loop
 
-    if RunStore.create(settings).manifest(loop(settings)[-1]) is None:
+    if RunStore.at(settings).manifest(loop(settings)[-1]) is None:
         # There is work to do: the stages' libraries are imported while Prefect starts.
         fork_server()
-    console = Console()
+    console = Terminal()
     _watch(console, flow, verbose)
 
-    print_summary(console, summarize(RunStore.create(settings), settings))
+    print_summary(console, summarize(RunStore.at(settings), settings))
 
 
 @app.command(epilog=_EPILOG)
-def status(folder: RunFolder) -> None:
+def status(run: RunPlace) -> None:
     """Show how every stage of RUN stands, and what the rounds have come to."""
     from flows.display import print_states, print_summary
     from flows.states import stage_states
     from flows.summary import summarize
     from schemas.run_store import RunStore
 
-    store = RunStore.open(folder)
+    store = RunStore.open(run)
     config = store.config
-    console = Console()
+    console = Terminal()
     print_states(console, store, stage_states(store, config))
     summary: RunSummary = summarize(store, config)
     if summary.rounds:
@@ -124,7 +129,7 @@ def status(folder: RunFolder) -> None:
 
 @app.command(epilog=_EPILOG)
 def rerun(
-    folder: RunFolder,
+    run: RunPlace,
     stage: Annotated[
         str,
         typer.Option(
@@ -139,8 +144,8 @@ def rerun(
 ) -> None:
     """Run one stage of one round of RUN again, from its start, with the config RUN last ran with.
 
-    Stages before it must be up to date. Stages after it stay as they are; those that no longer match run again at the
-    next `npd run RUN`. Settings given with --set are kept by the run.
+    Stages before it must be up to date. The result there was is kept until `npd gc`. Stages after it stay as they are;
+    those that no longer match run again at the next `npd run RUN`. Settings given with --set are kept by the run.
     """
     from flows.configs import recorded_config
     from flows.states import outdated_after, stage_key, upstream_problem
@@ -148,34 +153,35 @@ def rerun(
     from schemas.run_store import RunStore
     from tasks.graph import downstream
 
-    store = RunStore.open(folder)
+    store = RunStore.open(run)
     config = recorded_config(store, overrides)
     key = stage_key(config, stage, round_index)
     problem = upstream_problem(store, config, key)
     if problem is not None:
         raise ArtifactError(problem)
-    console = Console()
+    console = Terminal()
+    after = [other.label for other in downstream(config, key) if store.manifest(other) is not None]
+    will = "would run" if dry_run else "runs"
+    _say(console, f"{key.label} {will} again; finished stages that read it: {', '.join(after) or 'none'}")
     if dry_run:
-        after = [other.label for other in downstream(config, key) if store.manifest(other) is not None]
-        _say(console, f"{key.label} would run again; finished stages that read it: {', '.join(after) or 'none'}")
         return
 
     def flow() -> object:
         from flows.npd_stage import npd_stage
 
-        return npd_stage(str(folder), stage, round_index, overrides)
+        return npd_stage(run, stage, round_index, overrides)
 
     _watch(console, flow, verbose)
     outdated = [other.label for other in outdated_after(store, config, key)]
     if outdated:
-        _say(console, f"out of date now: {', '.join(outdated)}; `npd run {folder}` runs them again")
+        _say(console, f"out of date now: {', '.join(outdated)}; `npd run {run}` runs them again")
     else:
         _say(console, "every later stage still matches")
 
 
 @app.command(epilog=_EPILOG)
 def inspect(
-    folder: RunFolder,
+    run: RunPlace,
     stage: Annotated[str | None, typer.Option("--stage", help="Which stage; none: a list of all.")] = None,
     round_index: Round = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show of each table.")] = 5,
@@ -186,13 +192,34 @@ def inspect(
     from schemas.errors import ConfigError
     from schemas.run_store import RunStore
 
-    store = RunStore.open(folder)
+    store = RunStore.open(run)
     if stage is None:
         if round_index is not None:
             raise ConfigError("--round needs --stage: which stage of that round?")
-        print_tree(Console(), store)
+        print_tree(Terminal(), store)
     else:
-        print_stage(Console(), store, stage_key(store.config, stage, round_index), rows)
+        print_stage(Terminal(), store, stage_key(store.config, stage, round_index), rows)
+
+
+@app.command(epilog=_EPILOG)
+def gc(
+    run: RunPlace,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Delete what RUN keeps of stages that ran again: their earlier results, under superseded/."""
+    from flows.inspection import bytes_text
+    from schemas.run_store import RunStore
+
+    store = RunStore.open(run)
+    with store.locked():
+        found = store.superseded()
+        if not dry_run:
+            store.drop_superseded()
+    size = bytes_text(sum(size for _, size in found))
+    console = Terminal()
+    for folder in sorted({name.rpartition("/")[0] for name, _ in found}):
+        _say(console, folder)
+    _say(console, f"{len(found):,} files, {size}: {'would be deleted' if dry_run else 'deleted'}")
 
 
 @app.command(epilog=_EPILOG)
@@ -213,6 +240,8 @@ def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "NOTSET" if verbose else "CRITICAL")
     # Without a server Prefect starts one of its own, which can take longer than its usual limit on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    import httpx
+
     from flows.display import make_display
     from flows.progress import listening
     from flows.server import start_temporary_server
@@ -221,7 +250,17 @@ def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with make_display(console) as display, listening(display):
         start_temporary_server()
-        flow()
+        try:
+            flow()
+        except httpx.HTTPError as error:
+            raise OrchestrationError(
+                f"Prefect's server cannot be reached: {type(error).__name__}: {error}. What the run has done stands; "
+                "the same command continues it once the server is back, or without PREFECT_API_URL"
+            ) from error
+
+
+for _command in (audit_commands.verify, audit_commands.trace, audit_commands.diff):
+    app.command(epilog=_EPILOG)(_command)
 
 
 def main() -> None:

@@ -4,17 +4,18 @@ from pathlib import Path
 
 from schemas.config import RunConfig, apply_overrides, load_config, parse_config
 from schemas.errors import ConfigError
+from schemas.object_store import is_url
 from schemas.run_store import RunStore
 
 
 def read_config(config: str, overrides: list[str] | None = None) -> RunConfig:
-    """Read a config file, or what the run in folder ``config`` last ran with; then apply ``overrides``.
+    """Read a config file, or what the run in folder or URL ``config`` last ran with; then apply ``overrides``.
 
     Raises:
         ConfigError: the config or an override is wrong.
         ArtifactError: ``config`` is a folder without a run.
     """
-    if not Path(config).is_dir():
+    if not (is_url(config) or Path(config).is_dir()):
         return load_config(config, overrides or [])
     return recorded_config(RunStore.open(config), overrides)
 
@@ -29,6 +30,7 @@ def recorded_config(store: RunStore, overrides: list[str] | None = None) -> RunC
     values = apply_overrides(recorded.model_dump(mode="json"), overrides or [])
     if (values["name"], values["root"]) != (recorded.name, recorded.root):
         raise ConfigError("--set name, --set root: a run that exists keeps its name and place")
-    if RunStore(Path(recorded.root) / recorded.name).folder.resolve() != store.folder.resolve():
-        values |= {"name": store.folder.name, "root": str(store.folder.parent)}
-    return parse_config(values, origin=f"{store.folder}: recorded config")
+    if RunStore.at(recorded).folder.resolve() != store.folder.resolve():
+        root, _, name = store.url.rpartition("/")
+        values |= {"name": name, "root": root or "/"}
+    return parse_config(values, origin=f"{store.url}: recorded config")

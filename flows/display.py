@@ -13,10 +13,11 @@ from rich.text import Text
 
 from flows.progress import Rate, StageListener, describe
 from flows.states import StageState
-from flows.summary import RunSummary, agreement_table, display_path, duration_text, files_table, samples_table
+from flows.summary import RunSummary, agreement_table, display_place, duration_text, files_table, samples_table
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from schemas.untrusted_text import one_line, visible
 
 LINE_SECONDS = 10.0
 """Least time between two plain progress lines of a stage."""
@@ -60,9 +61,9 @@ class LiveDisplay:
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", style="bold"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -89,7 +90,7 @@ class LiveDisplay:
 
     def progressed(self, key: StageKey, done: int, total: int, unit: str) -> None:
         """Move the stage's bar."""
-        detail = describe(done, total, unit, self._rates[key](done, unit))
+        detail = one_line(describe(done, total, unit, self._rates[key](done, unit)))
         self._progress.update(self._tasks[key], completed=done, total=total or None, detail=detail)
 
     def finished(self, key: StageKey, manifest: Manifest, *, up_to_date: bool) -> None:
@@ -100,7 +101,7 @@ class LiveDisplay:
         what = Text("up to date", style="dim") if up_to_date else Text(_result(manifest))
         self._progress.console.print(Text.assemble(("✓ ", "green"), (f"{key.label}  ", "bold"), what))
         for warning in _warnings(manifest, up_to_date):
-            self._progress.console.print(Text.assemble(("! ", "yellow"), f"{key.label}: {warning}"))
+            self._progress.console.print(Text.assemble(("! ", "yellow"), f"{key.label}: {visible(warning)}"))
 
     def failed(self, key: StageKey) -> None:
         """Replace the bar by a line."""
@@ -126,7 +127,7 @@ class PlainDisplay:
         return None
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
     def started(self, key: StageKey) -> None:
         """Print that the stage starts."""
@@ -153,7 +154,9 @@ class PlainDisplay:
 
 def make_table(title: str, titles: list[str], numeric: Collection[str] = ()) -> Table:
     """Return an empty table of this project's look; the columns in ``numeric`` are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(one_line(title)), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     for name in titles:
         table.add_column(name, justify="right" if name in numeric else "left")
     return table
@@ -164,7 +167,7 @@ def print_summary(console: Console, summary: RunSummary) -> None:
     for title, titles, rows in (agreement_table(summary), samples_table(summary)):
         table = make_table(title, titles, set(titles) - {"round", "why"})
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(one_line(cell)) for cell in row))
         console.print(table)
     print_pairs(console, files_table(summary))
 
@@ -173,7 +176,7 @@ def print_pairs(console: Console, pairs: list[tuple[str, str]]) -> None:
     """Print names and values in two columns, values whole so that they can be copied."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
-        console.print(Text(f"{name:<{width}}  {value}"), soft_wrap=True)
+        console.print(Text(f"{one_line(name):<{width}}  {one_line(value)}"), soft_wrap=True)
 
 
 def short_text(value: Any, length: int = 60) -> str:
@@ -190,7 +193,7 @@ def short_text(value: Any, length: int = 60) -> str:
         return text if len(text) <= 2 * length else f"{text[: 2 * length]}… ({len(value)})"
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value).replace("\n", "⏎")
+    text = one_line(str(value).replace("\n", "⏎"))
     return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"
 
 
@@ -198,7 +201,7 @@ def print_states(console: Console, store: RunStore, states: dict[StageKey, Stage
     """Print how every stage stands."""
     styles = {StageState.COMPLETE: "green", StageState.OUTDATED: "yellow", StageState.UNFINISHED: "cyan"}
     numeric = ("time", "tokens/s")
-    table = make_table(display_path(store.folder), ["stage", "state", *numeric], numeric)
+    table = make_table(display_place(store), ["stage", "state", *numeric], numeric)
     for key, state in states.items():
         manifest = store.manifest(key)
         counters = {} if manifest is None else manifest.counters

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.display import make_table, print_pairs, short_text
-from flows.summary import display_path, duration_text
-from schemas.errors import ArtifactError
+from flows.summary import display_place, duration_text
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from schemas.table_files import reading
+from schemas.untrusted_text import one_line
 from tasks.graph import loop
 
 
@@ -32,7 +33,7 @@ def bytes_text(count: int) -> str:
 def print_tree(console: Console, store: RunStore) -> None:
     """Print every stage that has finished or begun, with its rows, bytes and seconds."""
     numeric = ("files", "rows", "bytes", "time")
-    table = make_table(display_path(store.folder), ["stage", *numeric], numeric)
+    table = make_table(display_place(store), ["stage", *numeric], numeric)
     for key in loop(store.config):
         manifest = store.manifest(key)
         if manifest is not None:
@@ -43,7 +44,7 @@ def print_tree(console: Console, store: RunStore) -> None:
                 bytes_text(sum(record.bytes for record in manifest.outputs)),
                 duration_text(manifest.counters.get("seconds", 0.0)),
             )
-        elif store.path(key).is_dir():
+        elif store.has_begun(key):
             table.add_row(key.folder, "", "", "", "unfinished")
     console.print(table)
 
@@ -57,7 +58,7 @@ def print_stage(console: Console, store: RunStore, key: StageKey, rows: int) -> 
     manifest = store.finished(key)
     pairs = [
         ("stage", key.label),
-        ("folder", str(store.path(key))),
+        ("folder", f"{store.url}/{key.folder}"),
         ("fingerprint", manifest.fingerprint),
         ("started", manifest.started),
         ("finished", f"{manifest.finished} on {manifest.host}"),
@@ -69,14 +70,14 @@ def print_stage(console: Console, store: RunStore, key: StageKey, rows: int) -> 
     print_pairs(console, pairs)
     shown: set[pa.Schema] = set()
     for path in store.table_files(key):
-        head = read_head(path, rows)
+        head = read_head(store.fetch(path), rows)
         schema = head.schema.remove_metadata()
         # Shards of one table share a schema; the first speaks for all.
         if schema in shown:
             continue
         shown.add(schema)
         console.print()
-        console.print(Text(store.relative(path), style="bold"), soft_wrap=True)
+        console.print(Text(one_line(store.relative(path)), style="bold"), soft_wrap=True)
         print_pairs(console, [(f"  {field.name}", str(field.type)) for field in schema])
         for index, row in enumerate(head.to_pylist()):
             console.print(Text(f"row {index}", style="dim"))
@@ -89,13 +90,12 @@ def read_head(path: Path, rows: int) -> pa.Table:
     Raises:
         ArtifactError: the file is missing or no Parquet.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            batch = next(file.iter_batches(batch_size=max(rows, 1)), None) if rows else None
-            return schema.empty_table() if batch is None else pa.Table.from_batches([batch])
-    except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"{path}: not a readable Parquet file: {error}") from None
+    with reading(str(path)), pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        batch = next(file.iter_batches(batch_size=max(rows, 1)), None) if rows else None
+        head = schema.empty_table() if batch is None else pa.Table.from_batches([batch])
+        head.validate(full=True)
+        return head
 
 
 def _size(rows: int | None, size: int) -> str:

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 
 from flows.configs import read_config
 from flows.process import cancelling
-from flows.progress import artifact_key
+from flows.progress import artifact_key, if_server_answers
 from flows.stage_tasks import evaluate, export, filter, generate, models, pack, prompts, reference, score, train
 from flows.summary import round_rows, summarize, summary_dict, summary_markdown
 from schemas.config import RunConfig
@@ -45,38 +45,41 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
         The run's summary: where it is, and of every round its metrics, what was kept and dropped, tokens and seconds.
 
     Raises:
+        RunLockedError: another process works on this run.
         NPDError: the config is wrong, or a stage failed.
     """
     settings = read_config(config, overrides)
-    store = RunStore.create(settings)
-    run = (store, settings)
+    store = RunStore.at(settings)
+    with store.locked():
+        store.record_config(settings)
+        run = (store, settings)
 
-    prompts(*run)
-    models(*run)
-    reference(*run)
+        prompts(*run)
+        models(*run)
+        reference(*run)
 
-    if settings.warmup is not None:
-        pack(*run, round=WARMUP)
-        train(*run, round=WARMUP)
-        export(*run, round=WARMUP)
-    evaluate(*run, round=WARMUP)
-    publish_round(store, settings, WARMUP)
+        if settings.warmup is not None:
+            pack(*run, round=WARMUP)
+            train(*run, round=WARMUP)
+            export(*run, round=WARMUP)
+        evaluate(*run, round=WARMUP)
+        publish_round(store, settings, WARMUP)
 
-    with sampling_ahead(store, settings) as ahead:
-        for index in range(settings.rounds):
-            if samples(settings, index):
-                if not ahead.finish(index):
-                    generate(*run, round=index)
-                    score(*run, round=index)
-                filter(*run, round=index)
-                pack(*run, round=index)
-            ahead.start(index + 1)
-            train(*run, round=index)
-            export(*run, round=index)
-            evaluate(*run, round=index)
-            publish_round(store, settings, index)
+        with sampling_ahead(store, settings) as ahead:
+            for index in range(settings.rounds):
+                if samples(settings, index):
+                    if not ahead.finish(index):
+                        generate(*run, round=index)
+                        score(*run, round=index)
+                    filter(*run, round=index)
+                    pack(*run, round=index)
+                ahead.start(index + 1)
+                train(*run, round=index)
+                export(*run, round=index)
+                evaluate(*run, round=index)
+                publish_round(store, settings, index)
 
-    return summary_dict(summarize(store, settings))
+        return summary_dict(summarize(store, settings))
 
 
 class SamplingAhead:
@@ -122,13 +125,14 @@ def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
     """Publish a round's table, and the run so far as Markdown, where Prefect's UI shows them."""
     summary = summarize(store, config)
     name = "warm-up" if index == WARMUP else f"round-{index}"
-    create_table_artifact(
-        round_rows(summary, index),
-        key=artifact_key(config.name, name, "table"),
-        description=f"{config.name}, {name}: held-out metrics, and what was kept and dropped",
-    )
-    create_markdown_artifact(
-        summary_markdown(summary),
-        key=artifact_key(config.name, name, "summary"),
-        description=f"{config.name} up to {name}",
-    )
+    with if_server_answers(get_run_logger()):
+        create_table_artifact(
+            round_rows(summary, index),
+            key=artifact_key(config.name, name, "table"),
+            description=f"{config.name}, {name}: held-out metrics, and what was kept and dropped",
+        )
+        create_markdown_artifact(
+            summary_markdown(summary),
+            key=artifact_key(config.name, name, "summary"),
+            description=f"{config.name} up to {name}",
+        )

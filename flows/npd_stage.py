@@ -24,10 +24,11 @@ def _run_name() -> str:
 def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
     """Run one stage of one round again, from its start.
 
-    Later stages stay as they are: those that no longer match run again at the next `npd-round` of this run.
+    The result there was is kept until `npd gc`. Later stages stay as they are: those that no longer match run again at
+    the next `npd-round` of this run.
 
     Args:
-        run: The run's folder, for example `runs/quickstart`.
+        run: The run's folder or URL, for example `runs/quickstart`.
         stage: Which stage: prompts, models, reference, generate, score, filter, pack, train, export or evaluate.
         round: Which round, from 0; -1 is the warm-up; none for prompts, models and reference.
         overrides: Changes to the config the run last ran with, each `key.sub=value`; the run keeps them.
@@ -37,20 +38,22 @@ def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[st
 
     Raises:
         ConfigError: no such stage or round.
+        RunLockedError: another process works on this run.
         ArtifactError: no such run, or an earlier stage is missing or out of date.
         NPDError: the stage failed.
     """
     store = RunStore.open(run)
     config = recorded_config(store, overrides)
     key = stage_key(config, stage, round)
-    problem = upstream_problem(store, config, key)
-    if problem is not None:
-        raise ArtifactError(problem)
-    if overrides:
-        RunStore.create(config)
-    store.invalidate(key)
-    manifest = TASKS[stage](store, config, round=key.round)
-    outdated = [other.label for other in outdated_after(store, config, key)]
+    with store.locked():
+        problem = upstream_problem(store, config, key)
+        if problem is not None:
+            raise ArtifactError(problem)
+        if overrides:
+            store.record_config(config)
+        store.supersede(key)
+        manifest = TASKS[stage](store, config, round=key.round)
+        outdated = [other.label for other in outdated_after(store, config, key)]
     if outdated:
         get_run_logger().info("out of date now, and run again at the next npd-round: %s", ", ".join(outdated))
     return {"stage": key.label, "counters": manifest.counters, "outdated": outdated}

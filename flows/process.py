@@ -15,7 +15,8 @@ from flows.stage_process import StageProcess, start_process
 from schemas.config import RunConfig
 from schemas.errors import StageError, error_by_name
 from schemas.manifest import Manifest
-from schemas.run_store import RunStore, now_iso
+from schemas.provenance import now_iso
+from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from tasks.graph import TRAINING_STAGES, samples
 from tasks.process import Job, out_of_memory_hint
@@ -68,7 +69,7 @@ def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progres
     log = store.log(key)
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = threads_of(config, key)
-    job = Job(str(store.folder), config.model_dump(mode="json"), (key.stage, key.round), str(log), threads)
+    job = Job(store.url, config.model_dump(mode="json"), (key.stage, key.round), str(log), threads)
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
         try:
@@ -82,6 +83,7 @@ def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progres
                 process.wait(_EXIT_SECONDS)
         finally:
             process.end(_TERMINATE_SECONDS)
+            store.upload_log(key)
     if final is None:
         raise StageError(_describe_death(key, process.code, log))
     if final["event"] == "error":

@@ -1,5 +1,6 @@
 """Who hears how far a stage is: the terminal's display, and Prefect's progress artifacts."""
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ from schemas.manifest import Manifest
 from schemas.stage_key import StageKey
 
 if TYPE_CHECKING:
-    import logging
     from uuid import UUID
+
+Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 ARTIFACT_SECONDS = 2.0
 """Least time between two updates of a progress artifact."""
+
+AWAY_SECONDS = 30.0
+"""How long a server that did not answer is left alone."""
 
 
 class StageListener(Protocol):
@@ -96,12 +101,11 @@ def artifact_key(*parts: str) -> str:
 class ProgressArtifact:
     """The progress artifact of one stage's task run; moves at most every ``ARTIFACT_SECONDS``.
 
-    A server that cannot be reached costs people the sight of the bar, not the run its hours of work.
+    A server that cannot be reached costs people the sight of the bar, not the run its hours of work: it is asked once
+    an update, and then left alone for ``AWAY_SECONDS``.
     """
 
-    def __init__(
-        self, config: RunConfig, key: StageKey, logger: "logging.Logger | logging.LoggerAdapter[logging.Logger]"
-    ):
+    def __init__(self, config: RunConfig, key: StageKey, logger: Logger) -> None:
         self._key, self._logger = key, logger
         self._artifact_key = artifact_key(config.name, key.label, "progress")
         self._artifact: UUID | None = None
@@ -122,16 +126,39 @@ class ProgressArtifact:
         self._publish(100.0, f"{self._key.label}: done in {counters['seconds']:.1f} s{tokens}")
 
     def _publish(self, progress: float, description: str) -> None:
-        import httpx
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
-        from prefect.exceptions import PrefectException
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
         self._last = time.monotonic()
-        try:
+        # The stage waits meanwhile: its events are read in this thread.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), if_server_answers(self._logger) as asked:
             if self._artifact is None:
                 # Typed as if it could be awaited, which it is only inside an event loop.
                 self._artifact = cast("UUID", create_progress_artifact(progress, self._artifact_key, description))
             else:
                 update_progress_artifact(self._artifact, progress, description=description)
-        except (httpx.HTTPError, PrefectException) as error:
-            self._logger.warning("progress artifact not updated: %s", error)
+        if not asked.answered:
+            self._last += AWAY_SECONDS
+
+
+class Asked:
+    """Whether Prefect's server answered."""
+
+    answered = True
+
+
+@contextmanager
+def if_server_answers(logger: Logger) -> Iterator[Asked]:
+    """Do without Prefect's server if it does not answer: warn, and go on.
+
+    What is shown there is also in the run's own files.
+    """
+    import httpx
+    from prefect.exceptions import PrefectException
+
+    asked = Asked()
+    try:
+        yield asked
+    except (httpx.HTTPError, PrefectException) as error:
+        asked.answered = False
+        logger.warning("Prefect's server does not answer; the run goes on without it: %s", error or type(error))

@@ -12,6 +12,7 @@ from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from schemas.untrusted_text import visible
 from tasks.graph import STAGES
 from tasks.stage import current_manifest, execute
 
@@ -24,6 +25,7 @@ def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
     Raises:
         NPDError: what the stage found wrong.
     """
+    store.require_lock()
     logger, listener = get_run_logger(), current_listener()
     manifest = current_manifest(store, config, key)
     if manifest is not None:
@@ -51,7 +53,7 @@ def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
     if listener is not None:
         listener.finished(key, manifest, up_to_date=False)
     for warning in manifest.counters.get("warnings", []):
-        logger.warning("%s: %s", key.label, warning)
+        logger.warning("%s: %s", key.label, visible(warning))
     logger.info("%s: done in %.1f s", key.label, manifest.counters["seconds"])
     return manifest
 

@@ -1,7 +1,6 @@
 """How each stage of a run stands, and what follows from running one again."""
 
 from enum import StrEnum
-from pathlib import Path
 
 from schemas.config import RunConfig
 from schemas.errors import ConfigError, NPDError
@@ -43,11 +42,10 @@ def stage_states(store: RunStore, config: RunConfig) -> dict[StageKey, StageStat
 def _state(store: RunStore, config: RunConfig, key: StageKey, inputs_complete: bool) -> StageState:
     manifest = store.manifest(key)
     if manifest is None:
-        return StageState.UNFINISHED if store.path(key).is_dir() else StageState.MISSING
+        return StageState.UNFINISHED if store.has_begun(key) else StageState.MISSING
     if not inputs_complete or _fingerprint(store, config, key) != manifest.fingerprint:
         return StageState.OUTDATED
-    paths = [(store.folder / record.path, record.bytes) for record in manifest.outputs]
-    intact = all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    intact = store.first_damage(manifest, content=False) is None
     return StageState.COMPLETE if intact else StageState.OUTDATED
 
 
@@ -67,7 +65,7 @@ def check_sources(config: RunConfig) -> None:
         ModelError: a model is not there.
         ConfigError: ``root`` cannot hold a run.
     """
-    plan(RunStore(Path(config.root) / config.name), config, PROMPTS)
+    plan(RunStore.at(config), config, PROMPTS)
     model_fingerprints(config)
 
 
@@ -100,8 +98,8 @@ def upstream_problem(store: RunStore, config: RunConfig, key: StageKey) -> str |
     for other in upstream(config, key):
         if states[other] is not StageState.COMPLETE:
             return (
-                f"{store.folder}: `{key.label}` reads `{other.label}`, which is {states[other]} "
-                f"under these settings. Run that stage first, or the whole run: npd run {store.folder}"
+                f"{store.url}: `{key.label}` reads `{other.label}`, which is {states[other]} "
+                f"under these settings. Run that stage first, or the whole run: npd run {store.url}"
             )
     return None
 

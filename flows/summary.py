@@ -11,6 +11,7 @@ from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER
+from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.graph import loop
 
 METRIC_TITLES = {
@@ -98,13 +99,13 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
     manifests = {key: manifest for key in loop(config) if (manifest := store.manifest(key)) is not None}
     indices = sorted({key.round for key in manifests if key.round is not None})
     exports = [key for key in manifests if key.stage == "export"]
-    student = store.path(exports[-1], "model") if exports else None
+    student = f"{display_place(store)}/{exports[-1].folder}/model" if exports else None
     return RunSummary(
         name=config.name,
-        folder=display_path(store.folder),
+        folder=display_place(store),
         rounds=[_round(store, config, manifests, index) for index in indices],
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
-        student=None if student is None else display_path(student),
+        student=student,
     )
 
 
@@ -142,9 +143,10 @@ def round_label(config: RunConfig, index: int) -> str:
     return f"round {index} ({index + 1} of {config.rounds})"
 
 
-def display_path(path: Path) -> str:
-    """Return ``path`` relative to the working directory where it is below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def display_place(store: RunStore) -> str:
+    """Return where a run is: its URL, or its folder, relative to the working directory where it is below it."""
+    place = Path(store.url)
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else store.url
 
 
 def metric_text(metric: Metric | None) -> str:
@@ -223,9 +225,9 @@ def round_rows(summary: RunSummary, index: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in (row for row in summary.rounds if row.round == index):
         for name, metric in row.metrics.items():
-            rows.append({"what": name, "value": metric.value, "stderr": metric.stderr, "n": metric.n})
+            rows.append({"what": one_line(name), "value": metric.value, "stderr": metric.stderr, "n": metric.n})
         for reason, count in row.reasons.items():
-            what = KEPT if reason == KEPT else f"dropped: {reason}"
+            what = KEPT if reason == KEPT else one_line(f"dropped: {reason}")
             rows.append({"what": what, "value": count, "stderr": None, "n": row.kept + row.dropped})
         for stage, seconds in row.seconds.items():
             rows.append({"what": f"seconds: {stage}", "value": seconds, "stderr": None, "n": None})
@@ -240,18 +242,8 @@ def summary_markdown(summary: RunSummary) -> str:
         lines += [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
         lines.insert(len(lines) - len(rows), f"|{'---|' * len(header)}")
     lines += ["", f"Prompts, models and reference: {duration_text(sum(summary.seconds.values()))}.", ""]
-    lines += [f"- {what}: `{path.replace('`', '')}`" for what, path in files_table(summary)]
+    lines += [f"- {what}: {code_markdown(path)}" for what, path in files_table(summary)]
     return "\n".join(lines) + "\n"
-
-
-def escape_markdown(text: str) -> str:
-    r"""Return ``text`` so that Markdown shows it as it is, also inside a table.
-
-    >>> escape_markdown("a|b <i> *c*")
-    'a\\|b &lt;i&gt; \\*c\\*'
-    """
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
-    return "".join(f"\\{character}" if character in "\\`*_[]|#~" else character for character in text)
 
 
 def summary_dict(summary: RunSummary) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The errors a user can act on. Each names what is wrong, where, and what to do."""
 
+from schemas.untrusted_text import visible
+
 
 class NPDError(Exception):
     """Base of every error this project raises on purpose.
@@ -8,6 +10,10 @@ class NPDError(Exception):
     """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        # It goes to terminals and logs, and may quote names and texts from outside.
+        super().__init__(visible(message))
 
 
 class ConfigError(NPDError):
@@ -40,6 +46,20 @@ class RunNotFoundError(ArtifactError):
     """There is no run where one was named."""
 
     exit_code = 2
+
+
+class RunLockedError(NPDError):
+    """Another process works on the run; names it."""
+
+    exit_code = 2
+
+
+class StorageError(NPDError):
+    """Files cannot be written or read: disk full, folder read-only, object store out of reach."""
+
+
+class OrchestrationError(NPDError):
+    """Prefect's server cannot be reached."""
 
 
 class StageError(NPDError):

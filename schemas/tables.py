@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.errors import ArtifactError
+from schemas.untrusted_text import readable
 
 SCHEMA_KEY, VERSION_KEY, RUN_KEY = b"npd.schema", b"npd.schema_version", b"npd.run_id"
 
@@ -37,6 +38,22 @@ class TableSchema:
     parallel: tuple[tuple[str, ...], ...] = ()
     unique: tuple[str, ...] = ()
 
+    def validate_columns(self, found: pa.Schema, where: str) -> None:
+        """Check names and types of a table's columns; see ``validate``."""
+        missing = [name for name in self.columns.names if name not in found.names]
+        if missing:
+            raise ArtifactError(f"{where}: table `{self.name}` lacks column(s) {', '.join(missing)}")
+        twice = [name for name in self.columns.names if found.names.count(name) > 1]
+        if twice:
+            raise ArtifactError(f"{where}: table `{self.name}` has column(s) {', '.join(twice)} more than once")
+        wrong = [
+            f"`{column.name}` is {readable(str(found.field(column.name).type), 100)}, should be {column.type}"
+            for column in self.columns
+            if found.field(column.name).type != column.type
+        ]
+        if wrong:
+            raise ArtifactError(f"{where}: table `{self.name}` v{self.version}: {'; '.join(wrong)}")
+
     def validate(self, table: pa.Table, where: str) -> pa.Table:
         """Check ``table`` and return it.
 
@@ -47,16 +64,7 @@ class TableSchema:
         Raises:
             ArtifactError: names ``where``, every offending column and what it should be.
         """
-        missing = [name for name in self.columns.names if name not in table.column_names]
-        if missing:
-            raise ArtifactError(f"{where}: table `{self.name}` lacks column(s) {', '.join(missing)}")
-        wrong = [
-            f"`{column.name}` is {table.schema.field(column.name).type}, should be {column.type}"
-            for column in self.columns
-            if table.schema.field(column.name).type != column.type
-        ]
-        if wrong:
-            raise ArtifactError(f"{where}: table `{self.name}` v{self.version}: {'; '.join(wrong)}")
+        self.validate_columns(table.schema, where)
         contract = pandera.DataFrameSchema(
             {
                 column.name: pandera.Column(
@@ -74,7 +82,9 @@ class TableSchema:
         except pandera.errors.SchemaErrors as error:
             raise ArtifactError(f"{where}: table `{self.name}`: {_failures(error)}") from None
         nested = [column for column in self.columns if pa.types.is_nested(column.type)]
-        with_null = [c.name for c in nested if not c.nullable and table.column(c.name).null_count]
+        with_null = [
+            c.name for c in nested if any(_has_null(chunk, c.nullable) for chunk in table.column(c.name).chunks)
+        ]
         if with_null:
             raise ArtifactError(f"{where}: table `{self.name}`: null in column(s) {', '.join(with_null)}")
         for first, *others in self.parallel:
@@ -85,6 +95,15 @@ class TableSchema:
                         f"{where}: table `{self.name}`: `{other}` is not as long as `{first}` in every row"
                     )
         return table
+
+
+def _has_null(array: pa.Array, nullable: bool) -> bool:
+    """Say whether a row is null, unless it may be, or anything inside one is."""
+    if array.null_count and not nullable:
+        return True
+    if pa.types.is_struct(array.type):
+        return any(_has_null(child, False) for child in array.flatten())
+    return pa.types.is_nested(array.type) and _has_null(array.flatten(), False)
 
 
 def _failures(error: pandera.errors.SchemaErrors) -> str:

@@ -55,7 +55,8 @@ def run(job: StageJob) -> None:
         raise StageError(f"{job.key.label}: {nothing_kept(counts, delta_ifd, bounds, config.pack.max_tokens)}")
     start = 0
     for index, shard in enumerate(shards):
-        store.write_table(store.part(job.key, index), table.slice(start, shard.num_rows), FILTER)
+        if not store.part(job.key, index).is_file():
+            store.write_table(store.part(job.key, index), table.slice(start, shard.num_rows), FILTER)
         start += shard.num_rows
         job.progress(start, table.num_rows, "samples")
     low, high = (float(bound) for bound in bounds)

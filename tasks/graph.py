@@ -149,11 +149,11 @@ def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
 
 STAGES: dict[str, Stage] = {
     "prompts": Stage("tasks.prompts", 1, _sections("prompts"), lambda c, k: [], own_process=False),
-    "models": Stage("tasks.models", 1, _models_config, lambda c, k: [PROMPTS]),
-    "reference": Stage("tasks.reference", 2, _reference_config, lambda c, k: [PROMPTS, MODELS]),
+    "models": Stage("tasks.models", 2, _models_config, lambda c, k: [PROMPTS]),
+    "reference": Stage("tasks.reference", 3, _reference_config, lambda c, k: [PROMPTS, MODELS]),
     "generate": Stage(
         "tasks.generate",
-        2,
+        3,
         _sections("generate", "student"),
         lambda c, k: [PROMPTS, MODELS, sampling_policy(c, _round(k))],
     ),
@@ -171,8 +171,8 @@ STAGES: dict[str, Stage] = {
         own_process=False,
     ),
     "pack": Stage("tasks.pack", 1, _pack_config, _pack_inputs, own_process=False),
-    "train": Stage("tasks.train", 2, _train_config, _train_inputs),
-    "export": Stage("tasks.export", 1, _sections("export"), _export_inputs),
+    "train": Stage("tasks.train", 3, _train_config, _train_inputs),
+    "export": Stage("tasks.export", 2, _sections("export"), _export_inputs),
     "evaluate": Stage(
         "tasks.evaluate",
         2,

@@ -41,14 +41,14 @@ class Job(NamedTuple):
     """What the parent asks for.
 
     Args:
-        folder: The run's folder.
+        place: The run's folder or URL.
         config: The resolved config as JSON values.
         key: Stage name and round.
         log: Where this process's stdout and stderr go, for error messages.
         threads: CPU threads to use; None: the libraries' own choice.
     """
 
-    folder: str
+    place: str
     config: dict[str, Any]
     key: tuple[str, int | None]
     log: str
@@ -123,7 +123,7 @@ def run_job(events_descriptor: int) -> int:
     if job.threads is not None:
         _limit_threads(job.threads)
     try:
-        execute(RunStore(job.folder), parse_config(job.config), key, events.progress)
+        execute(RunStore(job.place), parse_config(job.config), key, events.progress)
     except Exception as error:  # the boundary of the process: every error must reach the parent
         traceback.print_exc()
         events.send(describe_failure(error, key, job.log))

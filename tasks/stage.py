@@ -1,6 +1,7 @@
 """How any stage runs: is it current, what it is given, and the manifest it leaves."""
 
 import importlib
+import logging
 import resource
 import socket
 import sys
@@ -10,10 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from schemas.config import RunConfig
+from schemas.local_files import storage_errors
 from schemas.manifest import FileRecord, Manifest, hash_json
-from schemas.run_store import RunStore, now_iso, package_versions
+from schemas.provenance import now_iso, package_versions
+from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.graph import STAGES
+
+_logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with work done, work in all, and the unit of both; often, from the stage's own thread."""
@@ -42,7 +47,8 @@ class StageJob:
     counters: dict[str, Any] = field(default_factory=dict)
 
     def warn(self, message: str) -> None:
-        """Tell people of something that does not stop the stage; it goes into the manifest and the terminal."""
+        """Tell people of something that does not stop the stage: now in the log, later in manifest and terminal."""
+        _logger.warning("%s: %s", self.key.label, message)
         self.counters.setdefault("warnings", []).append(message)
 
     @property
@@ -102,7 +108,13 @@ def execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progres
 
     Raises:
         NPDError: whatever the stage found wrong; no manifest is written.
+        StorageError: the run's place, or this machine's disk, cannot be written to.
     """
+    with storage_errors(f"{store.url}: stage `{key.label}`"), store.at_work():
+        return _execute(store, config, key, progress)
+
+
+def _execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progress) -> Manifest:
     planned = plan(store, config, key)
     store.begin(key, planned.fingerprint)
     started, clock = now_iso(), time.perf_counter()

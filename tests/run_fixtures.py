@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from schemas.config import RunConfig, parse_config
 from schemas.manifest import Manifest
-from schemas.run_store import RunStore, now_iso
+from schemas.provenance import now_iso
+from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE, PROMPTS, TableSchema, score_schema, targets_type
 
@@ -33,7 +34,7 @@ def make_store(tmp_path: Path, config: RunConfig) -> RunStore:
 
 def finish_stage(store: RunStore, key: StageKey, schema: TableSchema, shards: Sequence[pa.Table]) -> Manifest:
     """Write ``shards`` as the stage's table and complete it; what was there before goes."""
-    store.invalidate(key)
+    store.supersede(key)
     store.begin(key, "test")
     for index, shard in enumerate(shards):
         store.write_table(store.part(key, index), shard, schema)

@@ -14,7 +14,13 @@ class Section(BaseModel):
     """A strict config section: unknown keys are errors, and the docstring under a field is its description."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        # A value that is wrong may be a secret in the wrong place.
+        hide_input_in_errors=True,
     )
 
     def fingerprinted(self) -> dict[str, Any]:

@@ -1,19 +1,25 @@
 """From YAML and `--set` overrides to a validated RunConfig, with errors that name the key and the nearest known one."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from schemas.config.base import Section
+from schemas.config.document import parse_document, read_document, value_problems
 from schemas.config.prompts import DatasetSource, JsonlSource, ParquetSource, PromptSource
 from schemas.config.run import RunConfig
+from schemas.config.secrets import holds_secret
 from schemas.errors import ConfigError
+from schemas.untrusted_text import readable
+
+_MOST_PROBLEMS = 8
+"""Problems that one error lists."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,12 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, is not YAML, or holds an unknown or wrong value; names the key.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    values = read_document(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
     return parse_config(apply_overrides(values, overrides), origin=str(path), folder=path.parent)
@@ -43,12 +44,28 @@ def parse_config(values: dict[str, Any], *, origin: str = "config", folder: Path
     Raises:
         ConfigError: names every unknown key (and the nearest known one) and every value out of range.
     """
+    if problems := value_problems(values):
+        raise _config_error(origin, problems)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {_explain(detail)}" for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join([f"{origin}:", *lines])) from None
-    return config if folder is None else _resolve_paths(config, folder)
+        details = error.errors(include_url=False)
+        raise _config_error(
+            origin, [_explain(detail) for detail in details[: _MOST_PROBLEMS + 1]], len(details)
+        ) from None
+    if folder is None:
+        return config
+    try:
+        return _resolve_paths(config, folder)
+    except (OSError, RuntimeError) as error:
+        # A home folder that nobody has, a name too long for the disk, links in a circle.
+        raise ConfigError(f"{origin}: a path in it cannot be looked up: {readable(str(error))}") from None
+
+
+def _config_error(origin: str, problems: Sequence[str], count: int | None = None) -> ConfigError:
+    more = (len(problems) if count is None else count) - _MOST_PROBLEMS
+    lines = [f"{origin}:", *(f"  {problem}" for problem in problems[:_MOST_PROBLEMS])]
+    return ConfigError("\n".join([*lines, f"  and {more} more"] if more > 0 else lines))
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -60,23 +77,25 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         ConfigError: an override without `=`, one whose value is not YAML, or one that reaches into a plain value.
     """
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
+    result: dict[str, Any] = _copied(values)
     for override in overrides:
         key, separator, text = override.partition("=")
+        # Not the value: it may be a secret.
+        shown = "…" if holds_secret(key) else readable(f"{key}=…" if separator else key)
         if not separator or not all(key.split(".")):
-            raise ConfigError(f"--set {override}: write it as key.sub=value, for example train.kd_weight=0.5")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+            raise ConfigError(f"--set {shown}: write it as key.sub=value, for example train.kd_weight=0.5")
+        value = parse_document(text, f"--set {shown}: the value is not YAML")
         *parents, last = key.split(".")
         node: Any = result
         for depth, name in enumerate([*parents, last]):
             if isinstance(node, list):
-                node = _list_item(node, name, override)
+                entry = _list_item(node, name, shown)
+                if depth == len(parents):
+                    node[int(name)] = value
+                node = entry
                 continue
             if not isinstance(node, dict):
-                raise ConfigError(f"--set {override}: {'.'.join(parents[:depth])} is not a section")
+                raise ConfigError(f"--set {shown}: {readable('.'.join(parents[:depth]))} is not a section")
             if depth == len(parents):
                 node[last] = value
             elif node.get(name) is None:
@@ -87,15 +106,22 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return result
 
 
-def _list_item(node: list[Any], name: str, override: str) -> Any:
-    if not name.isdecimal() or int(name) >= len(node):
-        raise ConfigError(f"--set {override}: `{name}` is not one of the list's {len(node)} entries (from 0)")
+def _copied(value: Any) -> Any:
+    """Copy mappings and lists; one that two aliases share becomes two."""
+    if isinstance(value, dict):
+        return {name: _copied(child) for name, child in value.items()}
+    return [_copied(child) for child in value] if isinstance(value, list) else value
+
+
+def _list_item(node: list[Any], name: str, shown: str) -> Any:
+    if not name.isdecimal() or len(name) > 9 or int(name) >= len(node):
+        raise ConfigError(f"--set {shown}: `{readable(name)}` is not one of the list's {len(node)} entries (from 0)")
     return node[int(name)]
 
 
 def _explain(detail: ErrorDetails) -> str:
     location = [part for part in detail["loc"] if not _is_union_tag(part)]
-    key = ".".join(str(part) for part in location) or "config"
+    key = readable(".".join(str(part) for part in location), 80) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
@@ -104,7 +130,10 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{key}: unknown key; {hint} Known here: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{key}: missing; it has no default"
-    return f"{key}: {message} (got {detail['input']!r})"
+    if not location:
+        return message if detail["type"] == "value_error" else f"{key}: {message}"
+    shown = "not shown" if holds_secret(repr(detail["input"])) else readable(reprlib.repr(detail["input"]), 80)
+    return f"{key}: {message} (got {shown})"
 
 
 _TAGS = {"jsonl", "parquet", "dataset", "reasoning_gym", "float", "Quantile", "int", "list[int]"}

@@ -1,12 +1,17 @@
 """The whole config of a run."""
 
-from pydantic import Field, model_validator
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
 
 from schemas.config.base import PLACEMENT, Section
 from schemas.config.models import StudentConfig, TeacherConfig
 from schemas.config.prompts import PromptsConfig
+from schemas.config.secrets import secret_keys
 from schemas.config.stages import EvaluateConfig, FilterConfig, GenerateConfig, PackConfig, ScoreConfig
 from schemas.config.training import ExportConfig, TrainConfig, WarmupConfig
+from schemas.untrusted_text import one_line
 
 
 class DevicesConfig(Section):
@@ -29,7 +34,9 @@ class DevicesConfig(Section):
 class RunConfig(Section):
     """A run of Near-Policy Distillation."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra=PLACEMENT)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=100, json_schema_extra=PLACEMENT
+    )
     """Folder of the run under `root`. Running the same name again resumes it."""
 
     root: str = Field(default="runs", min_length=1, json_schema_extra=PLACEMENT)
@@ -85,6 +92,30 @@ class RunConfig(Section):
 
     evaluate: EvaluateConfig = EvaluateConfig()
     """How far the student still is from the teacher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secrets(cls, values: Any) -> Any:
+        if keys := secret_keys(values):
+            raise ValueError(
+                f"`{keys[0]}` holds what looks like a password, a token or a signed URL, which would be written into "
+                "every record of the run; leave it out and set it in the environment (HF_TOKEN, AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, WANDB_API_KEY)"
+            )
+        return values
+
+    @field_validator("root")
+    @classmethod
+    def _root_is_a_place(cls, root: str) -> str:
+        if one_line(root) != root:
+            raise ValueError("holds a character that cannot be seen")
+        if "://" in root:
+            parts = urlsplit(root)
+            if parts.query or parts.fragment:
+                raise ValueError("a URL with options in it; set them in the environment")
+            if {".", ".."} & set(parts.path.split("/")):
+                raise ValueError("`.` and `..` mean nothing in a URL")
+        return root
 
     @model_validator(mode="after")
     def _responses_fit_into_packs(self) -> "RunConfig":

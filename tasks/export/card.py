@@ -1,21 +1,74 @@
-"""The exported model's card: what it is and where it comes from."""
+"""The exported model's card: what it is, where it comes from, and how to check that."""
+
+from dataclasses import dataclass
+from typing import Any
 
 from schemas.config import RunConfig
-from schemas.stage_key import StageKey
+from schemas.stage_key import WARMUP, StageKey
+from schemas.untrusted_text import code_markdown, escape_markdown
+
+_METRICS = {
+    "step": "optimizer steps",
+    "epoch": "epochs",
+    "loss": "loss",
+    "ce": "cross-entropy (nats per token)",
+    "kd": "KL from the teacher's top k (nats per token)",
+    "policy_kl": "KL from the sampling policy (nats per token)",
+}
+"""Columns of the training metrics that the card shows, with their titles."""
 
 
-def model_card(config: RunConfig, key: StageKey, *, run_id: str, config_hash: str, step: int, inputs: str) -> str:
-    """Return the card in Markdown.
+@dataclass(frozen=True)
+class Lineage:
+    """What a set of exported weights was made from.
+
+    Args:
+        run_id: Of the run.
+        config_hash: Of the resolved config.
+        version: Hash of the exported weights, as the tables' `policy_version` names them.
+        teacher_version: Hash of the teacher's weights.
+        sampled_by: Hash of the policy that sampled what they learned from; None in the warm-up.
+        prompts: Fingerprint of the prompts table.
+        packs: Fingerprint of the packs.
+        training: Fingerprint of the training stage's inputs and settings.
+        metrics: The last row of the training metrics; empty if it took no step.
+    """
+
+    run_id: str
+    config_hash: str
+    version: str
+    teacher_version: str
+    sampled_by: str | None
+    prompts: str
+    packs: str
+    training: str
+    metrics: dict[str, Any]
+
+
+def model_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
+    """Return the card in Markdown. Nothing from outside is in its front matter, or unescaped below it.
 
     Args:
         config: The run's config.
         key: The export stage.
-        run_id: Of the run.
-        config_hash: Of the resolved config.
-        step: Optimizer steps of the near-policy run in these weights.
-        inputs: Fingerprint of what the weights were made from.
+        lineage: What the weights were made from.
     """
-    student = config.student.model or f"layers of {config.teacher.model}"
+    source = config.teacher if config.student.model is None else config.student
+    pruned = "" if config.student.init == "pretrained" else "layers of "
+    student = pruned + code_markdown(source.model or "")
+    names = [*_METRICS] if key.round != WARMUP else ["step", "epoch", "loss", "ce"]
+    rows = [
+        ("teacher", f"{code_markdown(config.teacher.model)}{_revision(config.teacher.revision)}"),
+        ("teacher's weights", f"`{lineage.teacher_version}`"),
+        ("student", f"{student}{_revision(source.revision)}"),
+        ("run id", f"`{lineage.run_id}`"),
+        ("config hash", f"`{lineage.config_hash}`"),
+        ("policy version of these weights", f"`{lineage.version}`"),
+        ("sampled by policy version", "nobody: warm-up" if lineage.sampled_by is None else f"`{lineage.sampled_by}`"),
+        ("prompts (fingerprint)", f"`{lineage.prompts}`"),
+        ("packs (fingerprint)", f"`{lineage.packs}`"),
+        ("training (fingerprint)", f"`{lineage.training}`"),
+    ]
     return "\n".join(
         [
             "---",
@@ -24,18 +77,20 @@ def model_card(config: RunConfig, key: StageKey, *, run_id: str, config_hash: st
             "tags: [near-policy-distillation, distillation]",
             "---",
             "",
-            f"# {config.name}, {key.label.split(' · ')[0]}",
+            f"# {escape_markdown(config.name)}, {key.label.split(' · ')[0]}",
             "",
             "A student distilled by Near-Policy Distillation (arXiv 2605.05940).",
             "",
             "| lineage | |",
             "|---|---|",
-            f"| teacher | `{_code(config.teacher.model)}` |",
-            f"| student | `{_code(student)}` |",
-            f"| run id | `{run_id}` |",
-            f"| config hash | `{config_hash}` |",
-            f"| optimizer steps | {step} |",
-            f"| trained from (fingerprint) | `{inputs}` |",
+            *(f"| {what} | {value} |" for what, value in rows),
+            "",
+            "| last training step | |",
+            "|---|---|",
+            *(f"| {_METRICS[name]} | {_number(lineage.metrics.get(name))} |" for name in names),
+            "",
+            "`npd verify RUN` on the run's folder re-hashes every file from the prompts to these weights, and follows "
+            "every sample through them.",
             "",
             "```python",
             "from transformers import pipeline",
@@ -49,5 +104,9 @@ def model_card(config: RunConfig, key: StageKey, *, run_id: str, config_hash: st
     )
 
 
-def _code(text: str) -> str:
-    return text.replace("`", "'").replace("|", "\\|").replace("\n", " ")
+def _revision(revision: str | None) -> str:
+    return "" if revision is None else f", revision {code_markdown(revision)}"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -3,17 +3,26 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from schemas.errors import ArtifactError
+from schemas.manifest import Manifest, RunRecord, hash_file
 from schemas.stage_key import WARMUP, StageKey
-from tasks.export.card import model_card
+from schemas.tables import TRAIN_METRICS
+from tasks.export.card import Lineage, model_card
+from tasks.graph import PROMPTS, sampled_round
 from tasks.language_model.chat import end_ids
 from tasks.language_model.loading import load_model, load_tokenizer
-from tasks.language_model.sources import ModelRef, exported_folder, start_model
+from tasks.language_model.sources import (
+    ModelRef,
+    exported_folder,
+    policy_version,
+    resolved_models,
+    start_model,
+    weights_version,
+)
+from tasks.language_model.weights import has_adapters, load_weights, merge_adapters
 from tasks.stage import StageJob
-
-_CHECKPOINT = "checkpoint"
 
 
 def export_student(job: StageJob) -> None:
@@ -28,7 +37,7 @@ def export_student(job: StageJob) -> None:
     job.progress(0, 1, "models")
     if not target.is_dir():
         start = start_model(store, config, job.round)
-        model = trained_model(store.path(train, _CHECKPOINT), start).to(getattr(torch, config.export.dtype))
+        model = trained_model(store.fetch(store.checkpoint(train)), start).to(getattr(torch, config.export.dtype))
         model.config.use_cache = True
         tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)
         # Greedy and nothing else: sampling settings are for whoever deploys to choose.
@@ -37,32 +46,40 @@ def export_student(job: StageJob) -> None:
             bos_token_id=tokenizer.bos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        temporary = store.temporary_folder(target)
-        model.save_pretrained(temporary, max_shard_size=config.export.max_shard_size.replace(" ", ""))
-        tokenizer.save_pretrained(temporary)
-        card = model_card(
-            config,
-            job.key,
-            run_id=record.run_id,
-            config_hash=record.config_hash,
-            step=step,
-            inputs=trained.fingerprint,
-        )
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        store.publish_folder(temporary, target)
+        with store.writing_folder(target) as temporary:
+            model.save_pretrained(temporary, max_shard_size=config.export.max_shard_size.replace(" ", ""))
+            tokenizer.save_pretrained(temporary)
+            card = model_card(config, job.key, _lineage(job, record, trained, temporary))
+            (temporary / "README.md").write_text(card, encoding="utf-8")
     job.progress(1, 1, "models")
     job.counters |= {"policy_step": step}
 
 
-def trained_model(checkpoint: Path, start: ModelRef) -> PreTrainedModel:
-    """Load a checkpoint's weights in float32, adapters merged into the model they were trained on."""
-    if (checkpoint / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        base = load_model(start.path, dtype="float32", device="cpu", trust_remote_code=start.trust_remote_code)
-        merged: PreTrainedModel = PeftModel.from_pretrained(base, checkpoint).merge_and_unload()
-        return merged
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, trust_remote_code=start.trust_remote_code
+def _lineage(job: StageJob, record: RunRecord, trained: Manifest, weights: Path) -> Lineage:
+    store, config = job.store, job.config
+    sampled = sampled_round(config, job.round)
+    metrics = store.read_table(StageKey("train", job.round), TRAIN_METRICS)
+    return Lineage(
+        run_id=record.run_id,
+        config_hash=record.config_hash,
+        version=weights_version((path.name, hash_file(path)) for path in sorted(weights.glob("*.safetensors"))),
+        teacher_version=resolved_models(store).teacher_version,
+        sampled_by=None if sampled == WARMUP else policy_version(store, config, sampled),
+        prompts=store.finished(PROMPTS).outputs_fingerprint,
+        packs=store.finished(StageKey("pack", sampled)).outputs_fingerprint,
+        training=trained.fingerprint,
+        metrics=metrics.slice(metrics.num_rows - 1).to_pylist()[0] if metrics.num_rows else {},
     )
+
+
+def trained_model(checkpoint: Path, start: ModelRef) -> PreTrainedModel:
+    """Load a checkpoint's weights in float32, adapters merged into the model they were trained on.
+
+    Raises:
+        ArtifactError: a file of the checkpoint is missing or damaged.
+    """
+    model = load_model(start.path, dtype="float32", device="cpu", trust_remote_code=start.trust_remote_code)
+    if has_adapters(checkpoint):
+        return merge_adapters(model, checkpoint)
+    load_weights(model, checkpoint)
     return model

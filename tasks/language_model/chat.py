@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import ModelError
+from tasks.language_model.control_tokens import TokenIds, encode_rendered
 
 Message = dict[str, str]
-TokenIds = NDArray[np.int32]
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
@@ -28,15 +27,16 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[TokenIds]:
-    """Return each conversation as token ids (int32), ending where the reply begins."""
-    texts: Any = tokenizer.apply_chat_template(
-        [list(conversation) for conversation in conversations], tokenize=False, add_generation_prompt=True
-    )
-    if not texts:
-        return []
-    # The template writes the special tokens itself.
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    """Return each conversation as token ids (int32), ending where the reply begins.
+
+    Control tokens are those that the template writes; their strings in a message are plain text.
+    """
+
+    def render(plain: list[list[Message]]) -> list[str]:
+        texts: Any = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        return list(texts)
+
+    return encode_rendered(tokenizer, conversations, render)
 
 
 def reply_header(tokenizer: PreTrainedTokenizerBase) -> TokenIds:

@@ -1,15 +1,20 @@
 """Load tokenizers and causal language models for inference."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.errors import ModelError
 from tasks.language_model.head import agree, probe_states
 from tasks.language_model.packed_attention import PACKED_SEQUENCES
 from tasks.language_model.sources import ModelRef
+
+UNREADABLE = (OSError, ValueError, SafetensorError)
+"""What `transformers` raises where a model's files are missing or damaged; of other shapes a RuntimeError."""
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -45,9 +50,39 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     return tokenizer
+
+
+def require_safetensors(folder: str | Path) -> None:
+    """Check that a model folder's weights are in safetensors files, which can hold no code.
+
+    Raises:
+        ModelError: they are not; says how to convert them.
+    """
+    if any(Path(folder).glob("*.safetensors")):
+        for index in Path(folder).glob("*.safetensors.index.json"):
+            _check_index(index)
+        return
+    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in Path(folder).glob(pattern))
+    raise ModelError(
+        f"{folder}: it has no safetensors weights"
+        + (f" but {others[0]}, which runs whatever code is in it when it is read" if others else "")
+        + ". Convert a model you trust once, with `transformers`: "
+        "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)` writes safetensors"
+        " (https://huggingface.co/docs/safetensors); then save its tokenizer there too and name that folder"
+    )
+
+
+def _check_index(path: Path) -> None:
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path}: not a readable index of weights: {error!r}") from None
+    for name in files:
+        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+            raise ModelError(f"{path}: names {name!r}, which is no safetensors file of the folder")
 
 
 def load_model(
@@ -71,15 +106,20 @@ def load_model(
             its architecture can.
 
     Raises:
-        ModelError: the folder has no weights that `transformers` can load.
+        ModelError: the folder has no safetensors weights that `transformers` can load.
     """
     target = resolve_device(device)
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype, target), "trust_remote_code": trust_remote_code}
+    require_safetensors(folder)
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype, target),
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
     model.to(target)  # type: ignore[arg-type]
     loaded: PreTrainedModel = model.eval()

@@ -1,15 +1,18 @@
 """Which model a stage should load: the teacher, or the policy of a round. Imports no torch."""
 
 import importlib.util
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError, ModelError
 from schemas.manifest import hash_json
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
+from schemas.untrusted_text import readable
 from tasks.graph import MODELS, initial_policy, result_policy, sampling_policy
 
 PACKAGE_SCHEME = "package://"
@@ -42,8 +45,7 @@ class ModelRef:
     trust_remote_code: bool = False
 
 
-@dataclass(frozen=True)
-class ResolvedModels:
+class ResolvedModels(BaseModel):
     """What stage `models` found, kept in ``models/models.json``.
 
     Args:
@@ -54,29 +56,45 @@ class ResolvedModels:
         shared_vocab: See ModelRef.
     """
 
-    teacher_path: str
-    teacher_version: str
-    teacher_context: int
-    student_context: int
-    shared_vocab: int
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    def write(self, path: Path) -> None:
+    teacher_path: str = Field(min_length=1)
+    teacher_version: str
+    teacher_context: int = Field(ge=1)
+    student_context: int = Field(ge=1)
+    shared_vocab: int = Field(ge=1)
+
+    def write(self, store: RunStore, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        store.write_bytes(path, (self.model_dump_json(indent=2) + "\n").encode())
 
 
 def resolved_models(store: RunStore) -> ResolvedModels:
-    """Read what stage `models` found."""
+    """Read what stage `models` found.
+
+    Raises:
+        ArtifactError: the stage has not finished, or its file is not what it wrote.
+    """
     store.finished(MODELS)
-    return ResolvedModels(**json.loads(store.path(MODELS, "models.json").read_text(encoding="utf-8")))
+    path = store.fetch(store.path(MODELS, "models.json"))
+    try:
+        return ResolvedModels.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing; run stage `models` again") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = readable(".".join(str(part) for part in first["loc"])) or "the file"
+        raise ArtifactError(f"{path}: {key}: {readable(first['msg'])}; run stage `models` again") from None
 
 
 def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
     """Return the teacher."""
     found, source = resolved_models(store), config.teacher
+    folder = Path(found.teacher_path)
+    if ".." in folder.parts:
+        raise ArtifactError(f"{store.url}/{MODELS.folder}/models.json: teacher_path: leaves the run's folder")
     return ModelRef(
-        # An absolute path stays as it is; a converted teacher lies inside the run.
-        path=str(store.folder / found.teacher_path),
+        path=str(folder if folder.is_absolute() else store.fetch(store.folder / folder)),
         version=found.teacher_version,
         step=0,
         context=found.teacher_context,
@@ -109,20 +127,35 @@ def exported_folder(store: RunStore, key: StageKey) -> Path:
     return store.path(key, "student" if key == MODELS else "model")
 
 
-def _student(store: RunStore, config: RunConfig, key: StageKey, device: str | None) -> ModelRef:
-    found, source = resolved_models(store), config.student
-    manifest = store.finished(key)
+def policy_version(store: RunStore, config: RunConfig, round_index: int) -> str:
+    """Return the version of the student that samples round ``round_index``; see ``policy_model``."""
+    return _recorded_version(store, sampling_policy(config, round_index))
+
+
+def weights_version(files: Iterable[tuple[str, str]]) -> str:
+    """Return the version of a model whose safetensors files have these names and sha256, in the order of the names."""
+    return hash_json([list(file) for file in files])[:16]
+
+
+def _recorded_version(store: RunStore, key: StageKey) -> str:
     folder = exported_folder(store, key)
     weights = [
-        [Path(record.path).name, record.sha256]
-        for record in manifest.outputs
+        (Path(record.path).name, record.sha256)
+        for record in store.finished(key).outputs
         if record.path.endswith(".safetensors") and (store.folder / record.path).parent == folder
     ]
     if not weights:
         raise ArtifactError(f"{folder}: the manifest of `{key.label}` names no safetensors file")
+    return weights_version(weights)
+
+
+def _student(store: RunStore, config: RunConfig, key: StageKey, device: str | None) -> ModelRef:
+    found, source = resolved_models(store), config.student
+    manifest = store.finished(key)
+    folder = exported_folder(store, key)
     return ModelRef(
-        path=str(folder),
-        version=hash_json(weights)[:16],
+        path=str(store.fetch(folder)),
+        version=_recorded_version(store, key),
         step=int(manifest.counters.get("policy_step", 0)),
         context=found.student_context,
         shared_vocab=found.shared_vocab,

@@ -25,6 +25,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
+from tasks.language_model.loading import UNREADABLE, require_safetensors
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models.fingerprint import folder_fingerprint
 from tasks.models.prune import prune_layers
@@ -40,6 +41,7 @@ def resolve_models(job: StageJob) -> None:
     store, config = job.store, job.config
     job.progress(0, 3, "steps")
     found = _find(config)
+    _check_files(job, found)
     tokenizers = fitting_tokenizers(found, config)
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
@@ -61,7 +63,7 @@ def resolve_models(job: StageJob) -> None:
         teacher_context=teacher_context,
         student_context=student_context,
         shared_vocab=len(tokenizers.student),
-    ).write(store.path(job.key, "models.json"))
+    ).write(store, store.path(job.key, "models.json"))
     job.progress(3, 3, "steps")
 
 
@@ -94,6 +96,18 @@ def _find(config: RunConfig) -> Found:
     return Found(found, own, teacher.trust_remote_code, student.trust_remote_code)
 
 
+def _check_files(job: StageJob, found: Found) -> None:
+    """Check how weights are stored, and say whose code may run here."""
+    trusted = {"teacher": found.trust_teacher, "student": found.trust_student}
+    for key, source in {"teacher": found.teacher, "student": found.student}.items():
+        if key == "student" and (source, trusted[key]) == (found.teacher, trusted["teacher"]):
+            continue
+        if source.gguf_file is None:
+            require_safetensors(_folder(source))
+        if trusted[key]:
+            job.warn(f"{key}.trust_remote_code: code that comes with {source.name} runs on this machine")
+
+
 def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
     """Load both tokenizers and check that the teacher can score what the student writes.
 
@@ -123,10 +137,9 @@ def _convert(
 ) -> SourcePath:
     """Write a GGUF model as a plain folder, once: reading GGUF takes many times as long."""
     if not target.is_dir():
-        temporary = store.temporary_folder(target)
-        _load(source, trust_remote_code=False, config=config).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        store.publish_folder(temporary, target)
+        with store.writing_folder(target) as temporary:
+            _load(source, trust_remote_code=False, config=config).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     return SourcePath(source.name, target)
 
 
@@ -182,7 +195,7 @@ def _load(
     source: SourcePath, trust_remote_code: bool, config: PreTrainedConfig | None = None
 ) -> transformers.PreTrainedModel:
     """Load weights as stored; of GGUF, with the ``config`` read before, since every look into the file takes long."""
-    options: dict[str, Any] = {"dtype": "auto"}
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True}
     if source.gguf_file is not None:
         # Without `dequantize` transformers may keep the weights packed, which cannot be trained.
         unpacked = GgufConfig(dequantize=True)
@@ -193,7 +206,7 @@ def _load(
         model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _folder(source), trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
         raise ModelError(f"{source.name}: its weights cannot be loaded: {error}") from error
     return model
 
@@ -225,20 +238,19 @@ def _write_student(
     if target.is_dir():
         return
     config = job.config.student
-    temporary = job.store.temporary_folder(target)
     folder = _folder(source)
-    if config.init == "pretrained" and source.gguf_file is None and any(folder.glob("*.safetensors")):
-        for pattern in [*_WEIGHTS, "*.py"] if trust_remote_code else _WEIGHTS:
-            for file in folder.glob(pattern):
-                shutil.copyfile(file, temporary / file.name)
-    else:
-        model = _load(source, trust_remote_code)
-        if config.init == "prune":
-            assert config.keep_layers is not None
-            model = prune_layers(model, config.keep_layers)
-        model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    GenerationConfig(
-        eos_token_id=ends, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(temporary)
-    job.store.publish_folder(temporary, target)
+    with job.store.writing_folder(target) as temporary:
+        if config.init == "pretrained" and source.gguf_file is None:
+            for pattern in [*_WEIGHTS, "*.py"] if trust_remote_code else _WEIGHTS:
+                for file in folder.glob(pattern):
+                    shutil.copyfile(file, temporary / file.name)
+        else:
+            model = _load(source, trust_remote_code)
+            if config.init == "prune":
+                assert config.keep_layers is not None
+                model = prune_layers(model, config.keep_layers)
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        GenerationConfig(
+            eos_token_id=ends, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+        ).save_pretrained(temporary)

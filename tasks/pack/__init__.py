@@ -1,6 +1,5 @@
 """Stage pack: whole sequences into bins, with the teacher's targets beside the tokens they belong to."""
 
-import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,8 +167,7 @@ def _write_shards(job: StageJob, selection: Selection, bins: Bins, schema: Table
         done += 1
         job.progress(done, total, "files")
 
-    temporary = store.temporary_folder(store.path(job.key, "regroup"))
-    try:
+    with store.scratch_folder(job.key) as temporary:
         regrouped = []
         for index, source in enumerate(selection.sources):
             places = np.full(source.table_rows, -1, np.int64)
@@ -184,8 +182,6 @@ def _write_shards(job: StageJob, selection: Selection, bins: Bins, schema: Table
             table = pack_rows(sequences, bins.offsets[low : high + 1] - bins.offsets[low], low)
             store.write_table(store.part(job.key, shard), table, schema, row_group_rows=ROW_GROUP_BINS)
             file_done()
-    finally:
-        shutil.rmtree(temporary)
 
 
 def _side_by_side(tables: list[pa.Table]) -> pa.Table:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schemas.manifest import hash_json
+from schemas.untrusted_text import readable
 
 ROLES = ("system", "user", "assistant")
 """Roles a prompt's messages may have. A tool's turn would need its calls, which the prompts table does not hold."""
@@ -75,7 +76,7 @@ def row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
     value = None if columns.answer is None else row.get(columns.answer)
     if value is None:
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     return _checked_text(value, str(columns.answer))
 
@@ -100,10 +101,10 @@ def _checked_message(value: Any, column: str) -> dict[str, str]:
         raise RowProblem(column, f"should be an object with `role` and `content`, is {_type_name(value)}")
     for key in ("role", "content"):
         if value.get(key) is None:
-            raise RowProblem(f"{column}.{key}", f"is missing; the message has {_quoted(value)}")
+            raise RowProblem(f"{column}.{key}", f"is missing; the message has {quoted(value)}")
     role, content = (_checked_text(value[key], f"{column}.{key}") for key in ("role", "content"))
     if role not in ROLES:
-        raise RowProblem(f"{column}.role", f"unknown role {role!r}; known: {', '.join(ROLES)}")
+        raise RowProblem(f"{column}.role", f"unknown role '{readable(role, 40)}'; known: {', '.join(ROLES)}")
     if role != "system":
         _not_blank(content, f"{column}.content")
     return {"role": role, "content": content}
@@ -126,14 +127,17 @@ def _not_blank(text: str, column: str) -> None:
 
 def _nothing_to_ask(row: dict[str, Any], columns: RowColumns) -> str:
     wanted = f"neither `{columns.messages}` nor `{columns.prompt}`"
-    others = _quoted(name for name in row if name not in (columns.messages, columns.prompt))
+    others = quoted(name for name in row if name not in (columns.messages, columns.prompt))
     if not others:
         return f"has {wanted}; write one of them or delete the row"
     return f"has {wanted}, only {others}; set `messages` or `prompt` of this source to the column that holds prompts"
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def quoted(names: Iterable[str]) -> str:
+    """Return names for an error, some of them where there are many."""
+    known = list(names)
+    some = ", ".join(f"`{readable(str(name), 40)}`" for name in known[:20])
+    return f"{some} and {len(known) - 20} more" if len(known) > 20 else some
 
 
 def _type_name(value: Any) -> str:

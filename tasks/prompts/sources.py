@@ -19,13 +19,18 @@ import pyarrow.parquet as pq
 from schemas.config import DatasetSource, JsonlSource, ParquetSource, PromptSource, ReasoningGymSource
 from schemas.errors import PromptError
 from schemas.manifest import hash_file, hash_json
+from schemas.table_files import UNREADABLE
+from schemas.untrusted_text import readable
 from tasks.prompts import procedural
-from tasks.prompts.messages import RowColumns, RowProblem
+from tasks.prompts.messages import RowColumns, RowProblem, quoted
 
 Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
 """Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
 
 _BATCH_ROWS = 4096
+
+_LONGEST_LINE = 1 << 26
+"""Bytes of one line of JSON Lines; beyond them it is no prompt, and need not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ def _count_lines(path: Path) -> int:
 
 def _jsonl_rows(path: Path) -> Rows:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > _LONGEST_LINE:
+                yield number, RowProblem(None, f"is longer than {_LONGEST_LINE} bytes; write one JSON object a line")
+                return
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -116,7 +125,7 @@ def _jsonl_rows(path: Path) -> Rows:
 
 def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return RowProblem(
             None, f"byte {error.start + 1} (0x{line[error.start]:02x}) is not valid UTF-8; save the file as UTF-8"
@@ -126,11 +135,23 @@ def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
             None,
             f"is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); write one JSON object a line",
         )
+    except RowProblem as problem:
+        return problem
     except (ValueError, RecursionError) as error:
         return RowProblem(None, f"is not JSON that can be read ({error}); write one JSON object a line")
     if not isinstance(row, dict):
         return RowProblem(None, f"is not a JSON object but {line[:40].decode(errors='replace').strip()!r}")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; one with a key twice would lose a value without a word."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowProblem(None, f"has {quoted([twice])} more than once; keep one of them")
+    return found
 
 
 # -- Parquet and datasets ------------------------------------------------------------------------------------------
@@ -140,10 +161,11 @@ def _open_parquet(source: ParquetSource, label: str) -> SourceRows:
     path = _existing_file(source.path)
     try:
         file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise PromptError(f"{path}: is not a readable Parquet file: {error}") from None
+        found = file.schema_arrow.names
+    except UNREADABLE as error:
+        raise PromptError(f"{path}: is not a readable Parquet file: {readable(str(error))}") from None
     columns = _row_columns(source)
-    names = _needed_columns(str(path), file.schema_arrow.names, columns)
+    names = _needed_columns(str(path), found, columns)
     rows = islice(_arrow_rows(_parquet_batches(path, file, names)), source.limit)
     total = min(file.metadata.num_rows, source.limit or file.metadata.num_rows)
     return SourceRows(label, str(path), columns, total, rows)
@@ -152,8 +174,8 @@ def _open_parquet(source: ParquetSource, label: str) -> SourceRows:
 def _parquet_batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
     try:
         yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=names)
-    except (OSError, pa.ArrowException) as error:
-        raise PromptError(f"{path}: is damaged: {error}; write it again") from None
+    except UNREADABLE as error:
+        raise PromptError(f"{path}: is damaged: {readable(str(error))}; write it again") from None
 
 
 def _open_dataset(source: DatasetSource) -> SourceRows:
@@ -205,7 +227,7 @@ def _arrow_rows(batches: Iterable[pa.RecordBatch]) -> Rows:
     for batch in batches:
         try:
             rows: list[dict[str, Any] | RowProblem] = batch.to_pylist()
-        except UnicodeDecodeError:
+        except UNREADABLE:
             rows = [_arrow_row(batch, index) for index in range(batch.num_rows)]
         for row in rows:
             number += 1
@@ -219,6 +241,8 @@ def _arrow_row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | RowProblem
             row[name] = batch.column(name)[index].as_py()
         except UnicodeDecodeError as error:
             return RowProblem(name, f"byte {error.start + 1} is not valid UTF-8; write the column as UTF-8 text")
+        except UNREADABLE as error:
+            return RowProblem(name, f"cannot be read as {batch.column(name).type}: {readable(str(error))}")
     return row
 
 
@@ -228,7 +252,7 @@ def _needed_columns(where: str, names: list[str], columns: RowColumns) -> list[s
     Raises:
         PromptError: no column holds prompts, or the one configured for answers is missing.
     """
-    have = f"it has {', '.join(f'`{name}`' for name in names)}"
+    have = f"it has {quoted(names)}"
     if columns.messages not in names and columns.prompt not in names:
         hint = _nearest(columns.messages, names) or _nearest(columns.prompt, names) or "."
         raise PromptError(
@@ -238,12 +262,15 @@ def _needed_columns(where: str, names: list[str], columns: RowColumns) -> list[s
     if columns.answer not in (None, "answer", *names):
         hint = _nearest(str(columns.answer), names) or "."
         raise PromptError(f"{where}: no column `{columns.answer}`{hint} Correct `answer` of this source; {have}")
-    return columns.present_in(names)
+    present = columns.present_in(names)
+    if twice := [name for name in present if names.count(name) > 1]:
+        raise PromptError(f"{where}: has column {quoted(twice)} more than once; keep one of them")
+    return present
 
 
 def _nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
+    return f"; did you mean {quoted(close)}?" if close else ""
 
 
 # -- reasoning-gym -------------------------------------------------------------------------------------------------
@@ -321,9 +348,13 @@ def _row_columns(source: JsonlSource | ParquetSource | DatasetSource) -> RowColu
 
 def _existing_file(text: str) -> Path:
     path = Path(text)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise PromptError(f"{readable(text)}: cannot be looked up: {error.strerror}") from None
+    if is_folder:
         raise PromptError(f"{path}: is a folder, not a file; read folders with `type: dataset`")
-    if not path.is_file():
+    if not is_file:
         raise PromptError(f"{path}: no such prompt file")
     if not os.access(path, os.R_OK):
         raise PromptError(f"{path}: may not be read; change its permissions")

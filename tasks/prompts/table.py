@@ -8,6 +8,7 @@ import pyarrow as pa
 from schemas.config import PromptsConfig
 from schemas.errors import PromptError
 from schemas.tables import PROMPTS
+from schemas.untrusted_text import readable
 from tasks.prompts.messages import RowProblem, prompt_id, row_answer, row_messages
 from tasks.prompts.sources import SourceRows, open_sources
 from tasks.prompts.split import draw_splits
@@ -117,6 +118,6 @@ def _read_source(
 
 def _unusable_rows(source: SourceRows, first: tuple[int, RowProblem], others: int) -> str:
     number, problem = first
-    place = f"{source.where}: row {number}" + (f", column `{problem.column}`" if problem.column else "")
+    place = f"{source.where}: row {number}" + (f", column `{readable(problem.column)}`" if problem.column else "")
     more = f" ({others} more {'row' if others == 1 else 'rows'} of it cannot be used either)" if others else ""
     return f"{place}: {problem.what}{more}"

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import PromptError
 from tasks.language_model.chat import encode_prompts
+from tasks.language_model.control_tokens import encode_texts
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.context import prompts_that_fit
 from tasks.rollout.engine import TokenIds
@@ -25,11 +26,10 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: pa.ChunkedArra
 
 
 def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: pa.ChunkedArray, end_id: int) -> Ragged:
-    """Return answers (string) as tokens, each closed by ``end_id``."""
+    """Return answers (string) as tokens, each closed by ``end_id``, which nothing in their text stands for."""
 
     def encode(texts: list[str]) -> list[TokenIds]:
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [np.array([*ids, end_id], dtype=np.int32) for ids in encoded]
+        return [np.append(ids, np.int32(end_id)) for ids in encode_texts(tokenizer, texts)]
 
     return _encoded(answers, encode)
 

@@ -77,6 +77,7 @@ class VllmEngine:
             generation_config="vllm",
             dtype="float32" if on_cpu and model.dtype == "auto" else model.dtype,
             trust_remote_code=model.trust_remote_code,
+            load_format="safetensors",
             max_model_len=min(longest_sequence, model.context),
             enforce_eager=options.enforce_eager or on_cpu,
             gpu_memory_utilization=options.gpu_memory_utilization,

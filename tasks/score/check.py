@@ -42,7 +42,7 @@ def require_sampled(read: Rollouts, name: str) -> None:
     """Check that every response token has a sampled log-probability.
 
     Raises:
-        ArtifactError: one is null, NaN or infinite; names the file ``name`` and the sample.
+        ArtifactError: one is NaN or infinite; names the file ``name`` and the sample.
     """
     missing = np.flatnonzero(~np.isfinite(read.sampled.values))
     if len(missing):

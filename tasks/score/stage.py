@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from schemas.config import ScoreConfig
 from schemas.errors import ModelError, StageError
 from schemas.tables import SCORE_CHECK, SCORE_STUDENT, score_schema
-from tasks.language_model.chat import TokenIds, reply_header
+from tasks.language_model.chat import reply_header
+from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_ref, load_tokenizer
 from tasks.language_model.prefill import Prefill, TokensDone, prefill
@@ -184,7 +185,7 @@ def score_round(job: StageJob) -> None:
     if checks.is_file():
         job.counters["sampled_logprob_gap"] = mean_gap(store.read_part(checks, SCORE_CHECK))
     for path in (*(shard.student for shard in shards), checks):
-        path.unlink(missing_ok=True)
+        store.remove(path)
 
 
 def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> int:

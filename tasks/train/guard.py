@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerState
 
 from schemas.config import GuardConfig
 from tasks.train.schedule import RoundSchedule
@@ -51,10 +50,20 @@ def ends_round(schedule: RoundSchedule, guard: GuardConfig) -> bool:
     return guard.action == "stop" or (guard.action == "refresh" and not schedule.is_last)
 
 
-def describe_breach(state: TrainerState, schedule: RoundSchedule, guard: GuardConfig) -> str:
-    """Return what to tell people when the budget is exceeded."""
-    recent = recent_policy_kl(state.log_history, schedule.start_step, guard.window_steps)
+def first_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, guard: GuardConfig) -> str | None:
+    """Return what to tell people of the first step at which the round was over budget; None if it never was."""
+    steps = [entry for entry in history if "policy_kl" in entry and entry["step"] > schedule.start_step]
+    for end in range(guard.window_steps, len(steps) + 1):
+        window = steps[end - guard.window_steps : end]
+        if is_over_budget(window, schedule.start_step, guard):
+            return describe_breach(window, schedule, guard)
+    return None
+
+
+def describe_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, guard: GuardConfig) -> str:
+    """Return what to tell people of the budget being exceeded at the last step of ``history``."""
+    recent = recent_policy_kl(history, schedule.start_step, guard.window_steps)
     return (
-        f"at optimizer step {state.global_step} the student is {recent:.4f} nats per token from the policy that "
+        f"at optimizer step {history[-1]['step']} the student is {recent:.4f} nats per token from the policy that "
         f"sampled its packs (mean of {guard.window_steps} steps); `train.guard.max_policy_kl` is {guard.max_policy_kl}"
     )

@@ -10,15 +10,21 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from schemas.table_files import reading
 from schemas.tables import IGNORE_LABEL
 from tasks.language_model.ragged import Ragged
 
 
 class PackReader:
-    """Packs by number, over the files of a pack table; holds a few row groups in memory at most."""
+    """Packs by number, over the files of a pack table; holds a few row groups in memory at most.
+
+    Raises:
+        ArtifactError: a file is no Parquet, or damaged; from every method.
+    """
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = [pq.ParquetFile(path, memory_map=True) for path in files]
+        self._paths = files
+        self._files = [_open(path) for path in files]
         groups = [
             (file, group, self._files[file].metadata.row_group(group).num_rows)
             for file in range(len(files))
@@ -34,18 +40,29 @@ class PackReader:
     @cached_property
     def seq_lengths(self) -> Ragged:
         """Lengths of the sequences of every pack, int32 tokens."""
-        columns = [file.read(columns=["seq_lengths"]).column("seq_lengths") for file in self._files]
+        columns = []
+        for path, file in zip(self._paths, self._files, strict=True):
+            with reading(str(path)):
+                columns.append(file.read(columns=["seq_lengths"]).column("seq_lengths"))
         return Ragged.from_arrow(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
 
     def _read_group_from_disk(self, index: int) -> pa.Table:
         file, group = self._groups[index]
-        return self._files[file].read_row_group(group)
+        with reading(str(self._paths[file])):
+            rows = self._files[file].read_row_group(group)
+            rows.validate(full=True)
+        return rows
 
     def __getitem__(self, pack: int) -> dict[str, Any]:
         """Return a pack's columns as Arrow scalars."""
         group = int(np.searchsorted(self._starts, pack, side="right")) - 1
         row = self._read_group(group).slice(pack - int(self._starts[group]), 1)
         return {name: row.column(name).combine_chunks() for name in row.column_names}
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    with reading(str(path)):
+        return pq.ParquetFile(path, memory_map=True)
 
 
 def collate_pack(columns: dict[str, Any]) -> dict[str, Tensor]:

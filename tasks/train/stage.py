@@ -1,6 +1,7 @@
 """Training one round of a run, or its warm-up."""
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,12 @@ from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
 from tasks.language_model.sources import start_model
 from tasks.stage import StageJob
-from tasks.train.guard import describe_breach, ends_round, is_over_budget
+from tasks.train.checkpoint import checkpoint_step, read_state
+from tasks.train.guard import describe_breach, ends_round, first_breach, is_over_budget
 from tasks.train.loss import Objective
 from tasks.train.packs import PackReader
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
-
-CHECKPOINT = "checkpoint"
-"""Folder of a finished train stage's last checkpoint: model, optimizer, schedule, RNG, step."""
 
 _RUNNING = "checkpoints"
 
@@ -38,12 +37,13 @@ def train_round(job: StageJob) -> None:
     if warmup:
         assert config.warmup is not None
         settings = config.warmup
-    reader = PackReader(store.table_files(StageKey("pack", sampled_round(config, job.round))))
+    reader = PackReader(
+        [store.fetch(path) for path in store.table_files(StageKey("pack", sampled_round(config, job.round)))]
+    )
     schedule = round_schedule(job, settings, len(reader))
-    folder = store.path(job.key, _RUNNING)
     guard = None if warmup else config.train.guard
-    resume = resume_point(job, folder)
-    state = TrainerState() if resume is None else TrainerState.load_from_json(str(resume / "trainer_state.json"))
+    resume = resume_point(job)
+    state = TrainerState() if resume is None else read_state(resume)
     if not is_over(state, schedule, guard):
         start = start_model(store, config, job.round)
         device = resolve_device(start.device)
@@ -57,30 +57,36 @@ def train_round(job: StageJob) -> None:
         )
         check_head(model)
         model.config.use_cache = False
-        trainer = NearPolicyTrainer(
-            model=model,
-            args=trainer_arguments(settings, schedule, folder, config.seed, device),
-            tokenizer=load_tokenizer(start.path, trust_remote_code=start.trust_remote_code),
-            reader=reader,
-            schedule=schedule,
-            optimizer_config=settings,
-            objective=Objective(0.0 if warmup else config.train.kd_weight, config.train.kd_form, settings.loss_chunk),
-            guard=guard,
-            peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
-            on_steps=lambda done, total: job.progress(done, total, "steps"),
-            on_warning=job.warn,
-        )
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        with store.scratch_folder(job.key) as scratch:
+            trainer = NearPolicyTrainer(
+                model=model,
+                args=trainer_arguments(settings, schedule, scratch, config.seed, device),
+                tokenizer=load_tokenizer(start.path, trust_remote_code=start.trust_remote_code),
+                reader=reader,
+                schedule=schedule,
+                optimizer_config=settings,
+                objective=Objective(
+                    0.0 if warmup else config.train.kd_weight, config.train.kd_form, settings.loss_chunk
+                ),
+                guard=guard,
+                peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
+                on_steps=lambda done, total: job.progress(done, total, "steps"),
+                checkpoint_folder=lambda step: keep_checkpoint(job, step),
+            )
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         state = trainer.state
     if guard is not None and guard.action == "stop" and is_over_budget(state.log_history, schedule.start_step, guard):
         raise StageError(
-            f"{job.key.label}: {describe_breach(state, schedule, guard)}, and `train.guard.action` is `stop`. "
-            "Raise the budget to go on from here; or lower `train.learning_rate` or `train.epochs_per_round`, filter "
-            "more (`filter.max_delta_ifd`), or set `train.guard.action: refresh`"
+            f"{job.key.label}: {describe_breach(state.log_history, schedule, guard)}, and `train.guard.action` is "
+            "`stop`. Raise the budget to go on from here; or lower `train.learning_rate` or `train.epochs_per_round`, "
+            "filter more (`filter.max_delta_ifd`), or set `train.guard.action: refresh`"
         )
+    breach = None if guard is None else first_breach(state.log_history, schedule, guard)
+    if breach is not None:
+        job.warn(breach)
     metrics = metrics_table(state.log_history, schedule, job.round, sampler_step(job))
     store.write_table(store.path(job.key, "metrics.parquet"), metrics, TRAIN_METRICS)
-    keep_last_checkpoint(folder, store.path(job.key, CHECKPOINT), state.global_step)
+    name_last_checkpoint(job)
     epochs = schedule.epoch(state.global_step) - schedule.epochs_before
     job.counters |= {
         "policy_step": state.global_step,
@@ -158,7 +164,6 @@ def trainer_arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_every_steps,
-        save_total_limit=2,
         report_to=settings.report_to or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -188,14 +193,43 @@ def peft_config(lora: LoraConfig) -> Any:
     )
 
 
-def resume_point(job: StageJob, folder: Path) -> Path | None:
-    """Return the checkpoint to continue from: this round's newest whole one, else the last of the round before."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    if whole:
-        return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    if job.round > 0:
-        return job.store.path(StageKey("train", job.round - 1), CHECKPOINT)
-    return None
+@contextmanager
+def keep_checkpoint(job: StageJob, step: int) -> Iterator[Path]:
+    """Give an empty folder that becomes the checkpoint of ``step``, in place of the one before."""
+    folder = job.store.path(job.key, _RUNNING, f"checkpoint-{step}")
+    with job.store.writing_folder(folder) as temporary:
+        yield temporary
+    for other in folder.parent.iterdir():
+        if other != folder:
+            job.store.remove(other)
+
+
+def newest_checkpoint(job: StageJob) -> Path | None:
+    """Return this round's newest checkpoint, finished round or not; None if it has none."""
+    running = job.store.path(job.key, _RUNNING).glob("checkpoint-*")
+    steps = {int(folder.name.removeprefix("checkpoint-")): folder for folder in running}
+    last = job.store.checkpoint(job.key)
+    if last.is_dir():
+        steps[checkpoint_step(last)] = last
+    return steps[max(steps)] if steps else None
+
+
+def resume_point(job: StageJob) -> Path | None:
+    """Return the checkpoint to continue from: this round's newest, else the last of the round before."""
+    newest = newest_checkpoint(job)
+    if newest is None and job.round > 0:
+        return job.store.fetch(job.store.checkpoint(StageKey("train", job.round - 1)))
+    return newest
+
+
+def name_last_checkpoint(job: StageJob) -> None:
+    """Give the newest checkpoint its lasting name and drop the others."""
+    newest, last = newest_checkpoint(job), job.store.checkpoint(job.key)
+    assert newest is not None, "the last step is always saved"
+    if newest != last:
+        job.store.remove(last)
+        job.store.move(newest, last)
+    job.store.remove(job.store.path(job.key, _RUNNING))
 
 
 def metrics_table(
@@ -222,11 +256,3 @@ def metrics_table(
         },
         schema=TRAIN_METRICS.columns,
     )
-
-
-def keep_last_checkpoint(folder: Path, target: Path, step: int) -> None:
-    """Move the checkpoint of ``step`` to ``target`` and drop the others."""
-    if target.exists():
-        shutil.rmtree(target)
-    (folder / f"checkpoint-{step}").rename(target)
-    shutil.rmtree(folder)

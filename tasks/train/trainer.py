@@ -4,6 +4,7 @@ import functools
 import math
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 from schemas.config import GuardConfig, OptimizerConfig
 from schemas.errors import StageError
 from tasks.language_model.head import OutputHead, hidden_states
-from tasks.train.guard import describe_breach, ends_round, is_over_budget, sampled_policy_kl
+from tasks.language_model.weights import load_weights
+from tasks.train.checkpoint import (
+    CheckpointFolder,
+    restore_optimizer,
+    restore_random,
+    restore_scheduler,
+    write_checkpoint,
+)
+from tasks.train.guard import ends_round, is_over_budget, sampled_policy_kl
 from tasks.train.loss import LossSums, Objective, Targets, loss_sums
 from tasks.train.packs import PackCollator, PackReader
 from tasks.train.schedule import EpochSampler, RoundSchedule, cosine_scheduler, pack_costs
@@ -52,16 +61,11 @@ class _Progress(TrainerCallback):
 
 
 class _Guard(TrainerCallback):
-    def __init__(self, schedule: RoundSchedule, guard: GuardConfig, on_warning: Callable[[str], None]) -> None:
-        self.schedule, self.guard, self.on_warning, self.warned = schedule, guard, on_warning, False
+    def __init__(self, schedule: RoundSchedule, guard: GuardConfig) -> None:
+        self.schedule, self.guard = schedule, guard
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not is_over_budget(state.log_history, self.schedule.start_step, self.guard):
-            return
-        if not self.warned:
-            self.on_warning(describe_breach(state, self.schedule, self.guard))
-            self.warned = True
-        if ends_round(self.schedule, self.guard):
+        if is_over_budget(state.log_history, self.schedule.start_step, self.guard):
             control.should_save = control.should_training_stop = True
 
 
@@ -81,7 +85,7 @@ class NearPolicyTrainer(SFTTrainer):
         guard: What to do when the student leaves its sampler too far behind; None in a warm-up.
         peft_config: Adapters to train instead of all weights.
         on_steps: Told steps done and steps of the round.
-        on_warning: Told once if the guard's budget is exceeded.
+        checkpoint_folder: Where to keep checkpoints; None: keep none.
     """
 
     def __init__(
@@ -97,10 +101,11 @@ class NearPolicyTrainer(SFTTrainer):
         guard: GuardConfig | None = None,
         peft_config: Any = None,
         on_steps: StepsDone = lambda done, total: None,
-        on_warning: Callable[[str], None] = lambda message: None,
+        checkpoint_folder: CheckpointFolder | None = None,
     ) -> None:
         self.schedule, self.optimizer_config = schedule, optimizer_config
         self.objective: Objective = objective
+        self.checkpoint_folder = checkpoint_folder
         self.sampler = EpochSampler(
             pack_costs(reader.seq_lengths, model.config.get_text_config().hidden_size),
             schedule.packs_per_step,
@@ -117,7 +122,7 @@ class NearPolicyTrainer(SFTTrainer):
             peft_config=peft_config,
             callbacks=[
                 _Progress(schedule, on_steps),
-                *([] if guard is None else [_Guard(schedule, guard, on_warning)]),
+                *([_Guard(schedule, guard)] if guard is not None and ends_round(schedule, guard) else []),
             ],
         )
         # The loss below divides by the step's response tokens itself.
@@ -213,9 +218,36 @@ class NearPolicyTrainer(SFTTrainer):
         Rounds differ in packs, so an epoch of an earlier round had another number of steps.
         """
         super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        # How often to save is this config's, not the checkpoint's.
+        self.state.compute_steps(self.args, max_steps)
         done = max(self.state.global_step - self.schedule.start_step, 0)
         epochs, steps = divmod(done, self.schedule.steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: stage export writes the card."""
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    # transformers' own hold pickles; these replace all that training calls to write or read one.
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.checkpoint_folder is None or not self.args.should_save:
+            return
+        assert self.model is not None
+        with self.checkpoint_folder(self.state.global_step) as folder:
+            write_checkpoint(folder, self.model, self.optimizer, self.lr_scheduler, self.state, self.args.device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        assert target is not None
+        load_weights(target, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_optimizer(Path(checkpoint), self.optimizer)
+            restore_scheduler(Path(checkpoint), self.lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Do nothing: bf16 needs no gradient scaling."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random(Path(checkpoint), self.args.device)

@@ -49,7 +49,7 @@ def test_a_damaged_file_outdates_its_stage_and_its_readers(store: RunStore) -> N
 
 def test_a_stage_without_manifest_is_unfinished_and_without_folder_not_run(store: RunStore) -> None:
     (store.path(StageKey("train", 1)) / "manifest.json").unlink()
-    store.invalidate(StageKey("evaluate", 1))
+    store.supersede(StageKey("evaluate", 1))
     assert labels_in(store, StageState.UNFINISHED) == ["round 1 · train"]
     assert labels_in(store, StageState.MISSING) == ["round 1 · evaluate"]
     assert labels_in(store, StageState.OUTDATED) == ["round 1 · export"]
@@ -57,7 +57,7 @@ def test_a_stage_without_manifest_is_unfinished_and_without_folder_not_run(store
 
 def test_running_a_stage_again_unchanged_outdates_nothing(store: RunStore) -> None:
     key = StageKey("filter", 0)
-    store.invalidate(key)
+    store.supersede(key)
     execute(store, store.config, key)
     assert outdated_after(store, store.config, key) == []
 
@@ -65,7 +65,7 @@ def test_running_a_stage_again_unchanged_outdates_nothing(store: RunStore) -> No
 def test_running_a_stage_again_with_another_setting_outdates_its_readers(store: RunStore) -> None:
     key = StageKey("filter", 1)
     config = recorded_config(store, ["filter.max_delta_ifd.quantile=0.5"])
-    store.invalidate(key)
+    store.supersede(key)
     execute(store, config, key)
     assert [other.label for other in outdated_after(store, config, key)] == [
         f"round 1 · {stage}" for stage in ("pack", "train", "export", "evaluate")
@@ -75,7 +75,7 @@ def test_running_a_stage_again_with_another_setting_outdates_its_readers(store: 
 def test_a_stage_waits_for_what_it_reads(store: RunStore) -> None:
     key = StageKey("pack", 1)
     assert upstream_problem(store, store.config, key) is None
-    store.invalidate(StageKey("score", 1))
+    store.supersede(StageKey("score", 1))
     problem = upstream_problem(store, store.config, key)
     assert problem is not None
     assert "`round 1 · score`, which is not run" in problem

@@ -6,12 +6,13 @@ import pytest
 from rich.console import Console
 
 from flows.display import print_summary
-from flows.summary import RunSummary, escape_markdown, round_rows, summarize, summary_dict, summary_markdown
+from flows.summary import RunSummary, round_rows, summarize, summary_dict, summary_markdown
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER
+from schemas.untrusted_text import escape_markdown
 from tests.run_fixtures import finish_stage, make_config, make_store
 
 

@@ -117,6 +117,8 @@ def test_overrides_reach_sections_lists_and_nulls() -> None:
     assert config.prompts.sources[0].model_dump()["limit"] == 7
     assert config.filter.max_delta_ifd is not None
     assert MINIMAL.get("train") is None
+    replaced = apply_overrides(MINIMAL, ["prompts.sources.0={type: parquet, path: p.parquet}"])
+    assert replaced["prompts"]["sources"] == [{"type": "parquet", "path": "p.parquet"}]
 
 
 @pytest.mark.parametrize(

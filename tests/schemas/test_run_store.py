@@ -143,8 +143,11 @@ def test_opening_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunNotFoundError, match="no run here") as error:
         RunStore.open(tmp_path)
     assert error.value.exit_code == 2
-    with pytest.raises(ConfigError, match="only local folders"):
-        RunStore("s3://bucket/run")
+    with pytest.raises(ConfigError, match="credentials") as refused:
+        RunStore("s3://key:hidden@bucket/run")
+    assert "hidden" not in str(refused.value)
+    with pytest.raises(ConfigError, match="nosuchscheme"):
+        RunStore("nosuchscheme://bucket/run")
 
 
 def test_empty_tables_keep_their_columns(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def _finish_models(store: RunStore, teacher_dir: Path, student_dir: Path, contex
         teacher_context=context,
         student_context=context + 10,
         shared_vocab=259,
-    ).write(store.path(MODELS, "models.json"))
+    ).write(store, store.path(MODELS, "models.json"))
     _finish(store, MODELS)
 
 

@@ -77,10 +77,9 @@ def test_rounds_sample_differently_from_the_same_weights(tmp_path: Path, teacher
     export = StageKey("export", 0)
     student = Path(policy_model(store, config, 0).path)
     store.begin(export, "export")
-    folder = store.temporary_folder(store.path(export, "model"))
-    for file in student.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    store.publish_folder(folder, store.path(export, "model"))
+    with store.writing_folder(store.path(export, "model")) as folder:
+        for file in student.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
     manifest = store.finished(KEY).model_copy(
         update={"stage": "export", "outputs": store.outputs(export), "counters": {"policy_step": 17}}
     )

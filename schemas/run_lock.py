@@ -1,0 +1,199 @@
+"""One process at a time on a run: who holds it, and how long after its death it is held."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from schemas.errors import RunLockedError, StorageError
+from schemas.local_files import storage_error
+from schemas.object_store import ObjectStore
+
+LOCK_NAME = "run.lock"
+"""Name of the lock in a run's folder. A file that stays; whether it is held is the system's knowledge, not its text."""
+
+STAGES_LOCK_NAME = "stages.lock"
+"""Held by the processes of stages, which may outlive their flow by a moment."""
+
+LEASE_SECONDS = 60.0
+"""An object store's lock that nobody has renewed for so long was left by a process that died."""
+
+RENEW_SECONDS = 15.0
+"""How often the holder renews it."""
+
+ORPHAN_SECONDS = 30.0
+"""How long a new holder waits for the stages of a flow that died to end."""
+
+_POLL_SECONDS = 0.2
+
+_logger = logging.getLogger(__name__)
+
+
+def _holder() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:3]])[:200],
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _refusal(place: str, text: bytes | str) -> RunLockedError:
+    try:
+        found: dict[str, Any] = json.loads(text)
+        who = f"process {found['pid']} on {found['host']} (`{found['command']}`, since {found['since']})"
+    except (ValueError, KeyError, TypeError):
+        who = "another process"
+    return RunLockedError(f"{place}: {who} works on this run. Wait for it or end it; nothing was changed")
+
+
+@contextmanager
+def local_lock(folder: Path, place: str) -> Iterator[None]:
+    """Hold a run in a local folder. The system lets go when this process ends, however it ends.
+
+    Raises:
+        RunLockedError: another process holds it, or a stage that one left behind does not end.
+        StorageError: the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise storage_error(error, place) or StorageError(f"{place}: cannot be written to: {error.strerror}") from error
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _refusal(place, file.read()) from None
+        _write(file, json.dumps(_holder()))
+        try:
+            _wait_for_orphans(folder, place)
+            yield
+        finally:
+            _write(file, "")
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+def _wait_for_orphans(folder: Path, place: str) -> None:
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    with (folder / STAGES_LOCK_NAME).open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunLockedError(
+                        f"{place}: a stage of a flow that has ended still runs here. End it, then start again"
+                    ) from None
+            time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def stage_at_work(folder: Path) -> Iterator[None]:
+    """Say that a stage works in a run's folder; several may at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / STAGES_LOCK_NAME).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+class StoreLease:
+    """A lock in an object store: an object that its holder keeps renewing.
+
+    A challenger watches it: unchanged for ``LEASE_SECONDS`` it was left by a process that died; at once if that process
+    was of this machine and is gone. Clocks are not compared.
+    """
+
+    def __init__(self, objects: ObjectStore, *, lease: float = LEASE_SECONDS, renew: float = RENEW_SECONDS) -> None:
+        self._objects, self._lease, self._renew = objects, lease, renew
+        self._holder = _holder()
+        self._ended = threading.Event()
+        self.lost = threading.Event()
+        """Set when somebody else has taken the lock: this process must not write any more."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock.
+
+        Raises:
+            RunLockedError: another process holds it.
+        """
+        self._take()
+        thread = threading.Thread(target=self._keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+            if self._is_ours(self._objects.read(LOCK_NAME)):
+                self._objects.delete(LOCK_NAME)
+
+    def _take(self) -> None:
+        if self._objects.create(LOCK_NAME, self._text()):
+            return
+        seen = self._objects.read(LOCK_NAME)
+        if seen is not None and not _died_here(seen):
+            deadline = time.monotonic() + self._lease
+            while time.monotonic() < deadline:
+                time.sleep(min(self._renew, self._lease) / 5)
+                now = self._objects.read(LOCK_NAME)
+                if now is None:
+                    break
+                if now != seen:
+                    raise _refusal(self._objects.url, now)
+        if self._objects.read(LOCK_NAME) == seen:
+            self._objects.delete(LOCK_NAME)
+        if not self._objects.create(LOCK_NAME, self._text()):
+            raise _refusal(self._objects.url, self._objects.read(LOCK_NAME) or b"")
+
+    def _keep(self) -> None:
+        try:
+            while not self._ended.wait(self._renew):
+                if not self._is_ours(self._objects.read(LOCK_NAME)):
+                    break
+                self._objects.write(LOCK_NAME, self._text())
+            else:
+                return
+        except StorageError as error:
+            _logger.warning("%s", error)
+        self.lost.set()
+
+    def _text(self) -> bytes:
+        return json.dumps(self._holder | {"renewed": time.time_ns()}).encode()
+
+    def _is_ours(self, text: bytes | None) -> bool:
+        return text is not None and self._holder["token"].encode() in text
+
+
+def _died_here(text: bytes) -> bool:
+    try:
+        found = json.loads(text)
+        host, pid = found["host"], int(found["pid"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False

@@ -1,0 +1,190 @@
+"""How two runs differ: settings, package versions, and what their stages wrote."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from schemas.config import RunConfig
+from schemas.errors import ArtifactError
+from schemas.manifest import FileRecord, Manifest
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from tasks.audit.digests import first_difference
+from tasks.audit.manifests import differing_keys
+from tasks.audit.tables import stage_schema
+from tasks.graph import loop
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that differs; ``placement``: it says only where or how visibly work runs, not what comes out."""
+
+    key: str
+    left: Any
+    right: Any
+    placement: bool
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """A file that differs; a side is None where it is not there. ``first``: where a table begins to differ."""
+
+    path: str
+    left: dict[str, Any] | None
+    right: dict[str, Any] | None
+    first: str | None
+
+
+@dataclass(frozen=True)
+class StageDifference:
+    """A stage: `equal`, `different`, or finished in one run only (`left only`, `right only`)."""
+
+    stage: str
+    state: str
+    rows: tuple[int, int]
+    bytes: tuple[int, int]
+    files: list[FileDifference]
+
+
+@dataclass
+class RunDifference:
+    """How two runs differ; packages by name as (left, right)."""
+
+    settings: list[Setting] = field(default_factory=list)
+    packages: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    stages: list[StageDifference] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        """Whether settings that shape results, packages and everything the stages wrote are equal."""
+        settings = any(not setting.placement for setting in self.settings)
+        return not (settings or self.packages or any(stage.state != "equal" for stage in self.stages))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"equal": self.equal} | asdict(self)
+
+
+def compare_runs(left: RunStore, right: RunStore) -> RunDifference:
+    """Compare two runs by their configs and manifests; tables are read only where their hashes differ.
+
+    What a manifest records is believed: `npd verify` says whether the files are what it says.
+
+    Raises:
+        ArtifactError: run.json or a manifest of either is damaged.
+    """
+    configs = left.config, right.config
+    manifests = _manifests(left, configs[0]), _manifests(right, configs[1])
+    keys = sorted({*manifests[0], *manifests[1]}, key=lambda key: _order(configs, key))
+    return RunDifference(
+        _settings(*configs),
+        _packages((left, right), manifests),
+        [_stage((left, right), configs, key, (manifests[0].get(key), manifests[1].get(key))) for key in keys],
+    )
+
+
+def _manifests(store: RunStore, config: RunConfig) -> dict[StageKey, Manifest]:
+    return {key: manifest for key in loop(config) if (manifest := store.manifest(key)) is not None}
+
+
+def _order(configs: tuple[RunConfig, RunConfig], key: StageKey) -> tuple[int, int]:
+    orders = [loop(config) for config in configs]
+    places = [order.index(key) for order in orders if key in order]
+    return (-2 if key.round is None else key.round, min(places))
+
+
+def _settings(left: RunConfig, right: RunConfig) -> list[Setting]:
+    sides = left.model_dump(mode="json"), right.model_dump(mode="json")
+    shaping = set(differing_keys(left.fingerprinted(), right.fingerprinted()))
+
+    def shapes(key: str) -> bool:
+        return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in shaping)
+
+    return [Setting(key, _at(sides[0], key), _at(sides[1], key), not shapes(key)) for key in differing_keys(*sides)]
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(values, dict):
+            return None
+        values = values.get(name)
+    return values
+
+
+def _packages(
+    stores: tuple[RunStore, RunStore], manifests: tuple[dict[StageKey, Manifest], dict[StageKey, Manifest]]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Return packages whose versions differ; of a run whose stages ran with several, all of them."""
+    sides: list[dict[str, str]] = []
+    for store, of_stages in zip(stores, manifests, strict=True):
+        record = store.record()
+        found: dict[str, set[str]] = {}
+        for packages in (*(m.packages for m in of_stages.values()), {} if record is None else record.packages):
+            for name, version in packages.items():
+                found.setdefault(name, set()).add(version)
+        sides.append({name: ", ".join(sorted(versions)) for name, versions in found.items()})
+    names = sorted({*sides[0], *sides[1]})
+    pairs = {name: (sides[0].get(name), sides[1].get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _stage(
+    stores: tuple[RunStore, RunStore],
+    configs: tuple[RunConfig, RunConfig],
+    key: StageKey,
+    manifests: tuple[Manifest | None, Manifest | None],
+) -> StageDifference:
+    outputs = [{} if m is None else {record.path: record for record in m.outputs} for m in manifests]
+    rows, sizes = (
+        (
+            sum(getattr(r, name) or 0 for r in outputs[0].values()),
+            sum(getattr(r, name) or 0 for r in outputs[1].values()),
+        )
+        for name in ("rows", "bytes")
+    )
+    if manifests[0] is None or manifests[1] is None:
+        return StageDifference(key.label, "right only" if manifests[0] is None else "left only", rows, sizes, [])
+    files = []
+    explained = False
+    for path in sorted({*outputs[0], *outputs[1]}):
+        pair = outputs[0].get(path), outputs[1].get(path)
+        if pair[0] is not None and pair[1] is not None and pair[0].sha256 == pair[1].sha256:
+            continue
+        first = None
+        # The first shard that differs tells where a table begins to; reading the others would tell nothing new.
+        if pair[0] is not None and pair[1] is not None and path.endswith(".parquet") and not explained:
+            explained, first = True, _first(stores, configs, key, path)
+        files.append(FileDifference(path, _side(pair[0]), _side(pair[1]), first))
+    return StageDifference(key.label, "different" if files else "equal", rows, sizes, files)
+
+
+def _side(record: FileRecord | None) -> dict[str, Any] | None:
+    return None if record is None else {"rows": record.rows, "bytes": record.bytes, "sha256": record.sha256}
+
+
+def _first(
+    stores: tuple[RunStore, RunStore], configs: tuple[RunConfig, RunConfig], key: StageKey, path: str
+) -> str | None:
+    schemas = [stage_schema(config, key) for config in configs]
+    if schemas[0] is None or schemas[1] is None:
+        return None
+    if schemas[0].columns != schemas[1].columns:
+        return "their columns have other types"
+    try:
+        tables = [
+            store.read_part(store.folder / path, schema)
+            for store, schema in zip(stores, schemas, strict=True)
+            if schema
+        ]
+    except ArtifactError as error:
+        return f"cannot be read: {error}"
+    differing: dict[str, int] = {}
+    for name in tables[0].column_names:
+        row = first_difference(tables[0].column(name), tables[1].column(name))
+        if row is not None:
+            differing[name] = row
+    if not differing:
+        return "only in how the file was written: every row is equal"
+    row = min(differing.values())
+    names = [name for name, at in differing.items() if at == row]
+    more = [name for name in differing if name not in names]
+    return f"row {row}, column {', '.join(names)}" + (f"; later rows of {', '.join(more)}" if more else "")

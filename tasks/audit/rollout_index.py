@@ -1,0 +1,54 @@
+"""What an audit remembers of a rollout table once its tokens are gone: ids, lengths, and a digest per sample."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PromptIndex:
+    """The prompts table: ids (strings [prompts]) and which are held out (bool [prompts])."""
+
+    ids: pa.ChunkedArray
+    held_out: NDArray[np.bool_]
+
+    def rows(self, prompt_ids: pa.ChunkedArray) -> Int64:
+        """Return the row of each id, -1 where there is none; int64."""
+        return locate_rows(prompt_ids, self.ids)
+
+
+@dataclass
+class RolloutIndex:
+    """A rollout table, row by row.
+
+    Args:
+        sample_ids: Strings [samples].
+        held_out: bool [samples]; whether the prompt is held out.
+        prompt_tokens: int64 [samples].
+        response_tokens: int64 [samples].
+        policy_step: int64 [samples].
+        nll: float64 [samples]; mean negative log-likelihood under the sampler, nats per token, NaN without a token.
+        digest: uint64 [samples]; of what packs take over: the tokens, and later the targets.
+    """
+
+    sample_ids: pa.ChunkedArray
+    held_out: NDArray[np.bool_]
+    prompt_tokens: Int64
+    response_tokens: Int64
+    policy_step: Int64
+    nll: NDArray[np.float64]
+    digest: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+
+def locate_rows(wanted: pa.ChunkedArray, present: pa.ChunkedArray) -> Int64:
+    """Return the row of each ``wanted`` id among ``present``, -1 where there is none; int64 [wanted]."""
+    rows: Int64 = pc.index_in(wanted, value_set=present).fill_null(-1).to_numpy().astype(np.int64)
+    return rows

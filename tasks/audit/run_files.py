@@ -1,0 +1,92 @@
+"""Every file that lies in a run, by name: what the manifests are held against."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from schemas.errors import ArtifactError
+from schemas.manifest import FileRecord, hash_file
+from schemas.object_store import ObjectStore, is_url
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+
+_STAGE = re.compile(r"(?:(prompts|models|reference)|(?:warmup|round=(\d{3,}))/stage=([a-z_]+))/(.*)", re.DOTALL)
+_FOLDER_MARK = ".whole-"
+
+
+class RunFiles:
+    """Names and bytes of a run's files, in a folder or an object store.
+
+    Args:
+        store: The run.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._objects = ObjectStore(store.url) if is_url(store.url) else None
+
+    def sizes(self) -> dict[str, int]:
+        """Return every file's size in bytes, by its name below the run."""
+        if self._objects is not None:
+            found = self._objects.sizes()
+            return {name: size for name, size in sorted(found.items()) if _FOLDER_MARK not in name}
+        paths = sorted(path for path in self._store.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        return {self._store.relative(path): path.lstat().st_size for path in paths}
+
+    def damage(self, record: FileRecord, sizes: dict[str, int]) -> str | None:
+        """Return how a file differs from what a manifest recorded of it; None if it does not.
+
+        An object of a store is downloaded anew, so that what is hashed is what lies there.
+
+        Raises:
+            ArtifactError: a download has other bytes than recorded.
+        """
+        path = self._store.folder / record.path
+        if record.path not in sizes:
+            return "missing"
+        if self._store.folder.resolve() not in path.resolve().parents:
+            return "leads out of the run's folder"
+        if sizes[record.path] != record.bytes:
+            return f"has {sizes[record.path]:,} bytes, the manifest recorded {record.bytes:,}"
+        if self._objects is not None:
+            path.unlink(missing_ok=True)
+            self._store.fetch(path)
+        try:
+            same = hash_file(path) == record.sha256
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return None if same else "its bytes are not those the manifest recorded (sha256)"
+
+    def read(self, name: str) -> bytes:
+        """Return a small file's bytes.
+
+        Raises:
+            ArtifactError: it is not there.
+        """
+        data = self._objects.read(name) if self._objects is not None else (self._store.folder / name).read_bytes()
+        if data is None:
+            raise ArtifactError(f"{self._store.url}/{name}: missing")
+        return data
+
+    def hash(self, name: str) -> str:
+        """Return the sha256 of a file that no stage of the loop names."""
+        if self._objects is None:
+            return hash_file(self._store.folder / name)
+        with tempfile.TemporaryDirectory() as folder:
+            self._objects.download(name, Path(folder) / "object")
+            return hash_file(Path(folder) / "object")
+
+
+def split_name(name: str) -> tuple[StageKey, str] | None:
+    """Return the stage that a file's folder belongs to, and its name in there; None for other files.
+
+    >>> split_name("round=001/stage=export/model/config.json")
+    (StageKey(stage='export', round=1), 'model/config.json')
+    """
+    found = _STAGE.fullmatch(name)
+    if found is None:
+        return None
+    shared, number, stage, inside = found.groups()
+    if shared is not None:
+        return StageKey(shared), inside
+    return StageKey(stage, WARMUP if number is None else int(number)), inside

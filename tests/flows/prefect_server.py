@@ -1,0 +1,111 @@
+"""A real Prefect server, for tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.flows.conftest import CONFIGS
+
+PREFECT = [sys.executable, "-m", "prefect"]
+CHECKOUT = CONFIGS.parent
+
+
+class Server:
+    """A Prefect server on a free port, and what else is started beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.folder = folder
+        self.api = f"http://127.0.0.1:{self._port}/api"
+        self.environment = os.environ | {
+            "PREFECT_HOME": str(folder),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_LOGGING_LEVEL": "INFO",
+            "NO_COLOR": "1",
+        }
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the server, with what its database holds."""
+        self.start("server", "start", "--host", "127.0.0.1", "--port", str(self._port), "--no-ui")
+        deadline = time.monotonic() + 180
+        while not self._healthy():
+            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
+            time.sleep(0.5)
+
+    def die(self) -> None:
+        """End the server as a crash would; nothing else must have been started."""
+        (server,) = self._processes
+        # What it started in turn goes with it.
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        self._processes.clear()
+
+    def _healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.api}/health").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def start(self, *arguments: str) -> None:
+        """Start a command that stays until ``stop``."""
+        log = (self.folder / f"{arguments[0]}.log").open("wb")
+        self._processes.append(
+            subprocess.Popen(
+                [*PREFECT, *arguments],
+                stdout=log,
+                stderr=log,
+                cwd=CHECKOUT,
+                env=self.environment,
+                start_new_session=True,
+            )
+        )
+
+    def stop(self) -> None:
+        """End what ``start`` started, the newest first."""
+        for process in reversed(self._processes):
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def call(self, *arguments: str) -> str:
+        """Run a command that ends, and return what it printed."""
+        done = subprocess.run(
+            [*PREFECT, *arguments], capture_output=True, text=True, cwd=CHECKOUT, env=self.environment, timeout=400
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + (self.folder / "worker.log").read_text()
+        return done.stdout
+
+    def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
+        """Return what the server's API finds."""
+        response = httpx.post(f"{self.api}/{what}/filter", json=filters, timeout=60)
+        response.raise_for_status()
+        found: list[dict[str, Any]] = response.json()
+        return found
+
+    def flow_run(self, flow: str) -> dict[str, Any]:
+        """Return the one run there is of a flow."""
+        (run,) = self.find("flow_runs", flows={"name": {"any_": [flow]}})
+        return run
+
+    def task_runs(self, flow_run: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the task runs of a flow run in the order they started; the server learns of them a little later."""
+        deadline = time.monotonic() + 60
+        while True:
+            runs = self.find("task_runs", task_runs={"flow_run_id": {"any_": [flow_run["id"]]}})
+            if all(run["state_type"] == "COMPLETED" for run in runs) or time.monotonic() > deadline:
+                return sorted(runs, key=lambda run: str(run["start_time"]))
+            time.sleep(1)

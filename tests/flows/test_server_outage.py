@@ -1,0 +1,82 @@
+"""A Prefect server that goes away in mid-run, and comes back or does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from tests.flows.conftest import CONFIGS, write_smoke_config
+from tests.flows.prefect_server import Server
+
+pytestmark = pytest.mark.server
+
+
+def start_run(server: Server, config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "run", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=CONFIGS.parent,
+        env=server.environment | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> list[str]:
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if words in line:
+            return seen
+    raise AssertionError("".join(seen))
+
+
+def test_a_server_that_comes_back_sees_the_run_end(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
+    server = Server(tmp_path)
+    try:
+        process = start_run(server, config)
+        read_until(process, "models: starting")
+        server.die()
+        # A whole stage without a server.
+        read_until(process, "round 0 · generate: done")
+        server.begin()
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert RunStore(tmp_path / "runs" / "smoke").finished(StageKey("evaluate", 0))
+        assert server.flow_run("npd-round")["state_type"] == "COMPLETED"
+    finally:
+        server.stop()
+
+
+def test_a_server_that_stays_away_costs_no_work(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
+    server = Server(tmp_path)
+    try:
+        # One try more instead of five: the test need not wait for all of Prefect's patience.
+        server.environment["PREFECT_CLIENT_MAX_RETRIES"] = "1"
+        process = start_run(server, config)
+        read_until(process, "round 0 · evaluate: starting")
+        server.die()
+        output, _ = process.communicate(timeout=300)
+    finally:
+        server.stop()
+    assert process.returncode == 1, output
+    assert "Prefect's server" in output
+    assert "Traceback" not in output
+    # Every stage is done: with a server again, or none, there is nothing left to do.
+    assert RunStore(tmp_path / "runs" / "smoke").finished(StageKey("evaluate", 0))
+    again = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", str(config)],
+        capture_output=True,
+        text=True,
+        cwd=CONFIGS.parent,
+        env=dict(os.environ),
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "round 0 · evaluate: up to date" in again.stdout

@@ -1,0 +1,124 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import RunLockedError
+from schemas.object_store import ObjectStore
+from schemas.run_lock import LOCK_NAME, StoreLease, local_lock, stage_at_work
+from tests.faults.object_server import ObjectServer
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from schemas.run_lock import {what}
+with {what}({arguments}):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(folder: Path, what: str) -> subprocess.Popen[str]:
+    """Return a process that holds a lock."""
+    arguments = f"Path({str(folder)!r}), 'place'" if what == "local_lock" else f"Path({str(folder)!r})"
+    code = HOLD.format(what=what, arguments=arguments)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_process_is_refused_with_the_holder_named(tmp_path: Path) -> None:
+    holder = hold(tmp_path, "local_lock")
+    try:
+        with pytest.raises(RunLockedError) as refused, local_lock(tmp_path, "runs/x"):
+            pass
+        assert f"process {holder.pid} on {socket.gethostname()}" in str(refused.value)
+        assert str(refused.value).startswith("runs/x: ")
+        assert refused.value.exit_code == 2
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_lock_left_by_a_dead_process_does_not_block(tmp_path: Path) -> None:
+    holder = hold(tmp_path, "local_lock")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / LOCK_NAME).read_text() != ""
+    with local_lock(tmp_path, "runs/x"):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert (tmp_path / LOCK_NAME).read_text() == ""
+
+
+def test_a_new_holder_waits_for_stages_that_a_dead_flow_left(tmp_path: Path) -> None:
+    orphan = hold(tmp_path, "stage_at_work")
+    threading.Timer(1.0, orphan.kill).start()
+    with local_lock(tmp_path, "runs/x"):
+        assert orphan.wait(10) == -signal.SIGKILL
+
+
+def test_stages_of_one_run_work_side_by_side(tmp_path: Path) -> None:
+    with local_lock(tmp_path, "runs/x"), stage_at_work(tmp_path), stage_at_work(tmp_path):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectServer]:
+    with ObjectServer() as server, server.reachable():
+        yield server
+
+
+def objects(server: ObjectServer, name: str) -> ObjectStore:
+    return ObjectStore(f"{server.bucket}/{name}")
+
+
+def lease(store: ObjectStore) -> StoreLease:
+    return StoreLease(store, lease=1.5, renew=0.2)
+
+
+def test_in_an_object_store_too_the_second_is_refused(server: ObjectServer) -> None:
+    store = objects(server, "second")
+    with lease(store).held():
+        with pytest.raises(RunLockedError, match=f"process {os.getpid()} on"), lease(store).held():
+            pass
+        assert store.read(LOCK_NAME) is not None
+    assert store.read(LOCK_NAME) is None
+
+
+def test_a_lease_that_nobody_renews_is_taken_over(server: ObjectServer) -> None:
+    store = objects(server, "dead")
+    left = {"host": "another", "pid": 1, "command": "npd", "since": "then", "token": "t"}
+    store.write(LOCK_NAME, json.dumps(left).encode())
+    begun = time.monotonic()
+    with lease(store).held():
+        assert time.monotonic() - begun >= 1.5
+        assert str(os.getpid()) in (store.read(LOCK_NAME) or b"").decode()
+
+
+def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(server: ObjectServer) -> None:
+    store = objects(server, "gone")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = {"host": socket.gethostname(), "pid": gone.pid, "command": "npd", "since": "then", "token": "t"}
+    store.write(LOCK_NAME, json.dumps(left).encode())
+    with StoreLease(store, lease=3600, renew=0.2).held():
+        pass
+    assert store.read(LOCK_NAME) is None
+
+
+def test_a_holder_learns_that_its_lease_was_taken(server: ObjectServer) -> None:
+    store = objects(server, "taken")
+    mine = lease(store)
+    with mine.held():
+        store.write(LOCK_NAME, b"somebody else's")
+        assert mine.lost.wait(10)
+    assert store.read(LOCK_NAME) == b"somebody else's"

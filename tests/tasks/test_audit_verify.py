@@ -1,0 +1,422 @@
+"""`verify` on a small real run: as it is, with bytes flipped, and with wrong tables under manifests that fit them."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.config import RunConfig
+from schemas.errors import RunNotFoundError
+from schemas.manifest import hash_file, record_bytes
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import IGNORE_LABEL, RUN_KEY
+from tasks.audit.findings import Report
+from tasks.audit.tables import stage_schema
+from tasks.audit.verify import verify
+from tasks.graph import MODELS, PROMPTS, REFERENCE, loop
+from tasks.stage import plan
+from tests.test_loop import run_loop, smoke_config
+
+Change = Callable[[pa.Table], pa.Table]
+
+
+class Finished(NamedTuple):
+    store: RunStore
+    config: RunConfig
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path) -> Finished:
+    """A warm-up and two rounds, two packs a step, several shards of every sharded table."""
+    settings = ("train.packs_per_step=2", "pack.max_tokens=256", "pack.shard_bins=1", "generate.samples_per_prompt=4")
+    return Finished(*run_of(tmp_path_factory.mktemp("audited"), teacher_dir, student_dir, *settings))
+
+
+def run_of(root: Path, teacher: Path, student: Path, *settings: str) -> tuple[RunStore, RunConfig]:
+    config = smoke_config(root, teacher, student, "prompts.sources.0.limit=16", *settings)
+    return run_loop(config)[0], config
+
+
+@pytest.fixture
+def run(whole_run: Finished, tmp_path: Path) -> Finished:
+    """A copy to damage."""
+    store = RunStore(shutil.copytree(whole_run.store.folder, tmp_path / "smoke"))
+    return Finished(store, whole_run.config)
+
+
+def reseal(run: Finished) -> None:
+    """Make every manifest fit the files and the manifests before it, as whoever forges a table would."""
+    for key in loop(run.config):
+        manifest, planned = run.store.finished(key), plan(run.store, run.config, key)
+        update = {"inputs": planned.inputs, "fingerprint": planned.fingerprint, "outputs": run.store.outputs(key)}
+        run.store.write_bytes(run.store.path(key, "manifest.json"), record_bytes(manifest.model_copy(update=update)))
+
+
+def forge(run: Finished, key: StageKey, change: Change, shard: int = 0) -> None:
+    """Replace a shard of a table by what ``change`` makes of it; to be resealed."""
+    schema = stage_schema(run.config, key)
+    assert schema is not None
+    path = run.store.table_files(key)[shard]
+    run.store.write_table(path, change(run.store.read_part(path, schema)), schema)
+
+
+def recount(run: Finished, key: StageKey, **counters: Any) -> None:
+    manifest = run.store.finished(key)
+    changed = manifest.model_copy(update={"counters": manifest.counters | counters})
+    run.store.write_bytes(run.store.path(key, "manifest.json"), record_bytes(changed))
+
+
+def rows_of(run: Finished, key: StageKey) -> pa.Table:
+    schema = stage_schema(run.config, key)
+    assert schema is not None
+    return run.store.read_table(key, schema)
+
+
+def put(column: str, value: Any, row: int = 0) -> Change:
+    """Put ``value`` (or what it returns for the value there) into one row of a column."""
+
+    def change(table: pa.Table) -> pa.Table:
+        values = table.column(column).to_pylist()
+        values[row] = value(values[row]) if callable(value) else value
+        place = table.schema.get_field_index(column)
+        return table.set_column(place, table.field(column), pa.array(values, table.field(column).type))
+
+    return change
+
+
+def put_at(column: str, place: int, value: Any) -> Change:
+    """Put ``value`` into one place (from the end if negative) of the first row's list."""
+
+    def change(values: list[Any]) -> list[Any]:
+        values[place] = value(values[place]) if callable(value) else value
+        return values
+
+    return put(column, change)
+
+
+def swap_rows(table: pa.Table) -> pa.Table:
+    return table.take([1, 0, *range(2, table.num_rows)])
+
+
+def first_break(run: Finished) -> str:
+    report = verify(run.store)
+    assert not report.holds
+    return str(report.breaks[0])
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def named(report: Report) -> set[str]:
+    return {entry.where for entry in report.breaks}
+
+
+def files_of(store: RunStore) -> list[Path]:
+    return [p for p in store.folder.rglob("*") if p.is_file() and p.suffix != ".lock" and p.parent.name != "logs"]
+
+
+def test_a_whole_run_holds_and_says_what_it_covered(whole_run: Finished) -> None:
+    store, config = whole_run
+    told: list[str] = []
+    before = {path: path.stat().st_mtime_ns for path in files_of(store)}
+    report = verify(store, lambda what, done, total, unit: told.append(what))
+    assert (report.breaks, report.notes, report.unchecked, report.unfinished) == ([], [], [], [])
+    assert report.coverage.files == len(before)
+    assert report.coverage.bytes == sum(path.stat().st_size for path in before)
+    packs = [store.finished(key) for key in loop(config) if key.stage == "pack"]
+    assert report.coverage.tokens == sum(manifest.counters["tokens"] for manifest in packs)
+    records = [record for key in loop(config) for record in store.finished(key).outputs]
+    assert report.coverage.rows == sum(record.rows or 0 for record in records)
+    assert {"round 1 · pack: rows", "prompts: table", "round 0 · export: files"} <= set(told)
+    assert before == {path: path.stat().st_mtime_ns for path in files_of(store)}
+
+
+# A byte near each end, the very ends, and places in between; files are longer than the last of them.
+@pytest.mark.parametrize("place", [0.0, 0.37, 0.5, 1.0])
+def test_one_flipped_byte_in_any_file_is_found_and_the_file_named(run: Finished, place: float) -> None:
+    files = files_of(run.store)
+    seals = [path for path in files if path.name in ("manifest.json", "run.json")]
+    content = [path for path in files if path not in seals]
+    assert len(content) > 60
+    for path in content:
+        flip(path, round(place * (path.stat().st_size - 1)))
+    assert {run.store.relative(path) for path in content} <= named(verify(run.store))
+    for path in content:
+        flip(path, round(place * (path.stat().st_size - 1)))
+    manifests = [path for path in seals if path.name == "manifest.json"]
+    for path in manifests:
+        flip(path, round(place * (path.stat().st_size - 1)))
+    assert {run.store.relative(path) for path in manifests} <= named(verify(run.store))
+    for path in manifests:
+        flip(path, round(place * (path.stat().st_size - 1)))
+    assert verify(run.store).holds
+    flip(run.store.folder / "run.json", round(place * ((run.store.folder / "run.json").stat().st_size - 1)))
+    assert named(verify(run.store)) == {"run.json"}
+
+
+def test_a_flipped_byte_alone_is_the_first_broken_link(run: Finished) -> None:
+    path = run.store.part(StageKey("score", 0), 1)
+    flip(path, path.stat().st_size // 3)
+    report = verify(run.store)
+    assert str(report.breaks[0]) == (
+        "round=000/stage=score/part-00001.parquet: its bytes are not those the manifest recorded (sha256)"
+    )
+    assert any("round 0 · pack: its rows, since round 0 · score" in what for what in report.unchecked)
+
+
+FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
+    PROMPTS: [
+        (0, put("messages", [{"role": "user", "content": "other"}], 3), "row 3, .*`messages`: are those of prompt"),
+        (0, put("split", lambda s: "train" if s == "held_out" else "held_out"), "row 0, .*`split`: the seed draws"),
+    ],
+    REFERENCE: [(0, put("policy_version", "f" * 16), "the teacher of table models is")],
+    StageKey("generate", 1): [
+        (0, put("policy_version", "f" * 16, 2), "row 2, .*the weights of its sampler are"),
+        (0, put("policy_step", lambda n: n + 1), "row 0, .*its sampler's weights have"),
+        (0, put("seed", lambda n: n ^ 1, 4), "row 4, .*not what the run's seed gives"),
+        (0, put("round", 0), "`round`: 0, should be 1"),
+        (0, put_at("sampled_logprobs", 1, float("inf")), "`sampled_logprobs`: has a token without a finite number"),
+        (1, put("prompt_id", "0" * 16), "table prompts does not have"),
+        (0, put("sample_id", "r001-x-000", 1), "row 1, .*should be r001-<prompt_id>-<sample_index>"),
+        (1, lambda t: t.slice(0, t.num_rows - 1), "holds 39 samples; 10 prompts less 0 dropped, 4 each, make 40"),
+    ],
+    StageKey("score", 1): [
+        (0, put("response_tokens", lambda n: n + 1), "`response_tokens`: .*, the response has"),
+        (0, put("delta_ifd", lambda x: x + 0.5, 2), "row 2, .*`delta_ifd`: .*the two IFD values make"),
+        (0, put("teacher_ifd", 9.0, 3), "row 3, .*`teacher_ifd`: 9, but its negative log-likelihoods make"),
+        (1, put("student_nll", lambda x: x * 1.5), "`student_nll`: .*the sampler's own log-probabilities make"),
+        (2, put_at("teacher_topk_logprobs", 0, lambda k: k[::-1]), "the most likely first"),
+        (3, swap_rows, "row 0, .*`sample_id`: stage generate has"),
+        (4, lambda t: t.slice(1), "scores 39 samples, `round 1 · generate` has 40"),
+    ],
+    StageKey("filter", 1): [
+        (0, put("delta_ifd", 0.5), "`delta_ifd`: 0.5, the score table has"),
+        (0, put("zone", "degenerate", 1), "row 1, .*`zone`: 'degenerate', its bounds make it"),
+        (0, put("reason", "too_long_for_pack", 2), "`reason`: 'too_long_for_pack', its score, its length"),
+        (0, put("keep", lambda keep: not keep, 3), "row 3, .*`keep`: .*its reason makes it"),
+        (0, put("max_delta_ifd", 7.0), "`max_delta_ifd`: 7.0, the config makes it"),
+        (0, put("policy_lag", lambda n: n + 1), "`policy_lag`: .*the steps of sampler and training"),
+        (1, swap_rows, "`sample_id`: .*stage score has in this place"),
+    ],
+    StageKey("pack", 1): [
+        (0, put_at("input_ids", -1, 77), "sample r001-.*`input_ids`: .*has 77, stage generate makes it"),
+        (1, put_at("input_ids", 2, 77), "`input_ids`: token 2 of the sequence .prompt token 2. has 77"),
+        (2, put_at("labels", -1, IGNORE_LABEL), "`labels`: .*has -100, stage generate makes it"),
+        (3, put_at("labels", 1, 5), "`labels`: token 1 .*has 5, stage generate makes it -100"),
+        (4, put_at("sampled_logprobs", -1, -0.25), "`sampled_logprobs`: .*has -0.25, stage generate"),
+        (5, put_at("sampled_logprobs", 0, -0.25), "`sampled_logprobs`: token 0 .*has -0.25"),
+        (6, put_at("teacher_topk_ids", -1, lambda k: k[::-1]), "`teacher_topk_ids`: .*stage score"),
+        (7, put_at("teacher_topk_ids", 0, lambda k: [1] * len(k)), "`teacher_topk_ids`: token 0"),
+        (8, put_at("teacher_topk_logprobs", -1, lambda k: [2 * x for x in k]), "`teacher_topk_logprobs`: .*score"),
+        (9, put_at("seq_lengths", 0, lambda n: n + 1), "`seq_lengths`: add up to"),
+        (9, put("pack_id", 99), "`pack_id`: should be 9"),
+        (10, put_at("sample_ids", 0, "r001-x-000"), "packs sample r001-x-000, which was never sampled"),
+        (10, lambda t: t, "sample .* is kept, but in no pack"),
+        (11, put("sample_ids", lambda ids: [ids[1], ids[1], *ids[2:]]), "is packed more than once"),
+    ],
+    StageKey("pack", WARMUP): [
+        (0, put_at("labels", -1, 3), "sample ref-.*`labels`: .*has 3, stage reference makes it"),
+    ],
+    StageKey("train", 1): [
+        (0, put("learning_rate", lambda x: x * 1.001), "`learning_rate`: .*the schedule makes it"),
+        (0, put("epoch", 0.0), "`epoch`: 0, the schedule makes it"),
+        (0, put("policy_lag", 40), "`policy_lag`: 40, the steps since its sampler's weights are"),
+        (0, put("response_tokens", lambda n: n + 1), "the packs of this step have"),
+        (0, put("ce", float("inf")), "`ce`: is not finite"),
+        (0, lambda t: t.slice(0, t.num_rows - 1), "the schedule ends the round at"),
+    ],
+    StageKey("train", WARMUP): [(0, put("step", lambda n: n + 50, 1), "`step`: 52, steps follow each other: 2")],
+    StageKey("evaluate", 1): [
+        (0, put("round", 0), "`round`: 0, should be 1"),
+        (0, put("n", 3, 1), "`n`: 3, the held-out references have"),
+        (0, put("metric", "other"), "lacks kl_teacher_student"),
+    ],
+}
+
+
+@pytest.mark.parametrize("key", FORGERIES, ids=lambda key: key.label)
+def test_wrong_tables_under_manifests_that_fit_them_are_found(run: Finished, key: StageKey) -> None:
+    for shard, change, _ in FORGERIES[key]:
+        forge(run, key, change, shard)
+    reseal(run)
+    report = verify(run.store)
+    assert report.breaks[0].where.startswith(key.folder)
+    files = [run.store.relative(path) for path in run.store.table_files(key)]
+    for shard, _, expected in FORGERIES[key]:
+        found = [str(entry) for entry in report.breaks if entry.where.startswith((files[shard], key.folder))]
+        assert any(re.search(expected, text) for text in found), (expected, found)
+
+
+def test_response_tokens_of_two_steps_exchanged_are_found(run: Finished) -> None:
+    def exchange(table: pa.Table) -> pa.Table:
+        tokens = table.column("response_tokens").to_pylist()
+        other = next(row for row in range(len(tokens)) if tokens[row] != tokens[0])
+        tokens[0], tokens[other] = tokens[other], tokens[0]
+        return table.set_column(
+            table.schema.get_field_index("response_tokens"), "response_tokens", pa.array(tokens, pa.int64())
+        )
+
+    forge(run, StageKey("train", 1), exchange)
+    reseal(run)
+    assert "the packs of this step have" in first_break(run)
+
+
+def test_a_held_out_prompt_among_the_rollouts_is_found(run: Finished) -> None:
+    prompts = rows_of(run, PROMPTS)
+    held_out = prompts.column("prompt_id")[prompts.column("split").to_pylist().index("held_out")].as_py()
+    forge(
+        run, StageKey("generate", 0), lambda t: put("prompt_id", held_out)(put("sample_id", f"r000-{held_out}-000")(t))
+    )
+    reseal(run)
+    assert "a held-out prompt: it must never be trained on" in first_break(run)
+
+
+def test_a_sample_that_is_there_twice_is_found_across_shards(run: Finished) -> None:
+    key = StageKey("generate", 1)
+    first = rows_of(run, key).slice(0, 1)
+    forge(run, key, lambda t: pa.concat_tables([first, t.slice(1)]), shard=1)
+    reseal(run)
+    assert "is there 2 times" in first_break(run)
+
+
+def test_a_dropped_sample_in_a_pack_is_found(run: Finished) -> None:
+    key = StageKey("filter", 0)
+    ledger = rows_of(run, key)
+    dropped = ledger.column("sample_id")[ledger.column("keep").to_pylist().index(False)].as_py()
+    forge(run, StageKey("pack", 0), put_at("sample_ids", 0, dropped))
+    reseal(run)
+    assert f"sample {dropped} is packed, but the round does not keep it" in first_break(run)
+
+
+def test_exchanged_weights_are_found_by_the_samples_they_did_not_sample(run: Finished) -> None:
+    weights = [run.store.path(StageKey("export", index), "model", "model.safetensors") for index in (WARMUP, 0)]
+    shutil.copyfile(weights[1], weights[0])
+    reseal(run)
+    assert first_break(run).startswith("round=000/stage=generate/part-00000.parquet: row 0")
+
+
+def test_a_table_of_another_run_is_found(run: Finished) -> None:
+    path = run.store.part(StageKey("score", 0), 0)
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {RUN_KEY: b"0" * 16}), path)
+    reseal(run)
+    assert "part-00000.parquet: is of run `0000000000000000`, this run is" in first_break(run)
+
+
+def test_counters_that_the_tables_do_not_bear_out_are_found(run: Finished) -> None:
+    counters = {StageKey("filter", 0): "kept", StageKey("pack", 0): "bins", StageKey("generate", 0): "tokens"}
+    for key, counter in counters.items():
+        recount(run, key, **{counter: 10**6})
+    found = [str(entry) for entry in verify(run.store).breaks]
+    for key, counter in counters.items():
+        told = f"{key.folder}/manifest.json: counters.{counter} is 1000000, the stage's files hold"
+        assert any(text.startswith(told) for text in found)
+
+
+def test_policy_steps_that_were_not_trained_are_found(run: Finished) -> None:
+    recount(run, StageKey("train", 0), policy_step=3)
+    reseal(run)
+    assert "counters.policy_step is 3, the stage's files hold" in first_break(run)
+
+
+def test_inputs_that_are_not_there_any_more_are_found(run: Finished) -> None:
+    key = StageKey("filter", 0)
+    path = run.store.table_files(key)[0]
+    schema = stage_schema(run.config, key)
+    assert schema is not None
+    run.store.write_table(path, run.store.read_part(path, schema), schema, row_group_rows=1)
+    manifest = run.store.finished(key).model_copy(update={"outputs": run.store.outputs(key)})
+    run.store.write_bytes(run.store.path(key, "manifest.json"), record_bytes(manifest))
+    now = hash_file(path)[:12]
+    found = first_break(run)
+    assert found.startswith("round=000/stage=pack/manifest.json: inputs: round=000/stage=filter/part-00000.parquet")
+    assert now in found
+
+
+def test_a_fingerprint_that_is_not_that_of_its_inputs_is_found(run: Finished) -> None:
+    manifest = run.store.finished(StageKey("score", 1)).model_copy(update={"fingerprint": "0" * 64})
+    run.store.write_bytes(run.store.path(StageKey("score", 1), "manifest.json"), record_bytes(manifest))
+    assert first_break(run).startswith("round=001/stage=score/manifest.json: fingerprint: is not that of its settings")
+
+
+def test_a_changed_setting_names_the_first_stage_that_it_touches(run: Finished) -> None:
+    changed = run.config.model_copy(update={"filter": run.config.filter.model_copy(update={"max_delta_ifd": 0.7})})
+    run.store.record_config(changed)
+    assert "stage=filter/manifest.json: config: `filter.max_delta_ifd` is not what run.json says now" in first_break(
+        run
+    )
+
+
+def test_a_manifest_in_the_wrong_folder_is_found(run: Finished) -> None:
+    shutil.copyfile(
+        run.store.path(StageKey("score", 0), "manifest.json"), run.store.path(StageKey("score", 1), "manifest.json")
+    )
+    assert "is of stage `round 0 · score`, not of `round 1 · score`" in first_break(run)
+
+
+def test_a_file_that_no_manifest_names_is_found_and_one_that_is_gone_too(run: Finished) -> None:
+    stray = run.store.path(StageKey("pack", 0), "part-00099.parquet")
+    shutil.copyfile(run.store.part(StageKey("pack", 0), 0), stray)
+    assert "part-00099.parquet: lies in the folder of `round 0 · pack`, whose manifest does not name it" in first_break(
+        run
+    )
+    stray.unlink()
+    run.store.path(MODELS, "student", "config.json").unlink()
+    assert first_break(run) == "models/student/config.json: missing"
+
+
+def test_sources_outside_the_run_are_noted_and_break_nothing(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    teacher = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+    store, _ = run_of(tmp_path, teacher, student_dir, "rounds=1", "warmup=null")
+    flip(teacher / "model.safetensors", -1)
+    report = verify(store)
+    assert report.holds
+    assert any("models: its model files outside the run are not those" in note for note in report.notes)
+    shutil.rmtree(teacher)
+    report = verify(store)
+    assert report.holds
+    assert any("models: sources outside the run cannot be compared" in note for note in report.notes)
+
+
+def test_an_unfinished_run_verifies_what_is_there_and_says_what_is_not(run: Finished) -> None:
+    for stage in ("evaluate", "export", "train"):
+        shutil.rmtree(run.store.path(StageKey(stage, 1)))
+    run.store.path(StageKey("pack", 1), "manifest.json").unlink()
+    report = verify(run.store)
+    assert report.holds
+    assert report.unfinished == [
+        "round 1 · pack (unfinished)",
+        "round 1 · train (not run)",
+        "round 1 · export (not run)",
+        "round 1 · evaluate (not run)",
+    ]
+    run.store.path(StageKey("score", 0), "manifest.json").unlink()
+    assert "inputs: it reads `round 0 · score`, which has no valid manifest" in first_break(run)
+
+
+def test_earlier_results_are_hashed_too(run: Finished) -> None:
+    key = StageKey("evaluate", 1)
+    kept = Path(
+        shutil.copytree(run.store.path(key), run.store.folder / "superseded" / key.folder / "20260101-abcdef01")
+    )
+    report = verify(run.store)
+    assert report.holds
+    assert any("an earlier result of `round 1 · evaluate`" in note for note in report.notes)
+    flip(kept / "metrics.parquet", 40)
+    assert first_break(run).startswith(f"{run.store.relative(kept)}/metrics.parquet: its bytes are not those")
+
+
+def test_no_run_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(RunNotFoundError):
+        verify(RunStore(tmp_path))
