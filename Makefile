@@ -14,7 +14,7 @@ round: .venv/.run-ready
 	$(BIN)/npd run $(CONFIG)
 
 test: .venv/.test-ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 test-quick: .venv/.test-ready
 	$(BIN)/python -m pytest -m "not engine and not server and not e2e"

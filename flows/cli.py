@@ -211,7 +211,7 @@ def gc(
     from schemas.run_store import RunStore
 
     store = RunStore.open(run)
-    with store.locked():
+    with store.lock.held():
         found = store.superseded()
         if not dry_run:
             store.drop_superseded()

@@ -50,7 +50,7 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
     """
     settings = read_config(config, overrides)
     store = RunStore.at(settings)
-    with store.locked():
+    with store.lock.held():
         store.record_config(settings)
         run = (store, settings)
 

@@ -45,7 +45,7 @@ def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[st
     store = RunStore.open(run)
     config = recorded_config(store, overrides)
     key = stage_key(config, stage, round)
-    with store.locked():
+    with store.lock.held():
         problem = upstream_problem(store, config, key)
         if problem is not None:
             raise ArtifactError(problem)

@@ -25,7 +25,7 @@ def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
     Raises:
         NPDError: what the stage found wrong.
     """
-    store.require_lock()
+    store.lock.require()
     logger, listener = get_run_logger(), current_listener()
     manifest = current_manifest(store, config, key)
     if manifest is not None:

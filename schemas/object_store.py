@@ -80,7 +80,8 @@ class ObjectStore:
 
         self.url = url.rstrip("/")
         try:
-            filesystem, root = url_to_fs(self.url, use_listings_cache=False)
+            # A driver kept from before would not see that the environment names another server or key now.
+            filesystem, root = url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"root: {url}: {error}. For s3:// install the extra `s3`") from None
         self._filesystem: Any = filesystem

@@ -10,12 +10,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from schemas.errors import RunLockedError, StorageError
-from schemas.local_files import storage_error
+from schemas.local_files import remove_temporaries, storage_error
 from schemas.object_store import ObjectStore
 
 LOCK_NAME = "run.lock"
@@ -197,3 +197,50 @@ def _died_here(text: bytes) -> bool:
     except (ProcessLookupError, PermissionError) as error:
         return isinstance(error, ProcessLookupError)
     return False
+
+
+class RunLock:
+    """The lock of one run, wherever it lies.
+
+    Args:
+        folder: The run's folder, or its working copy.
+        place: The run's name for people.
+        objects: Where it lies, if that is an object store.
+    """
+
+    def __init__(self, folder: Path, place: str, objects: ObjectStore | None) -> None:
+        self._folder, self._place, self._objects = folder, place, objects
+        self._lease: StoreLease | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run, so that no other process changes it meanwhile; clear what one that died was writing at its top.
+
+        Raises:
+            RunLockedError: another process holds it; names it.
+            StorageError: the place cannot be written to.
+        """
+        with local_lock(self._folder, self._place):
+            # Of run.json; a stage clears its own folder when it begins.
+            remove_temporaries(self._folder, deep=False)
+            if self._objects is None:
+                yield
+                return
+            self._lease = StoreLease(self._objects)
+            with self._lease.held():
+                yield
+
+    def require(self) -> None:
+        """Check that the lock, once taken, is still this process's.
+
+        Raises:
+            RunLockedError: somebody else has taken it.
+        """
+        if self._lease is not None and self._lease.lost.is_set():
+            raise RunLockedError(
+                f"{self._place}: the lock could not be renewed, or another process has taken it; this one stops here"
+            )
+
+    def stage_at_work(self) -> AbstractContextManager[None]:
+        """Say that this process runs a stage; a new holder of the lock waits for it to end."""
+        return stage_at_work(self._folder)

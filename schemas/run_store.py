@@ -1,7 +1,6 @@
 """The one door to a run's files: nobody else joins paths or names them."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from schemas import local_files
 from schemas.config import RunConfig, parse_config
-from schemas.errors import ArtifactError, RunLockedError, RunNotFoundError
+from schemas.errors import ArtifactError, RunNotFoundError
 from schemas.local_files import storage_errors
 from schemas.manifest import (
     MANIFEST_NAME,
@@ -29,8 +28,8 @@ from schemas.manifest import (
 from schemas.mirror import Mirror
 from schemas.object_store import ObjectStore, cache_folder, check_place, is_url
 from schemas.provenance import now_iso, package_versions, run_identity
-from schemas.run_lock import StoreLease, local_lock, stage_at_work
-from schemas.stage_key import WARMUP, StageKey
+from schemas.run_lock import RunLock
+from schemas.stage_key import StageKey
 from schemas.table_files import read_parquet, write_parquet
 from schemas.tables import TableSchema
 
@@ -58,7 +57,6 @@ class RunStore:
         text = str(place)
         check_place(text, "root")
         self._mirror: Mirror | None = None
-        self._lease: StoreLease | None = None
         if is_url(text):
             self.url = text.rstrip("/")
             self.folder = cache_folder(self.url)
@@ -66,6 +64,7 @@ class RunStore:
         else:
             self.folder = Path(unquote(urlsplit(text).path) if "://" in text else text).absolute()
             self.url = str(self.folder)
+        self.lock = RunLock(self.folder, self.url, None if self._mirror is None else self._mirror.objects)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -126,41 +125,6 @@ class RunStore:
         if record is None:
             raise ArtifactError(f"{self.url}: no {RUN_NAME}")
         return parse_config(record.config, origin=f"{self.url}/{RUN_NAME}")
-
-    # -- who works on it -------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run, so that no other process changes it meanwhile.
-
-        Raises:
-            RunLockedError: another process holds it; names it.
-            StorageError: the place cannot be written to.
-        """
-        with local_lock(self.folder, self.url):
-            # Of run.json; a stage clears its own folder when it begins.
-            local_files.remove_temporaries(self.folder, deep=False)
-            if self._mirror is None:
-                yield
-                return
-            self._lease = StoreLease(self._mirror.objects)
-            with self._lease.held():
-                yield
-
-    def require_lock(self) -> None:
-        """Check that a lock taken before is still this process's.
-
-        Raises:
-            RunLockedError: somebody else has taken it.
-        """
-        if self._lease is not None and self._lease.lost.is_set():
-            raise RunLockedError(
-                f"{self.url}: the lock could not be renewed, or another process has taken it; this one stops here"
-            )
-
-    def at_work(self) -> AbstractContextManager[None]:
-        """Say that this process runs a stage; a new holder of the lock waits for it to end."""
-        return stage_at_work(self.folder)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -304,21 +268,12 @@ class RunStore:
         """Return the keys of the stages that have a folder, in the order of the loop."""
         if self._mirror is not None:
             names = list(self._mirror.objects.sizes())
+            names = [n for n in names if "/stage=" in n or (n.endswith(f"/{MANIFEST_NAME}") and n.count("/") == 1)]
         else:
             found = [*self.folder.glob(f"*/{MANIFEST_NAME}"), *self.folder.glob("*/stage=*")]
-            names = [self.relative(path) + ("" if path.name == MANIFEST_NAME else "/") for path in found]
-        keys: dict[StageKey, None] = {}
-        for name in names:
-            place, stage, *_ = [*name.split("/"), ""]
-            if stage == MANIFEST_NAME:
-                keys[StageKey(place)] = None
-            elif stage.startswith("stage="):
-                stage = stage.removeprefix("stage=")
-                if place == "warmup":
-                    keys[StageKey(stage, WARMUP)] = None
-                elif number := re.fullmatch(r"round=([0-9]{3,9})", place):
-                    keys[StageKey(stage, int(number[1]))] = None
-        return list(keys)
+            names = [self.relative(path) for path in found]
+        folders = dict.fromkeys("/".join(name.split("/")[: 2 if "/stage=" in name else 1]) for name in names)
+        return [key for folder in folders if (key := StageKey.of_folder(folder)) is not None]
 
     def fetch(self, path: Path) -> Path:
         """Make a file or folder of a finished stage present here, and return its path.

@@ -1,5 +1,6 @@
 """Names of stages and where each keeps its files."""
 
+import re
 from typing import NamedTuple
 
 WARMUP = -1
@@ -28,6 +29,24 @@ class StageKey(NamedTuple):
         if self.round == WARMUP:
             return f"warmup/stage={self.stage}"
         return f"round={self.round:03d}/stage={self.stage}"
+
+    @classmethod
+    def of_folder(cls, folder: str) -> "StageKey | None":
+        """Return the stage whose folder this is; None if it is none's.
+
+        >>> StageKey.of_folder("round=001/stage=score"), StageKey.of_folder("prompts"), StageKey.of_folder("round=x/y")
+        (StageKey(stage='score', round=1), StageKey(stage='prompts', round=None), None)
+        """
+        place, slash, stage = folder.partition("/")
+        if not slash:
+            return cls(place)
+        if not stage.startswith("stage="):
+            return None
+        stage = stage.removeprefix("stage=")
+        if place == "warmup":
+            return cls(stage, WARMUP)
+        number = re.fullmatch(r"round=([0-9]{3,9})", place)
+        return None if number is None else cls(stage, int(number[1]))
 
     @property
     def label(self) -> str:

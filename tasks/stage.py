@@ -110,7 +110,7 @@ def execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progres
         NPDError: whatever the stage found wrong; no manifest is written.
         StorageError: the run's place, or this machine's disk, cannot be written to.
     """
-    with storage_errors(f"{store.url}: stage `{key.label}`"), store.at_work():
+    with storage_errors(f"{store.url}: stage `{key.label}`"), store.lock.stage_at_work():
         return _execute(store, config, key, progress)
 
 

@@ -5,6 +5,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As many processes as cores run tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +28,27 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SLOW_LAST = ("engine", "server", "e2e")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later."""
+    """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later.
+
+    Of several processes one runs all tests of a file, since these share their fixtures.
+    """
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "fuzz" else item.path.stem))
 
     def rank(item: pytest.Item) -> int:
         marked = [index for index, name in enumerate(SLOW_LAST, start=2) if item.get_closest_marker(name)]
         return max(marked) if marked else int("finished_run" in getattr(item, "fixturenames", ()))
 
     items.sort(key=rank)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests found worth telling (``record_property``), from whatever process they ran in."""
+    told = [prop for report in terminalreporter.getreports("passed") for prop in report.user_properties]
+    if told:
+        terminalreporter.section("covered")
+    for name, value in told:
+        terminalreporter.write_line(f"{name}: {value}")

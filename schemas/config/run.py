@@ -40,7 +40,8 @@ class RunConfig(Section):
     """Folder of the run under `root`. Running the same name again resumes it."""
 
     root: str = Field(default="runs", min_length=1, json_schema_extra=PLACEMENT)
-    """Where runs live."""
+    """Where runs live: a folder, or any URL that fsspec knows (`s3://bucket/runs`). Credentials come from the
+    environment, never from here."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of everything drawn: splits, samples, batch order. The same seed gives the same tables, byte for byte."""

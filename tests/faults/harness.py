@@ -66,7 +66,7 @@ def run_once(config: RunConfig, covered: set[Point] | None, every: int, report: 
         arm_object_store(reached)
     else:
         arm_local_files(store.folder, reached)
-    with store.locked():
+    with store.lock.held():
         store.record_config(config)
         for key in loop(config):
             if current_manifest(store, config, key) is None:

@@ -89,7 +89,7 @@ def test_a_disk_without_space_is_named_and_nothing_stays(tmp_path: Path) -> None
 def test_a_place_that_is_read_only_is_refused_before_anything_runs(root: str) -> None:
     # The kernel's own file systems let nobody make folders, root included.
     store = RunStore.at(make_config(Path(root)))
-    with pytest.raises(StorageError, match=rf"{root}/test: ") as refused, store.locked():
+    with pytest.raises(StorageError, match=rf"{root}/test: ") as refused, store.lock.held():
         pass
     assert refused.value.exit_code == 1
 

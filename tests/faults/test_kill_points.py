@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.faults.object_server import ObjectServer
 ROOT = Path(__file__).parents[2]
 STAGES = {"prompts", "models", "reference", "generate", "score", "filter", "pack", "train", "export", "evaluate"}
 SAVE_EVERY_STEPS = 2
+Record = Callable[[str, object], None]
 
 
 def write_config(folder: Path, root: str, teacher: Path, student: Path, **changes: Any) -> Path:
@@ -68,11 +70,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_d
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_killed_at_every_point_of_every_stage(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, whole: dict[str, bytes], record_property: Record
 ) -> None:
     report = run_harness(write_config(tmp_path, str(tmp_path / "runs"), teacher_dir, student_dir, rounds=1))
-    with capsys.disabled():
-        print(f"\nkill points on a disk: {report}")
+    record_property("kill points on a disk", report)
     assert report["total"] >= 60
     assert report["points"].keys() >= STAGES
     assert report["repeated"]["files"] <= 1
@@ -83,8 +84,8 @@ def test_killed_at_every_point_of_every_stage(
 
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
-def test_killed_at_every_point_of_an_object_store(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path, capsys: pytest.CaptureFixture[str]
+def test_killed_at_points_of_an_object_store(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, record_property: Record
 ) -> None:
     changes: dict[str, Any] = {"rounds": 1, "warmup": None}
     plain = write_config(tmp_path, str(tmp_path / "runs"), teacher_dir, student_dir, **changes)
@@ -97,8 +98,7 @@ def test_killed_at_every_point_of_an_object_store(
         with server.reachable(), pytest.MonkeyPatch.context() as patch:
             patch.setenv("NPD_CACHE", str(tmp_path / "other-cache"))
             found = results(RunStore(f"{server.bucket}/killed/smoke"))
-    with capsys.disabled():
-        print(f"\nkill points in an object store, each start on a new machine: {report}")
+    record_property("kill points in an object store, each start on a new machine", report)
     assert report["total"] >= 60
     assert report["points"].keys() >= STAGES
     assert report["repeated"]["files"] <= 1

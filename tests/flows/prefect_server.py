@@ -73,7 +73,8 @@ class Server:
 
     def stop(self) -> None:
         """End what ``start`` started, the newest first."""
-        for process in reversed(self._processes):
+        while self._processes:
+            process = self._processes.pop()
             process.terminate()
             try:
                 process.wait(30)

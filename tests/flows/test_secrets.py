@@ -121,14 +121,13 @@ def test_a_recorded_config_is_held_to_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_secrets_of_the_environment_are_in_no_file_log_or_output(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, prefect_home: Path
 ) -> None:
-    home = tmp_path / "prefect"
     changes: dict[str, Any] = {"warmup": None, "rounds": 1}
     guard = {"action": "stop", "max_policy_kl": 1e-12, "window_steps": 1}
     changes["train"] = {"epochs_per_round": 2, "learning_rate": 1e-3, "gradient_checkpointing": False, "guard": guard}
     config = write_smoke_config(tmp_path, teacher_dir, student_dir, **changes)
-    environment = os.environ | ENVIRONMENT | {"PREFECT_HOME": str(home)}
+    environment = os.environ | ENVIRONMENT
 
     def npd(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "flows.cli", *arguments]
@@ -145,6 +144,6 @@ def test_secrets_of_the_environment_are_in_no_file_log_or_output(
     files = below(tmp_path / "runs")
     assert {"run.json", "manifest.json", "README.md", "round-0-train.log"} <= {path.name for path in files}
     # Prefect's log, states, parameters and artifacts are in its database.
-    assert any(b"train.guard.action" in path.read_bytes() for path in below(home))
-    for path in [*files, *below(home)]:
+    assert any(b"train.guard.action" in path.read_bytes() for path in below(prefect_home))
+    for path in [*files, *below(prefect_home)]:
         assert planted_in(path.read_bytes()) == [], path

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,36 +37,40 @@ def read_until(process: subprocess.Popen[str], words: str) -> list[str]:
     raise AssertionError("".join(seen))
 
 
-def test_a_server_that_comes_back_sees_the_run_end(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
-    config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
-    server = Server(tmp_path)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
     try:
-        process = start_run(server, config)
-        read_until(process, "models: starting")
-        server.die()
-        # A whole stage without a server.
-        read_until(process, "round 0 · generate: done")
-        server.begin()
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        assert RunStore(tmp_path / "runs" / "smoke").finished(StageKey("evaluate", 0))
-        assert server.flow_run("npd-round")["state_type"] == "COMPLETED"
+        yield server
     finally:
         server.stop()
 
 
-def test_a_server_that_stays_away_costs_no_work(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+def test_a_server_that_comes_back_sees_the_run_end(
+    server: Server, tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    process = start_run(server, write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None))
+    read_until(process, "round 0 · train: starting")
+    server.die()
+    # A whole stage without a server.
+    read_until(process, "round 0 · export: done")
+    server.begin()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert RunStore(tmp_path / "runs" / "smoke").finished(StageKey("evaluate", 0))
+    assert server.flow_run("npd-round")["state_type"] == "COMPLETED"
+
+
+def test_a_server_that_stays_away_costs_no_work(
+    server: Server, tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
     config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
-    server = Server(tmp_path)
-    try:
-        # One try more instead of five: the test need not wait for all of Prefect's patience.
-        server.environment["PREFECT_CLIENT_MAX_RETRIES"] = "1"
-        process = start_run(server, config)
-        read_until(process, "round 0 · evaluate: starting")
-        server.die()
-        output, _ = process.communicate(timeout=300)
-    finally:
-        server.stop()
+    # One try more instead of five: the test need not wait for all of Prefect's patience.
+    server.environment["PREFECT_CLIENT_MAX_RETRIES"] = "1"
+    process = start_run(server, config)
+    read_until(process, "round 0 · evaluate: starting")
+    server.die()
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "Prefect's server" in output
     assert "Traceback" not in output

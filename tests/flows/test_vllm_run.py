@@ -1,9 +1,13 @@
 """A whole round with the real vLLM engine, each stage in its own forked process, as a user runs it."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import numpy as np
 import pytest
@@ -18,6 +22,19 @@ from tests.tiny_models import make_model, save_model
 WIDTH = 128
 
 
+def stage_process(log: Path, words: str) -> int:
+    """Return the process of a stage once its log holds ``words``."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        text = log.read_text(encoding="utf-8") if log.is_file() else ""
+        if words in text:
+            found = re.search(r"process (\d+)", text)
+            assert found is not None
+            return int(found[1])
+        time.sleep(0.1)
+    raise AssertionError(f"{log}: no `{words}`")
+
+
 @pytest.mark.engine
 def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) -> None:
     teacher = save_model(tmp_path / "teacher", make_model(seed=1, layers=3, hidden=WIDTH))
@@ -25,8 +42,19 @@ def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) ->
     generate = {"engine": "vllm", "max_new_tokens": 12, "shard_prompts": 6}
     config = write_smoke_config(tmp_path, teacher, student, rounds=1, warmup=None, generate=generate)
     command = [sys.executable, "-m", "flows.cli", "run", str(config)]
+    log = tmp_path / "runs" / "smoke" / "logs" / "round-0-generate.log"
+    with subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True, cwd=CONFIGS.parent) as process:
+        # The engine dies while it starts, as one does that finds too little memory.
+        os.kill(stage_process(log, "checkpoint shards: 100%"), signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "`round 0 · generate` was killed (signal 9), most likely out of memory" in output
+    assert "generate.vllm.gpu_memory_utilization" in output
+    assert "Traceback" not in output
+
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "models: up to date" in done.stdout
 
     store = RunStore.open(tmp_path / "runs" / "smoke")
     settings = store.config.score

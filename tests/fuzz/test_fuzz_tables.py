@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
+from flows.inspection import read_head
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
@@ -29,6 +30,7 @@ from schemas.tables import (
     pack_schema,
     score_schema,
 )
+from tasks.train.packs import PackReader
 from tests.fuzz.harness import Reader, try_reader
 from tests.fuzz.mutations import damaged
 from tests.run_fixtures import make_config, make_store
@@ -225,7 +227,26 @@ def _read(name: str) -> Callable[[bytes, Path], None]:
     return read
 
 
+def _read_packs(data: bytes, folder: Path) -> None:
+    """What the trainer takes, pack by pack."""
+    path = folder / "part-00000.parquet"
+    path.write_bytes(data)
+    reader = PackReader([path])
+    assert len(reader.seq_lengths) == len(reader)
+    for pack in range(len(reader)):
+        assert "input_ids" in reader[pack]
+
+
+def _show_rows(data: bytes, folder: Path) -> None:
+    """What `npd inspect` shows."""
+    path = folder / "part-00000.parquet"
+    path.write_bytes(data)
+    assert read_head(path, 3).num_rows <= 3
+
+
 READERS = (
+    Reader("packs for the trainer", 180, partial(damaged_files, "pack"), _read_packs, ("part-00000",)),
+    Reader("rows to show", 180, partial(damaged_files, "generate"), _show_rows, ("part-00000",)),
     *(Reader(f"{name}, bytes", 180, partial(damaged_files, name), _read(name), ("part-00000",)) for name in SCHEMAS),
     *(Reader(f"{name}, columns", 120, partial(changed_files, name), _read(name), ("part-00000",)) for name in SCHEMAS),
 )

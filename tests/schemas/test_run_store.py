@@ -188,3 +188,49 @@ def test_metadata_can_be_read_with_nulls_in_nullable_columns(tmp_path: Path) -> 
     )
     finish_stage(store, StageKey("filter", 0), FILTER, [table])
     assert store.read_table(StageKey("filter", 0), FILTER).equals(table)
+
+
+def test_a_result_of_other_settings_is_kept_until_it_is_dropped(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    before = store.part(KEY, 0).read_bytes()
+    store.begin(KEY, "other settings")
+    assert store.manifest(KEY) is None
+    assert [path.name for path in store.path(KEY).iterdir()] == [".partial.json"]
+    kept = [name for name, _ in store.superseded()]
+    assert [Path(name).name for name in kept] == ["manifest.json", "part-00000.parquet"]
+    assert all(name.startswith(f"superseded/{KEY.folder}/") for name in kept)
+    assert (store.folder / kept[1]).read_bytes() == before
+    assert KEY not in [key for key in store.stages() if store.manifest(key) is not None]
+
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    store.supersede(KEY)
+    assert len(store.superseded()) == 4
+    store.drop_superseded()
+    assert store.superseded() == []
+    assert not (store.folder / "superseded").exists()
+
+
+def test_records_of_another_version_are_refused_with_the_way_forward(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    for path, read in (
+        (store.path(KEY, "manifest.json"), lambda: store.manifest(KEY)),
+        (store.folder / "run.json", store.record),
+    ):
+        path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+        with pytest.raises(ArtifactError, match=rf"{path.name}: schema_version: .*\(v1, this one reads v2\)\. Delete"):
+            read()
+
+
+def test_every_flipped_bit_of_a_record_is_found(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    finish_stage(store, KEY, GENERATE, [rollouts()])
+    path = store.path(KEY, "manifest.json")
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ArtifactError, match=r"manifest\.json"):
+            store.manifest(KEY)
+    path.write_bytes(data)
+    assert store.manifest(KEY) is not None

@@ -1,0 +1,116 @@
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import schemas.object_store
+from schemas.errors import ConfigError, StorageError
+from schemas.object_store import TRIES, ObjectStore, cache_folder, check_place, is_url
+from tests.faults.object_server import ObjectServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectServer]:
+    with ObjectServer() as server, server.reachable():
+        yield server
+
+
+def test_objects_are_written_listed_copied_and_deleted(server: ObjectServer, tmp_path: Path) -> None:
+    objects = ObjectStore(f"{server.bucket}/a run")
+    objects.write("round=000/x.json", b"123")
+    (tmp_path / "file").write_bytes(b"from a file")
+    objects.upload(tmp_path / "file", "round=000/stage=score/part-00000.parquet")
+    assert objects.read("round=000/x.json") == b"123"
+    assert objects.read("nothing") is None
+    assert objects.sizes("round=000/stage=score") == {"round=000/stage=score/part-00000.parquet": 11}
+    # A name is no prefix of its neighbours.
+    assert objects.sizes("round=00") == {}
+    objects.copy("round=000/x.json", "elsewhere/x.json")
+    objects.delete("round=000/x.json")
+    objects.delete("round=000/x.json")
+    assert list(objects.sizes()) == ["elsewhere/x.json", "round=000/stage=score/part-00000.parquet"]
+    objects.download("elsewhere/x.json", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"123"
+    with pytest.raises(FileNotFoundError):
+        objects.download("nothing", tmp_path / "none")
+
+
+def test_only_one_of_many_creates_an_object(server: ObjectServer) -> None:
+    objects = ObjectStore(f"{server.bucket}/race")
+    won: list[int] = []
+    threads = [
+        threading.Thread(target=lambda n=n: won.append(n) if objects.create("lock", str(n).encode()) else None)
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert objects.read("lock") == str(won[0]).encode()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemas.object_store, "FIRST_WAIT_SECONDS", 0.01)
+
+
+class Broken:
+    """A file system whose calls fail so often."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.failures, self.error = failures, error
+
+    def cat_file(self, name: str) -> bytes:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise self.error
+        return b"back"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_fails_is_asked_again_with_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    objects = ObjectStore("memory://runs/x")
+    objects._filesystem = Broken(TRIES - 1, ConnectionResetError("reset"))
+    with caplog.at_level(logging.WARNING):
+        assert objects.read("a") == b"back"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"memory://runs/x/a: read failed (try {n} of {TRIES}): reset" for n in range(1, TRIES)
+    ]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_stays_away_is_an_error_that_says_so() -> None:
+    objects = ObjectStore("memory://runs/x")
+    objects._filesystem = Broken(TRIES, TimeoutError("late"))
+    with pytest.raises(StorageError, match=rf"memory://runs/x/a: cannot read after {TRIES} tries: TimeoutError: late"):
+        objects.read("a")
+
+
+def test_a_refusal_is_not_tried_again() -> None:
+    objects = ObjectStore("memory://runs/x")
+    objects._filesystem = broken = Broken(1, PermissionError("Access Denied"))
+    with pytest.raises(StorageError, match="access denied"):
+        objects.read("a")
+    assert broken.failures == 0
+
+
+@pytest.mark.parametrize("place", ["s3://key:secret@bucket/x", "s3://bucket/x?token=secret", "gs://bucket/x#secret"])
+def test_credentials_in_a_place_are_refused_unread(place: str) -> None:
+    with pytest.raises(ConfigError, match="environment") as refused:
+        check_place(place, "root")
+    assert "secret@" not in str(refused.value)
+    assert "token=" not in str(refused.value)
+    assert "#secret" not in str(refused.value)
+
+
+def test_places_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert is_url("s3://bucket/runs")
+    assert not is_url("runs")
+    assert not is_url("file:///runs")
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path))
+    assert cache_folder("s3://a/x").parent == tmp_path
+    assert cache_folder("s3://a/x") != cache_folder("s3://b/x")
+    assert cache_folder("s3://a/x/") == cache_folder("s3://a/x")
