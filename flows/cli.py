@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +19,8 @@ from schemas.errors import NPDError, OrchestrationError
 if TYPE_CHECKING:
     from flows.summary import RunSummary
 
-EXIT_INTERRUPTED = 130
+_ended_by: list[int] = []
+"""The signal that asked this process to end, if one has."""
 
 _EPILOG = (
     "Exit codes: 0 done; 1 a stage failed (verify: something does not hold; diff: the runs differ); 2 wrong input, "
@@ -33,13 +35,16 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except NPDError as error:
+        except (KeyboardInterrupt, Exception) as error:
+            # A library in the middle of something may have made another error of what the signal raised.
+            if isinstance(error, KeyboardInterrupt) or _ended_by:
+                Terminal(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
+                raise typer.Exit(128 + (_ended_by or [signal.SIGINT])[0]) from None
+            if not isinstance(error, NPDError):
+                raise
             message = Text.assemble(("error: ", "bold red"), str(error))
             Terminal(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            Terminal(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -230,6 +235,13 @@ def config() -> None:
     typer.echo(fields_markdown(), nl=False)
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    _ended_by.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -247,7 +259,8 @@ def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
     from flows.server import start_temporary_server
 
     # Whoever ends the command by SIGTERM (a scheduler) gets the same clean end as with Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     with make_display(console) as display, listening(display):
         start_temporary_server()
         try:

@@ -1,5 +1,6 @@
 """One process at a time on a run: who holds it, and how long after its death it is held."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -72,7 +73,7 @@ def local_lock(folder: Path, place: str) -> Iterator[None]:
         raise storage_error(error, place) or StorageError(f"{place}: cannot be written to: {error.strerror}") from error
     with opened as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise _refusal(place, file.read()) from None
@@ -82,6 +83,15 @@ def local_lock(folder: Path, place: str) -> Iterator[None]:
             yield
         finally:
             _write(file, "")
+
+
+def _flock(file: IO[str], operation: int) -> None:
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        _logger.warning("%s: this disk has no locks: nothing keeps a second process off the run", file.name)
 
 
 def _write(file: IO[str], text: str) -> None:
@@ -96,7 +106,7 @@ def _wait_for_orphans(folder: Path, place: str) -> None:
     with (folder / STAGES_LOCK_NAME).open("a") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -111,7 +121,7 @@ def stage_at_work(folder: Path) -> Iterator[None]:
     """Say that a stage works in a run's folder; several may at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / STAGES_LOCK_NAME).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _flock(file, fcntl.LOCK_SH)
         yield
 
 

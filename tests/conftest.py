@@ -25,6 +25,15 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("student"), make_model(seed=2, layers=2))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep Prefect's database out of the user's home, and away from a server the user has configured."""
+    home = tmp_path_factory.mktemp("prefect")
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ.pop("PREFECT_API_URL", None)
+    return home
+
+
 SLOW_LAST = ("engine", "server", "e2e")
 
 

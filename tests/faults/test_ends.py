@@ -13,7 +13,6 @@ from schemas.run_lock import LOCK_NAME
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import CONFIGS, write_smoke_config
-from tests.flows.conftest import prefect_home as prefect_home
 
 pytestmark = pytest.mark.e2e
 

@@ -11,15 +11,6 @@ import yaml
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keep Prefect's database out of the user's home, and away from a server the user has configured."""
-    home = tmp_path_factory.mktemp("prefect")
-    os.environ["PREFECT_HOME"] = str(home)
-    os.environ.pop("PREFECT_API_URL", None)
-    return home
-
-
 def write_smoke_config(folder: Path, teacher: Path, student: Path, **changes: Any) -> Path:
     """Write configs/smoke.yaml into ``folder`` with tiny models, few prompts, and ``changes`` to its top level."""
     values = yaml.safe_load((CONFIGS / "smoke.yaml").read_text(encoding="utf-8"))
