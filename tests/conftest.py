@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,15 +38,8 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SLOW_LAST = ("engine", "server", "e2e")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later.
-
-    Of several processes one runs all tests of a file, since these share their fixtures.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "fuzz" else item.path.stem))
+    """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later."""
 
     def rank(item: pytest.Item) -> int:
         marked = [index for index, name in enumerate(SLOW_LAST, start=2) if item.get_closest_marker(name)]
@@ -57,8 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests found worth telling (``record_property``), from whatever process they ran in."""
-    told = [prop for report in terminalreporter.getreports("passed") for prop in report.user_properties]
+    told: dict[str, Any] = {}
+    for name, value in (prop for report in terminalreporter.getreports("passed") for prop in report.user_properties):
+        told[name] = told[name] + value if name in told else value
     if told:
         terminalreporter.section("covered")
-    for name, value in told:
+    for name, value in told.items():
         terminalreporter.write_line(f"{name}: {value}")

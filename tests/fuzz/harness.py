@@ -32,8 +32,8 @@ MEMORY_BYTES = 2 << 30
 SECONDS = 240
 """After so long a reader hangs."""
 
-counted: dict[str, int] = {}
-"""Distinct inputs of every reader that was run in this session."""
+Record = Callable[[str, object], None]
+"""pytest's ``record_property``."""
 
 _PRELOAD = ["tests.fuzz.harness", *(f"tests.fuzz.test_fuzz_{name}" for name in MODULES)]
 
@@ -59,8 +59,12 @@ class Reader:
     longest: int = 2_000
 
 
-def try_reader(module: str, reader: Reader) -> None:
-    """Run ``reader``, found again by name in ``module``; fail with the input that breaks it."""
+def try_reader(module: str, reader: Reader) -> int:
+    """Run ``reader``, found again by name in ``module``; fail with the input that breaks it.
+
+    Returns:
+        Distinct inputs it was tried on.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as name:
@@ -80,8 +84,9 @@ def try_reader(module: str, reader: Reader) -> None:
             raise AssertionError(
                 f"{reader.name} {found.get('error', how)}\nlast input, {len(last)} bytes: {last[:2000]!r}"
             )
-    counted[reader.name] = found["inputs"]
-    assert found["inputs"] >= reader.inputs, f"{reader.name}: only {found['inputs']} distinct inputs"
+    inputs = int(found["inputs"])
+    assert inputs >= reader.inputs, f"{reader.name}: only {inputs} distinct inputs"
+    return inputs
 
 
 def _child(module: str, name: str, place: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from schemas.config import RunConfig, apply_overrides, load_config, parse_config
 from schemas.manifest import hash_json
-from tests.fuzz.harness import Reader, try_reader
+from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import ODD_TEXT, ODD_VALUES, changed, damaged
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -158,5 +158,5 @@ READERS = (
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_every_config_loads_or_is_refused(reader: Reader) -> None:
-    try_reader(__name__, reader)
+def test_every_config_loads_or_is_refused(reader: Reader, record_property: Record) -> None:
+    record_property("fuzzed inputs", try_reader(__name__, reader))

@@ -16,7 +16,7 @@ from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.graph import MODELS
 from tasks.language_model.sources import ResolvedModels, resolved_models
-from tests.fuzz.harness import Reader, try_reader
+from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import changed, damaged
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 
@@ -145,8 +145,8 @@ READERS = (
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_every_record_is_read_or_refused(reader: Reader) -> None:
-    try_reader(__name__, reader)
+def test_every_record_is_read_or_refused(reader: Reader, record_property: Record) -> None:
+    record_property("fuzzed inputs", try_reader(__name__, reader))
 
 
 def test_one_changed_byte_of_a_record_is_found(tmp_path: Path) -> None:

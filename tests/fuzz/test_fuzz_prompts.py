@@ -14,7 +14,7 @@ from schemas.config import PromptsConfig
 from schemas.tables import PROMPTS
 from tasks.prompts.table import prompts_table
 from tasks.stage import no_progress
-from tests.fuzz.harness import Reader, try_reader
+from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import ODD_TEXT, changed, damaged
 
 ROWS: list[dict[str, Any]] = [
@@ -204,5 +204,5 @@ READERS = (
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_every_prompt_file_is_read_or_refused(reader: Reader) -> None:
-    try_reader(__name__, reader)
+def test_every_prompt_file_is_read_or_refused(reader: Reader, record_property: Record) -> None:
+    record_property("fuzzed inputs", try_reader(__name__, reader))

@@ -31,7 +31,7 @@ from schemas.tables import (
     score_schema,
 )
 from tasks.train.packs import PackReader
-from tests.fuzz.harness import Reader, try_reader
+from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import damaged
 from tests.run_fixtures import make_config, make_store
 
@@ -253,5 +253,5 @@ READERS = (
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-def test_every_table_is_read_or_refused(reader: Reader) -> None:
-    try_reader(__name__, reader)
+def test_every_table_is_read_or_refused(reader: Reader, record_property: Record) -> None:
+    record_property("fuzzed inputs", try_reader(__name__, reader))
