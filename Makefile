@@ -5,8 +5,6 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONFIG ?= configs/quickstart.yaml
-# Of tests. One more than cores: some always wait for a server or an engine to start.
-PROCESSES ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 BENCHMARKS := end_to_end train_step loss scoring packing overlap growth overhead
 
@@ -16,7 +14,7 @@ round: .venv/.run-ready
 	$(BIN)/npd run $(CONFIG)
 
 test: .venv/.test-ready lint
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 test-quick: .venv/.test-ready
 	$(BIN)/python -m pytest -m "not engine and not server and not e2e"
