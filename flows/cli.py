@@ -13,6 +13,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from flows import audit_commands
+from flows.audit_commands import RunPlace
 from flows.terminal import Terminal
 from schemas.errors import NPDError, OrchestrationError
 
@@ -58,10 +59,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-RunPlace = Annotated[
-    str,
-    typer.Argument(metavar="RUN", help="Folder or URL of a run, for example runs/quickstart or s3://bucket/runs/x."),
-]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

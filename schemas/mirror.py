@@ -8,7 +8,7 @@ from schemas.errors import ArtifactError
 from schemas.manifest import MANIFEST_NAME, FileRecord, hash_file
 from schemas.object_store import ObjectStore
 
-_WHOLE = ".whole-"
+FOLDER_MARK = ".whole-"
 """An empty object beside a folder says that all of the folder is there."""
 
 
@@ -65,19 +65,15 @@ class Mirror:
         """Make the working copy of an unfinished stage hold its finished files and whole folders, and nothing else."""
         local_files.remove(self.folder / prefix)
         names = list(self.objects.sizes(prefix))
-        whole = {self._folder_of(name) for name in names if _WHOLE in name}
+        whole = {self._folder_of(name) for name in names if FOLDER_MARK in name}
         for name in names:
-            if _WHOLE in name:
+            if FOLDER_MARK in name:
                 continue
             inside = name.removeprefix(f"{prefix}/")
             # A file in a folder is part of it; folders of shards and tables there are none.
             parents = ["/".join(name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
             if "/" not in inside or any(parent in whole for parent in parents):
                 self._download(name)
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Return the objects below ``prefix`` with their bytes."""
-        return self.objects.sizes(prefix)
 
     def sizes_of(self, records: Iterable[FileRecord]) -> dict[str, int]:
         """Return the bytes of those objects that exist, by name; one listing per folder of a stage."""
@@ -114,8 +110,8 @@ class Mirror:
     @staticmethod
     def _mark(name: str) -> str:
         parent, _, last = name.rpartition("/")
-        return f"{parent}/{_WHOLE}{last}" if parent else f"{_WHOLE}{last}"
+        return f"{parent}/{FOLDER_MARK}{last}" if parent else f"{FOLDER_MARK}{last}"
 
     @staticmethod
     def _folder_of(mark: str) -> str:
-        return mark.replace(_WHOLE, "", 1)
+        return mark.replace(FOLDER_MARK, "", 1)

@@ -58,9 +58,8 @@ def cache_folder(url: str) -> Path:
 
     Below NPD_CACHE if that is set, else below the user's cache folder.
     """
-    base = os.environ.get("NPD_CACHE")
-    if base is None:
-        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "npd")  # noqa: PTH118
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    base = os.environ.get("NPD_CACHE", caches / "npd")
     name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     return Path(base).absolute() / f"{url.rstrip('/').rsplit('/', 1)[-1]}-{name}"
 

@@ -36,7 +36,8 @@ from schemas.tables import TableSchema
 SUPERSEDED = "superseded"
 """Folder of a run that keeps the earlier results of stages that ran again, until `npd gc`."""
 
-_PARTIAL_NAME = ".partial.json"
+PARTIAL_NAME = ".partial.json"
+"""Holds the fingerprint of a stage at work; nothing reads it once the stage has a manifest."""
 
 
 class RunStore:
@@ -56,15 +57,17 @@ class RunStore:
     def __init__(self, place: str | Path) -> None:
         text = str(place)
         check_place(text, "root")
-        self._mirror: Mirror | None = None
+        self.objects: ObjectStore | None = None
+        """The run itself, where it lies in an object store."""
         if is_url(text):
             self.url = text.rstrip("/")
             self.folder = cache_folder(self.url)
-            self._mirror = Mirror(ObjectStore(self.url), self.folder)
+            self.objects = ObjectStore(self.url)
         else:
             self.folder = Path(unquote(urlsplit(text).path) if "://" in text else text).absolute()
             self.url = str(self.folder)
-        self.lock = RunLock(self.folder, self.url, None if self._mirror is None else self._mirror.objects)
+        self._mirror = None if self.objects is None else Mirror(self.objects, self.folder)
+        self.lock = RunLock(self.folder, self.url, self.objects)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -167,7 +170,7 @@ class RunStore:
 
     def has_begun(self, key: StageKey) -> bool:
         """Say whether anything of a stage is there."""
-        return bool(self._mirror.sizes(key.folder)) if self._mirror is not None else self.path(key).is_dir()
+        return bool(self.objects.sizes(key.folder)) if self.objects is not None else self.path(key).is_dir()
 
     def first_damage(self, manifest: Manifest, *, content: bool = True) -> str | None:
         """Return what is wrong with the first output that is not as ``manifest`` says; None if all hold.
@@ -192,7 +195,7 @@ class RunStore:
         Finished shards of the same fingerprint stay. A finished result of another is kept under ``superseded/``. What
         is damaged goes, and so does unfinished work of another.
         """
-        partial = self.path(key, _PARTIAL_NAME)
+        partial = self.path(key, PARTIAL_NAME)
         if self.has_begun(key):
             manifest = self.manifest(key)
             if manifest is not None and manifest.fingerprint != fingerprint:
@@ -208,7 +211,7 @@ class RunStore:
         local_files.remove_temporaries(self.path(key))
 
     def _fingerprint_at_work(self, key: StageKey) -> Any:
-        data = self._read(f"{key.folder}/{_PARTIAL_NAME}")
+        data = self._read(f"{key.folder}/{PARTIAL_NAME}")
         try:
             return None if data is None else json.loads(data)
         except (ValueError, RecursionError):
@@ -233,7 +236,7 @@ class RunStore:
     def finish(self, key: StageKey, manifest: Manifest) -> None:
         """Write the manifest: from here on the stage is complete."""
         self.write_bytes(self.path(key, MANIFEST_NAME), record_bytes(manifest))
-        self.remove(self.path(key, _PARTIAL_NAME))
+        self.remove(self.path(key, PARTIAL_NAME))
 
     def supersede(self, key: StageKey) -> None:
         """Put a stage's result aside, so that the stage runs again from its start; unfinished work goes."""
@@ -252,8 +255,8 @@ class RunStore:
 
     def superseded(self) -> list[tuple[str, int]]:
         """Return the results put aside, and what processes that died left half-written: name and bytes of each file."""
-        if self._mirror is not None:
-            return list(self._mirror.objects.sizes(SUPERSEDED).items())
+        if self.objects is not None:
+            return list(self.objects.sizes(SUPERSEDED).items())
         files = [p for p in (self.folder / SUPERSEDED).rglob("*") if p.is_file()]
         for leftover in self.folder.rglob(f"{local_files.TEMPORARY}*"):
             files += [leftover] if leftover.is_file() else [p for p in leftover.rglob("*") if p.is_file()]
@@ -265,15 +268,16 @@ class RunStore:
         local_files.remove_temporaries(self.folder)
 
     def stages(self) -> list[StageKey]:
-        """Return the keys of the stages that have a folder, in the order of the loop."""
-        if self._mirror is not None:
-            names = list(self._mirror.objects.sizes())
-            names = [n for n in names if "/stage=" in n or (n.endswith(f"/{MANIFEST_NAME}") and n.count("/") == 1)]
+        """Return the keys of the stages that have a folder, in the order of their folders."""
+        if self.objects is not None:
+            names = set(self.objects.sizes())
         else:
-            found = [*self.folder.glob(f"*/{MANIFEST_NAME}"), *self.folder.glob("*/stage=*")]
-            names = [self.relative(path) for path in found]
-        folders = dict.fromkeys("/".join(name.split("/")[: 2 if "/stage=" in name else 1]) for name in names)
-        return [key for folder in folders if (key := StageKey.of_folder(folder)) is not None]
+            names = {self.relative(path) for path in self.folder.glob(f"*/{MANIFEST_NAME}")}
+            names |= {f"{self.relative(path)}/" for path in self.folder.glob("*/stage=*")}
+        keys = {key for name in names if (key := StageKey.of_file(name)) is not None}
+        # Beside the stages that all rounds share lie folders of no stage.
+        found = (key for key in keys if key.round is not None or f"{key.folder}/{MANIFEST_NAME}" in names)
+        return sorted(found, key=lambda key: key.folder)
 
     def fetch(self, path: Path) -> Path:
         """Make a file or folder of a finished stage present here, and return its path.
@@ -288,12 +292,10 @@ class RunStore:
         return path
 
     def _records_below(self, name: str) -> list[FileRecord]:
-        parts = name.split("/")
-        depth = 2 if len(parts) > 1 and parts[1].startswith("stage=") else 1
-        data = self._read("/".join([*parts[:depth], MANIFEST_NAME]))
-        if data is None:
+        key = StageKey.of_file(f"{name}/")
+        manifest = None if key is None else self.manifest(key)
+        if manifest is None:
             return []
-        manifest = parse_record(data, f"{self.url}/{'/'.join(parts[:depth])}/{MANIFEST_NAME}", Manifest)
         return [r for r in manifest.outputs if r.path == name or r.path.startswith(name + "/")]
 
     # -- tables ----------------------------------------------------------------------------------------------------
@@ -386,8 +388,8 @@ class RunStore:
             self._mirror.upload(path)
 
     def _read(self, name: str) -> bytes | None:
-        if self._mirror is not None:
-            return self._mirror.objects.read(name)
+        if self.objects is not None:
+            return self.objects.read(name)
         path = self.folder / name
         try:
             return path.read_bytes()

@@ -7,6 +7,9 @@ WARMUP = -1
 """``round`` of the SFT warm-up, which comes before round 0."""
 
 
+_FOLDER = re.compile(r"(?:(?:warmup|round=([0-9]{3,9}))/stage=([a-z_]+)|([a-z_]+))/")
+
+
 class StageKey(NamedTuple):
     """One stage of one round; ``round`` is None for stages the whole run shares and WARMUP for the warm-up.
 
@@ -31,22 +34,19 @@ class StageKey(NamedTuple):
         return f"round={self.round:03d}/stage={self.stage}"
 
     @classmethod
-    def of_folder(cls, folder: str) -> "StageKey | None":
-        """Return the stage whose folder this is; None if it is none's.
+    def of_file(cls, name: str) -> "StageKey | None":
+        """Return the stage in whose folder a run's file lies; None if it lies in none that a stage could have.
 
-        >>> StageKey.of_folder("round=001/stage=score"), StageKey.of_folder("prompts"), StageKey.of_folder("round=x/y")
-        (StageKey(stage='score', round=1), StageKey(stage='prompts', round=None), None)
+        >>> StageKey.of_file("round=001/stage=score/part-00000.parquet"), StageKey.of_file("prompts/manifest.json")
+        (StageKey(stage='score', round=1), StageKey(stage='prompts', round=None))
         """
-        place, slash, stage = folder.partition("/")
-        if not slash:
-            return cls(place)
-        if not stage.startswith("stage="):
+        found = _FOLDER.match(name)
+        if found is None:
             return None
-        stage = stage.removeprefix("stage=")
-        if place == "warmup":
-            return cls(stage, WARMUP)
-        number = re.fullmatch(r"round=([0-9]{3,9})", place)
-        return None if number is None else cls(stage, int(number[1]))
+        number, stage, shared = found.groups()
+        if shared is not None:
+            return cls(shared)
+        return cls(stage, WARMUP if number is None else int(number))
 
     @property
     def label(self) -> str:

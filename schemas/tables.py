@@ -175,18 +175,21 @@ def targets_type(top_k: int, dtype: str) -> tuple[pa.DataType, pa.DataType]:
     return pa.list_(pa.list_(pa.int32(), top_k)), pa.list_(pa.list_(value, top_k))
 
 
+SCORES = (
+    "student_nll",
+    "student_nll_uncond",
+    "teacher_nll",
+    "teacher_nll_uncond",
+    "student_ifd",
+    "teacher_ifd",
+    "delta_ifd",
+)
+"""Columns of the score table with one number a sample."""
+
+
 def score_schema(top_k: int, dtype: str) -> TableSchema:
     """Return the score table's schema for ``top_k`` targets stored as ``dtype``."""
     ids, logprobs = targets_type(top_k, dtype)
-    scalars = (
-        "student_nll",
-        "student_nll_uncond",
-        "teacher_nll",
-        "teacher_nll_uncond",
-        "student_ifd",
-        "teacher_ifd",
-        "delta_ifd",
-    )
     return TableSchema(
         name="score",
         version=1,
@@ -195,7 +198,7 @@ def score_schema(top_k: int, dtype: str) -> TableSchema:
                 _required("sample_id", pa.string()),
                 _required("response_tokens", pa.int32()),
                 # Null where a response has no token to average over.
-                *(pa.field(name, pa.float32()) for name in scalars),
+                *(pa.field(name, pa.float32()) for name in SCORES),
                 _required("teacher_topk_ids", ids),
                 _required("teacher_topk_logprobs", logprobs),
             ]

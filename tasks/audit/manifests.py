@@ -7,14 +7,20 @@ from schemas.errors import ArtifactError, NPDError
 from schemas.local_files import TEMPORARY
 from schemas.manifest import MANIFEST_NAME, RUN_NAME, FileRecord, Manifest, hash_json, parse_record
 from schemas.run_lock import LOCK_NAME, STAGES_LOCK_NAME
-from schemas.run_store import SUPERSEDED
+from schemas.run_store import PARTIAL_NAME, SUPERSEDED
 from schemas.stage_key import StageKey
 from tasks.audit.findings import Audit
-from tasks.audit.run_files import RunFiles, split_name
-from tasks.graph import PROMPTS, STAGES, loop
+from tasks.audit.run_files import RunFiles
+from tasks.graph import MODELS, PROMPTS, REFERENCE, STAGES, loop
 from tasks.stage import plan
 
+_SHARED = (PROMPTS, MODELS, REFERENCE)
 _OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME)
+
+
+def _stage_of(name: str) -> StageKey | None:
+    key = StageKey.of_file(name)
+    return key if key is not None and (key.round is not None or key in _SHARED) else None
 
 
 def read_manifests(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> list[StageKey]:
@@ -23,7 +29,7 @@ def read_manifests(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> list
     Returns:
         The stages that have files, in the order of the loop; then others.
     """
-    present = {found[0] for name in sizes if (found := split_name(name)) is not None}
+    present = {key for name in sizes if (key := _stage_of(name)) is not None}
     order = loop(audit.config)
     for key in (*order, *sorted(present - set(order), key=lambda key: key.folder)):
         name = f"{key.folder}/{MANIFEST_NAME}"
@@ -75,7 +81,7 @@ def check_files(audit: Audit, files: RunFiles, sizes: dict[str, int], key: Stage
         audit.broken(f"{key.folder}/{MANIFEST_NAME}", "outputs: names a file twice")
     for name in sorted(inside - set(names)):
         last = name.rpartition("/")[2]
-        if last == ".partial.json" or TEMPORARY in name:
+        if last == PARTIAL_NAME or TEMPORARY in name:
             audit.report.notes.append(f"{name}: left by a process that died; nothing reads it")
         else:
             sound = False
@@ -196,7 +202,7 @@ def check_other_files(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> N
             audit.report.coverage.bytes += record.bytes
         audit.report.notes.append(f"{folder}: an earlier result of `{key.label}`; `npd gc` deletes it")
     for name in sizes:
-        if name in _OWN or name in named or name.startswith("logs/") or split_name(name) is not None:
+        if name in _OWN or name in named or name.startswith("logs/") or _stage_of(name) is not None:
             continue
         if TEMPORARY in name:
             audit.report.notes.append(f"{name}: left by a process that died; `npd gc` deletes it")

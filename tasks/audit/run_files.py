@@ -1,17 +1,12 @@
 """Every file that lies in a run, by name: what the manifests are held against."""
 
-import re
 import tempfile
 from pathlib import Path
 
 from schemas.errors import ArtifactError
 from schemas.manifest import FileRecord, hash_file
-from schemas.object_store import ObjectStore, is_url
+from schemas.mirror import FOLDER_MARK
 from schemas.run_store import RunStore
-from schemas.stage_key import WARMUP, StageKey
-
-_STAGE = re.compile(r"(?:(prompts|models|reference)|(?:warmup|round=(\d{3,}))/stage=([a-z_]+))/(.*)", re.DOTALL)
-_FOLDER_MARK = ".whole-"
 
 
 class RunFiles:
@@ -23,13 +18,13 @@ class RunFiles:
 
     def __init__(self, store: RunStore) -> None:
         self._store = store
-        self._objects = ObjectStore(store.url) if is_url(store.url) else None
+        self._objects = store.objects
 
     def sizes(self) -> dict[str, int]:
         """Return every file's size in bytes, by its name below the run."""
         if self._objects is not None:
             found = self._objects.sizes()
-            return {name: size for name, size in sorted(found.items()) if _FOLDER_MARK not in name}
+            return {name: size for name, size in sorted(found.items()) if FOLDER_MARK not in name}
         paths = sorted(path for path in self._store.folder.rglob("*") if path.is_symlink() or not path.is_dir())
         return {self._store.relative(path): path.lstat().st_size for path in paths}
 
@@ -75,18 +70,3 @@ class RunFiles:
         with tempfile.TemporaryDirectory() as folder:
             self._objects.download(name, Path(folder) / "object")
             return hash_file(Path(folder) / "object")
-
-
-def split_name(name: str) -> tuple[StageKey, str] | None:
-    """Return the stage that a file's folder belongs to, and its name in there; None for other files.
-
-    >>> split_name("round=001/stage=export/model/config.json")
-    (StageKey(stage='export', round=1), 'model/config.json')
-    """
-    found = _STAGE.fullmatch(name)
-    if found is None:
-        return None
-    shared, number, stage, inside = found.groups()
-    if shared is not None:
-        return StageKey(shared), inside
-    return StageKey(stage, WARMUP if number is None else int(number)), inside

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from schemas.config import Quantile
 from schemas.stage_key import StageKey
+from schemas.tables import SCORES
 from tasks.audit.digests import TARGET_IDS, TARGET_LOGPROBS, fixed_lists, row_digests
 from tasks.audit.findings import Audit
 from tasks.audit.rollout_index import RolloutIndex
@@ -14,15 +15,6 @@ from tasks.audit.tables import shards
 from tasks.language_model.ragged import offsets_of
 
 _TARGETS = ("teacher_topk_ids", "teacher_topk_logprobs")
-_SCALARS = (
-    "student_nll",
-    "student_nll_uncond",
-    "teacher_nll",
-    "teacher_nll_uncond",
-    "student_ifd",
-    "teacher_ifd",
-    "delta_ifd",
-)
 
 _ROUNDING = 1e-4
 """Relative and absolute difference that float32 columns explain, where one is computed from the others."""
@@ -34,7 +26,7 @@ def check_scores(audit: Audit, key: StageKey) -> None:
     if not audit.needs(key, key, generate) or generate not in audit.rollouts:
         return
     index, rows = audit.rollouts[generate], 0
-    for name, first, table in shards(audit, key, ["sample_id", "response_tokens", *_SCALARS, *_TARGETS]):
+    for name, first, table in shards(audit, key, ["sample_id", "response_tokens", *SCORES, *_TARGETS]):
         rows = first + table.num_rows
         if rows <= len(index):
             _check_scored(audit, name, table, index, slice(first, rows))
@@ -67,7 +59,7 @@ def _check_scored(audit: Audit, name: str, table: pa.Table, index: RolloutIndex,
 def _check_arithmetic(audit: Audit, name: str, table: pa.Table, sampled_nll: NDArray[np.float64]) -> None:
     """Check what of a row follows from the rest of it: IFD, delta-IFD, and the student's mean from its sampling."""
     ids, settings = table.column("sample_id"), audit.config.score
-    value = {column: table.column(column).to_numpy().astype(np.float64) for column in _SCALARS}
+    value = {column: table.column(column).to_numpy().astype(np.float64) for column in SCORES}
     known = np.asarray(table.column("delta_ifd").is_valid())
 
     def agree(column: str, expected: NDArray[np.float64], what: str, scale: NDArray[np.float64] | float = 0.0) -> None:
