@@ -125,12 +125,14 @@ _LIST_INT32 = pa.list_(pa.int32())
 
 PROMPTS = TableSchema(
     name="prompts",
-    version=1,
+    version=2,
     columns=pa.schema(
         [
             _required("prompt_id", pa.string()),
             _required("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
             pa.field("answer", pa.string()),
+            # JSON: what a response is checked with (tasks/verification); null where it cannot be.
+            pa.field("verification", pa.string()),
             _required("source", pa.string()),
             _required("source_row", pa.int64()),
             _required("split", pa.string()),

@@ -148,7 +148,7 @@ def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
 
 
 STAGES: dict[str, Stage] = {
-    "prompts": Stage("tasks.prompts", 1, _sections("prompts"), lambda c, k: [], own_process=False),
+    "prompts": Stage("tasks.prompts", 2, _sections("prompts"), lambda c, k: [], own_process=False),
     "models": Stage("tasks.models", 2, _models_config, lambda c, k: [PROMPTS]),
     "reference": Stage("tasks.reference", 3, _reference_config, lambda c, k: [PROMPTS, MODELS]),
     "generate": Stage(

@@ -136,6 +136,7 @@ def prompts_table(splits: dict[str, str]) -> pa.Table:
             "prompt_id": list(splits),
             "messages": [[{"role": "user", "content": name}] for name in splits],
             "answer": [None] * len(splits),
+            "verification": [None] * len(splits),
             "source": ["test"] * len(splits),
             "source_row": list(range(len(splits))),
             "split": list(splits.values()),
