@@ -1,4 +1,4 @@
-"""The command line: `npd run`, `status`, `rerun`, `inspect`, `verify`, `trace`, `diff`, `gc`, `config`."""
+"""The command line: `npd run`, `rl`, `status`, `rerun`, `inspect`, `verify`, `trace`, `diff`, `gc`, `config`."""
 
 import os
 import signal
@@ -110,6 +110,47 @@ def run(
     _watch(console, flow, verbose)
 
     print_summary(console, summarize(RunStore.at(settings), settings))
+
+
+@app.command(epilog=_EPILOG)
+def rl(
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG", help="A YAML config, or an RL run's folder to continue it as it last ran."),
+    ],
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a student with RL: GRPO whose rewards are what the prompts' verifiers say.
+
+    Held-out accuracy before, training, held-out accuracy after. Files go to ROOT/NAME of the config; what is up to date
+    is not done again.
+    """
+    from flows.configs import read_as
+    from flows.display import print_rl_summary
+    from flows.rl_summary import summarize_rl
+    from flows.stage_process import fork_server
+    from schemas.config import RLConfig
+    from schemas.run_store import RunStore
+    from tasks.rl.graph import EVALUATE
+    from tasks.rl.start import check_start
+
+    settings = read_as(RLConfig, config, overrides)
+    check_start(settings)
+    store = RunStore.at(settings)
+
+    def flow() -> object:
+        from flows.rl import npd_rl
+
+        return npd_rl(config, overrides)
+
+    if store.manifest(EVALUATE) is None:
+        # There is work to do: the stages' libraries are imported while Prefect starts.
+        fork_server()
+    console = Terminal()
+    _watch(console, flow, verbose)
+
+    print_rl_summary(console, summarize_rl(store, settings.name))
 
 
 @app.command(epilog=_EPILOG)

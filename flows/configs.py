@@ -1,14 +1,28 @@
 """Which config a flow runs with: a file's, or what a run last ran with, and the changes to it."""
 
 from pathlib import Path
+from typing import TypeVar
 
-from schemas.config import RunConfig, apply_overrides, load_config, parse_config
-from schemas.errors import ConfigError
+from schemas.config import RunConfig, RunSettings, apply_overrides, load_as, parse_as
+from schemas.errors import ArtifactError, ConfigError
+from schemas.manifest import RUN_NAME
 from schemas.object_store import is_url
 from schemas.run_store import RunStore
 
+S = TypeVar("S", bound=RunSettings)
+
 
 def read_config(config: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read the config of a distillation run; see ``read_as``."""
+    return read_as(RunConfig, config, overrides)
+
+
+def recorded_config(store: RunStore, overrides: list[str] | None = None) -> RunConfig:
+    """Return what a distillation run last ran with; see ``recorded_as``."""
+    return recorded_as(RunConfig, store, overrides)
+
+
+def read_as(kind: type[S], config: str, overrides: list[str] | None = None) -> S:
     """Read a config file, or what the run in folder or URL ``config`` last ran with; then apply ``overrides``.
 
     Raises:
@@ -16,21 +30,24 @@ def read_config(config: str, overrides: list[str] | None = None) -> RunConfig:
         ArtifactError: ``config`` is a folder without a run.
     """
     if not (is_url(config) or Path(config).is_dir()):
-        return load_config(config, overrides or [])
-    return recorded_config(RunStore.open(config), overrides)
+        return load_as(kind, config, overrides or [])
+    return recorded_as(kind, RunStore.open(config), overrides)
 
 
-def recorded_config(store: RunStore, overrides: list[str] | None = None) -> RunConfig:
+def recorded_as(kind: type[S], store: RunStore, overrides: list[str] | None = None) -> S:
     """Return what ``store`` last ran with, changed by ``overrides``; the run keeps its place, wherever it was moved.
 
     Raises:
         ConfigError: an override is wrong, or would move the run.
     """
-    recorded = store.config
+    record = store.record()
+    if record is None:
+        raise ArtifactError(f"{store.url}: no {RUN_NAME}")
+    recorded = parse_as(kind, record.config, origin=f"{store.url}/{RUN_NAME}")
     values = apply_overrides(recorded.model_dump(mode="json"), overrides or [])
     if (values["name"], values["root"]) != (recorded.name, recorded.root):
         raise ConfigError("--set name, --set root: a run that exists keeps its name and place")
     if RunStore.at(recorded).folder.resolve() != store.folder.resolve():
         root, _, name = store.url.rpartition("/")
         values |= {"name": name, "root": root or "/"}
-    return parse_config(values, origin=f"{store.url}: recorded config")
+    return parse_as(kind, values, origin=f"{store.url}: recorded config")

@@ -1,7 +1,7 @@
 """How a run looks in a terminal: live bars while stages work, plain lines where there is no terminal, tables after."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -12,8 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.progress import Rate, StageListener, describe
+from flows.rl_summary import RLSummary, accuracy_table, curve_table, rl_files
 from flows.states import StageState
-from flows.summary import RunSummary, agreement_table, display_place, duration_text, files_table, samples_table
+from flows.summary import (
+    RunSummary,
+    TextTable,
+    agreement_table,
+    display_place,
+    duration_text,
+    files_table,
+    samples_table,
+)
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
@@ -164,12 +173,22 @@ def make_table(title: str, titles: list[str], numeric: Collection[str] = ()) -> 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Print the tables of rounds and where the files are."""
-    for title, titles, rows in (agreement_table(summary), samples_table(summary)):
-        table = make_table(title, titles, set(titles) - {"round", "why"})
+    _print_tables(console, (agreement_table(summary), samples_table(summary)))
+    print_pairs(console, files_table(summary))
+
+
+def print_rl_summary(console: Console, summary: RLSummary) -> None:
+    """Print accuracy before and after, the reward curve, what it cost and where the files are."""
+    _print_tables(console, (accuracy_table(summary), curve_table(summary)))
+    print_pairs(console, rl_files(summary))
+
+
+def _print_tables(console: Console, tables: Iterable[TextTable]) -> None:
+    for title, titles, rows in tables:
+        table = make_table(title, titles, set(titles) - {"round", "why", "model", "steps"})
         for row in rows:
             table.add_row(*(Text(one_line(cell)) for cell in row))
         console.print(table)
-    print_pairs(console, files_table(summary))
 
 
 def print_pairs(console: Console, pairs: list[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.stage_process import StageProcess, start_process
-from schemas.config import RunConfig
+from schemas.config import RLConfig, RunConfig, RunSettings
 from schemas.errors import StageError, error_by_name
 from schemas.manifest import Manifest
 from schemas.provenance import now_iso
@@ -44,12 +44,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_of(config: RunConfig, key: StageKey) -> int | None:
+def threads_of(config: RunSettings, key: StageKey) -> int | None:
     """Return how many CPU threads a stage's process may use; None: as many as the libraries take.
 
     With `overlap`, what may run side by side shares the cores whether or not it does so this time: how numbers are
     summed up, and so their last digits, can depend on the number of threads.
     """
+    if isinstance(config, RLConfig):
+        return config.cpu_threads
+    assert isinstance(config, RunConfig)
     if config.devices.cpu_threads is not None or not config.overlap or key.round is None or key.round == WARMUP:
         return config.devices.cpu_threads
     ahead = key.stage in ("generate", "score") and key.round > 0
@@ -57,7 +60,9 @@ def threads_of(config: RunConfig, key: StageKey) -> int | None:
     return max(1, available_cores() // 2) if ahead or beside else None
 
 
-def run_in_process(store: RunStore, config: RunConfig, key: StageKey, on_progress: Progress = no_progress) -> Manifest:
+def run_in_process(
+    store: RunStore, config: RunSettings, key: StageKey, on_progress: Progress = no_progress
+) -> Manifest:
     """Run a stage in a child process and wait for it.
 
     The child and whatever it starts form a process group, which is gone when this returns or raises (Ctrl-C included).

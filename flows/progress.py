@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, cast
 
-from schemas.config import RunConfig
+from schemas.config import RunSettings
 from schemas.manifest import Manifest
 from schemas.stage_key import StageKey
 
@@ -105,7 +105,7 @@ class ProgressArtifact:
     an update, and then left alone for ``AWAY_SECONDS``.
     """
 
-    def __init__(self, config: RunConfig, key: StageKey, logger: Logger) -> None:
+    def __init__(self, config: RunSettings, key: StageKey, logger: Logger) -> None:
         self._key, self._logger = key, logger
         self._artifact_key = artifact_key(config.name, key.label, "progress")
         self._artifact: UUID | None = None

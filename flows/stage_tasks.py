@@ -8,18 +8,17 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.process import run_in_process
 from flows.progress import ProgressArtifact, current_listener
-from schemas.config import RunConfig
+from schemas.config import RunSettings
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.untrusted_text import visible
-from tasks.graph import STAGES
-from tasks.stage import current_manifest, execute
+from tasks.stage import current_manifest, execute, stage_of
 
 StageTask = Task[..., Manifest]
 
 
-def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
+def run_stage(store: RunStore, config: RunSettings, key: StageKey) -> Manifest:
     """Return the manifest of ``key``, running the stage first unless its result still stands.
 
     Raises:
@@ -42,7 +41,7 @@ def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
         if listener is not None:
             listener.progressed(key, done, total, unit)
 
-    run = run_in_process if STAGES[key.stage].own_process else execute
+    run = run_in_process if stage_of(config, key).own_process else execute
     try:
         manifest = run(store, config, key, progressed)
     except BaseException:
@@ -58,7 +57,9 @@ def run_stage(store: RunStore, config: RunConfig, key: StageKey) -> Manifest:
     return manifest
 
 
-def _stage_task(stage: str, description: str) -> StageTask:
+def stage_task(stage: str, description: str) -> StageTask:
+    """Return the Prefect task of a stage; its runs are named as the stage is for people."""
+
     # Prefect passes the call's parameters; its type for that asks for a method of its own besides.
     def label(parameters: dict[str, Any]) -> str:
         return StageKey(stage, parameters["round"]).label
@@ -76,25 +77,25 @@ def _stage_task(stage: str, description: str) -> StageTask:
         cache_policy=NO_CACHE,
         persist_result=False,
     )
-    def run(store: RunStore, config: RunConfig, round: int | None = None) -> Manifest:
+    def run(store: RunStore, config: RunSettings, round: int | None = None) -> Manifest:
         return run_stage(store, config, StageKey(stage, round))
 
     return run
 
 
-prompts = _stage_task("prompts", "Read the prompts, keep each once, set some aside for evaluation.")
-models = _stage_task("models", "Check teacher and student against each other and the prompts; make the student.")
-reference = _stage_task("reference", "The teacher answers the held-out prompts, and those of the warm-up.")
-generate = _stage_task("generate", "The student's snapshot answers every prompt.")
-score = _stage_task("score", "Prefill both models: delta-IFD of every sample, and the teacher's top-k targets.")
-filter = _stage_task("filter", "Keep what is learnable; the ledger says why the rest is not.")
-pack = _stage_task("pack", "Whole sequences into bins.")
-train = _stage_task("train", "Train the student on the packs, continuing the run's one optimizer and schedule.")
-export = _stage_task("export", "Write the student as a Hugging Face model directory.")
-evaluate = _stage_task("evaluate", "Held-out agreement of student and teacher.")
+prompts = stage_task("prompts", "Read the prompts, keep each once, set some aside for evaluation.")
+models = stage_task("models", "Check teacher and student against each other and the prompts; make the student.")
+reference = stage_task("reference", "The teacher answers the held-out prompts, and those of the warm-up.")
+generate = stage_task("generate", "The student's snapshot answers every prompt.")
+score = stage_task("score", "Prefill both models: delta-IFD of every sample, and the teacher's top-k targets.")
+filter = stage_task("filter", "Keep what is learnable; the ledger says why the rest is not.")
+pack = stage_task("pack", "Whole sequences into bins.")
+train = stage_task("train", "Train the student on the packs, continuing the run's one optimizer and schedule.")
+export = stage_task("export", "Write the student as a Hugging Face model directory.")
+evaluate = stage_task("evaluate", "Held-out agreement of student and teacher.")
 
 TASKS: dict[str, StageTask] = {
-    stage_task.name: stage_task
-    for stage_task in (prompts, models, reference, generate, score, filter, pack, train, export, evaluate)
+    task_of_stage.name: task_of_stage
+    for task_of_stage in (prompts, models, reference, generate, score, filter, pack, train, export, evaluate)
 }
 """Every stage's task by the stage's name."""

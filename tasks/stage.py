@@ -8,15 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
-from schemas.config import RunConfig
+from schemas.config import RLConfig, RunSettings
 from schemas.local_files import storage_errors
 from schemas.manifest import FileRecord, Manifest, hash_json
 from schemas.provenance import now_iso, package_versions
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from tasks.graph import STAGES
+from tasks.graph import STAGES, C, Stage
+from tasks.rl.graph import RL_STAGES
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def no_progress(done: int, total: int, unit: str) -> None:
 
 
 @dataclass
-class StageJob:
+class StageJob(Generic[C]):
     """What a stage's ``run`` is given.
 
     Args:
@@ -41,7 +42,7 @@ class StageJob:
     """
 
     store: RunStore
-    config: RunConfig
+    config: C
     key: StageKey
     progress: Progress = no_progress
     counters: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,12 @@ class StagePlan:
     inputs: list[FileRecord]
 
 
-def plan(store: RunStore, config: RunConfig, key: StageKey) -> StagePlan:
+def stage_of(config: RunSettings, key: StageKey) -> Stage[Any]:
+    """Return the stage that ``key`` names in the kind of run that ``config`` is of."""
+    return (RL_STAGES if isinstance(config, RLConfig) else STAGES)[key.stage]
+
+
+def plan(store: RunStore, config: RunSettings, key: StageKey) -> StagePlan:
     """Return the fingerprint and input files ``key`` has now.
 
     The fingerprint hashes the stage's version, the config it reads, the content of sources outside the run, and of
@@ -77,7 +83,7 @@ def plan(store: RunStore, config: RunConfig, key: StageKey) -> StagePlan:
     Raises:
         ArtifactError: an input stage has not finished.
     """
-    stage = STAGES[key.stage]
+    stage = stage_of(config, key)
     read = stage.config(config, key)
     manifests = [store.finished(needed) for needed in stage.inputs(config, key)]
     module = importlib.import_module(stage.module)
@@ -95,7 +101,7 @@ def plan(store: RunStore, config: RunConfig, key: StageKey) -> StagePlan:
     return StagePlan(read, fingerprint, [record for manifest in manifests for record in manifest.outputs])
 
 
-def current_manifest(store: RunStore, config: RunConfig, key: StageKey) -> Manifest | None:
+def current_manifest(store: RunStore, config: RunSettings, key: StageKey) -> Manifest | None:
     """Return the stage's manifest if its result still stands: same fingerprint, every file as recorded."""
     manifest = store.manifest(key)
     if manifest is None or manifest.fingerprint != plan(store, config, key).fingerprint:
@@ -103,7 +109,7 @@ def current_manifest(store: RunStore, config: RunConfig, key: StageKey) -> Manif
     return manifest if store.first_damage(manifest) is None else None
 
 
-def execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progress = no_progress) -> Manifest:
+def execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progress = no_progress) -> Manifest:
     """Run a stage in this process, continuing from its finished shards, and write its manifest.
 
     Raises:
@@ -114,12 +120,12 @@ def execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progres
         return _execute(store, config, key, progress)
 
 
-def _execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progress) -> Manifest:
-    planned = plan(store, config, key)
+def _execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progress) -> Manifest:
+    planned, stage = plan(store, config, key), stage_of(config, key)
     store.begin(key, planned.fingerprint)
     started, clock = now_iso(), time.perf_counter()
     job = StageJob(store, config, key, progress)
-    importlib.import_module(STAGES[key.stage].module).run(job)
+    importlib.import_module(stage.module).run(job)
     seconds = time.perf_counter() - clock
     counters = {**job.counters, "seconds": round(seconds, 3), "peak_memory_bytes": _peak_memory_bytes()}
     if "tokens" in counters and "tokens_per_second" not in counters:
@@ -128,7 +134,7 @@ def _execute(store: RunStore, config: RunConfig, key: StageKey, progress: Progre
         stage=key.stage,
         round=key.round,
         fingerprint=planned.fingerprint,
-        stage_version=STAGES[key.stage].version,
+        stage_version=stage.version,
         config=planned.config,
         inputs=planned.inputs,
         outputs=store.outputs(key),

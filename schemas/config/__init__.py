@@ -1,7 +1,7 @@
 """The config of a run: pydantic models that are also its manual. `npd config` prints every field."""
 
 from schemas.config.base import Section
-from schemas.config.load import apply_overrides, load_config, parse_config
+from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
 from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
     DatasetSource,
@@ -12,7 +12,9 @@ from schemas.config.prompts import (
     ReasoningGymSource,
 )
 from schemas.config.reference import fields_markdown
+from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import DevicesConfig, RunConfig
+from schemas.config.settings import RunSettings
 from schemas.config.stages import (
     EvaluateConfig,
     FilterConfig,
@@ -37,6 +39,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "FilterConfig",
+    "GRPOConfig",
     "GenerateConfig",
     "GuardConfig",
     "JsonlSource",
@@ -48,8 +51,11 @@ __all__ = [
     "PromptSource",
     "PromptsConfig",
     "Quantile",
+    "RLConfig",
+    "RLEvaluateConfig",
     "ReasoningGymSource",
     "RunConfig",
+    "RunSettings",
     "ScoreConfig",
     "Section",
     "StudentConfig",
@@ -59,6 +65,9 @@ __all__ = [
     "WarmupConfig",
     "apply_overrides",
     "fields_markdown",
+    "load_as",
     "load_config",
+    "parse_as",
     "parse_config",
+    "parse_settings",
 ]

@@ -1,32 +1,51 @@
-"""From YAML and `--set` overrides to a validated RunConfig, with errors that name the key and the nearest known one."""
+"""From YAML and `--set` overrides to a validated config, with errors that name the key and the nearest known one."""
 
 import difflib
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from schemas.config.base import Section
 from schemas.config.document import parse_document, read_document, value_problems
-from schemas.config.prompts import DatasetSource, JsonlSource, ParquetSource, PromptSource
+from schemas.config.prompts import DatasetSource, JsonlSource, ParquetSource, PromptsConfig, PromptSource
+from schemas.config.rl import RLConfig
 from schemas.config.run import RunConfig
 from schemas.config.secrets import holds_secret
+from schemas.config.settings import RunSettings
 from schemas.errors import ConfigError
 from schemas.untrusted_text import readable
 
 _MOST_PROBLEMS = 8
 """Problems that one error lists."""
 
+S = TypeVar("S", bound=RunSettings)
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the config of a distillation run; see ``load_as``."""
+    return load_as(RunConfig, path, overrides)
+
+
+def parse_config(values: dict[str, Any], *, origin: str = "config", folder: Path | None = None) -> RunConfig:
+    """Validate the config of a distillation run; see ``parse_as``."""
+    return parse_as(RunConfig, values, origin=origin, folder=folder)
+
+
+def parse_settings(values: dict[str, Any], *, origin: str = "config") -> RunSettings:
+    """Validate a recorded config, of whatever kind of run it says it is; see ``parse_as``."""
+    return parse_as(RLConfig if values.get("kind") == "rl" else RunConfig, values, origin=origin)
+
+
+def load_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read a YAML config, apply ``key.sub=value`` overrides, and resolve its relative paths.
 
     Paths of prompts, models and chat templates that exist relative to the config file's folder are made absolute;
-    ``root`` is relative to the working directory.
+    ``root`` (and ``run`` of an RL run) is relative to the working directory.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or holds an unknown or wrong value; names the key.
@@ -35,10 +54,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = read_document(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
-    return parse_config(apply_overrides(values, overrides), origin=str(path), folder=path.parent)
+    return parse_as(kind, apply_overrides(values, overrides), origin=str(path), folder=path.parent)
 
 
-def parse_config(values: dict[str, Any], *, origin: str = "config", folder: Path | None = None) -> RunConfig:
+def parse_as(kind: type[S], values: dict[str, Any], *, origin: str = "config", folder: Path | None = None) -> S:
     """Validate ``values``; with ``folder``, resolve relative paths against it.
 
     Raises:
@@ -46,12 +65,14 @@ def parse_config(values: dict[str, Any], *, origin: str = "config", folder: Path
     """
     if problems := value_problems(values):
         raise _config_error(origin, problems)
+    if values.get("kind") == "rl" and not issubclass(kind, RLConfig):
+        raise ConfigError(f"{origin}: is the config of an RL run, which `npd rl` runs and continues")
     try:
-        config = RunConfig.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise _config_error(
-            origin, [_explain(detail) for detail in details[: _MOST_PROBLEMS + 1]], len(details)
+            origin, [_explain(kind, detail) for detail in details[: _MOST_PROBLEMS + 1]], len(details)
         ) from None
     if folder is None:
         return config
@@ -119,12 +140,12 @@ def _list_item(node: list[Any], name: str, shown: str) -> Any:
     return node[int(name)]
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(kind: type[Section], detail: ErrorDetails) -> str:
     location = [part for part in detail["loc"] if not _is_union_tag(part)]
     key = readable(".".join(str(part) for part in location), 80) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
+        known = _known_keys(kind, detail["loc"][:-1])
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
         hint = f"did you mean `{nearest[0]}`?" if nearest else ""
         return f"{key}: unknown key; {hint} Known here: {', '.join(known)}"
@@ -143,9 +164,9 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and part in _TAGS
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
+def _known_keys(kind: type[Section], location: Sequence[int | str]) -> list[str]:
     """Return the field names of the section at ``location``, following lists and tagged unions."""
-    candidates: list[type[Section]] = [RunConfig]
+    candidates: list[type[Section]] = [kind]
     for part in location:
         if isinstance(part, int):
             continue
@@ -171,7 +192,7 @@ def _sections(annotation: Any) -> list[type[Section]]:
     return []
 
 
-def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+def _resolve_paths(config: S, folder: Path) -> S:
     def resolved(text: str | None) -> str | None:
         if text is None or "://" in text:
             return text
@@ -187,15 +208,20 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
             return source.model_copy(update={"path": str((folder / Path(source.path).expanduser()).resolve())})
         return source
 
-    return config.model_copy(
-        update={
+    def beside_all(prompts: PromptsConfig) -> PromptsConfig:
+        return prompts.model_copy(update={"sources": [beside(source) for source in prompts.sources]})
+
+    update: dict[str, Any] = {}
+    if isinstance(config, RunConfig):
+        student = {"model": resolved(config.student.model), "chat_template": resolved(config.student.chat_template)}
+        update = {
             "teacher": config.teacher.model_copy(update={"model": resolved(config.teacher.model)}),
-            "student": config.student.model_copy(
-                update={
-                    "model": resolved(config.student.model),
-                    "chat_template": resolved(config.student.chat_template),
-                }
-            ),
-            "prompts": config.prompts.model_copy(update={"sources": [beside(s) for s in config.prompts.sources]}),
+            "student": config.student.model_copy(update=student),
+            "prompts": beside_all(config.prompts),
         }
-    )
+    elif isinstance(config, RLConfig):
+        update = {
+            "model": resolved(config.model),
+            "prompts": None if config.prompts is None else beside_all(config.prompts),
+        }
+    return config.model_copy(update=update)

@@ -8,13 +8,20 @@ from pydantic_core import PydanticUndefined
 
 from schemas.config.base import Section
 from schemas.config.load import _sections
+from schemas.config.rl import RLConfig
 from schemas.config.run import RunConfig
 
 
 def fields_markdown() -> str:
-    """Return one Markdown table per config section: field, default, meaning."""
+    """Return one Markdown table per config section: field, default, meaning; those of an RL run last."""
+    of_run = dict(_walk("", RunConfig, set()))
+    of_rl = {path: section for path, section in _walk("", RLConfig, set()) if section not in of_run.values()}
+    return _tables(of_run) + "\n### Config of `npd rl`\n\n" + _tables(of_rl)
+
+
+def _tables(sections: dict[str, type[Section]]) -> str:
     parts = []
-    for path, section in _walk("", RunConfig, set()):
+    for path, section in sections.items():
         summary = (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         parts += [f"#### `{path or 'top level'}`", "", summary, "", "| field | default | meaning |", "|---|---|---|"]
         parts += [

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from schemas.errors import ArtifactError
 from schemas.manifest import Manifest, RunRecord, hash_file
@@ -11,8 +10,8 @@ from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
 from tasks.export.card import Lineage, model_card
 from tasks.graph import PROMPTS, sampled_round
-from tasks.language_model.chat import end_ids
 from tasks.language_model.loading import load_model, load_tokenizer
+from tasks.language_model.model_folder import write_model_folder
 from tasks.language_model.sources import (
     ModelRef,
     exported_folder,
@@ -37,18 +36,10 @@ def export_student(job: StageJob) -> None:
     job.progress(0, 1, "models")
     if not target.is_dir():
         start = start_model(store, config, job.round)
-        model = trained_model(store.fetch(store.checkpoint(train)), start).to(getattr(torch, config.export.dtype))
-        model.config.use_cache = True
+        model = trained_model(store.fetch(store.checkpoint(train)), start)
         tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)
-        # Greedy and nothing else: sampling settings are for whoever deploys to choose.
-        model.generation_config = GenerationConfig(
-            eos_token_id=end_ids(tokenizer, start.path),
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
         with store.writing_folder(target) as temporary:
-            model.save_pretrained(temporary, max_shard_size=config.export.max_shard_size.replace(" ", ""))
-            tokenizer.save_pretrained(temporary)
+            write_model_folder(temporary, model, tokenizer, start.path, config.export)
             card = model_card(config, job.key, _lineage(job, record, trained, temporary))
             (temporary / "README.md").write_text(card, encoding="utf-8")
     job.progress(1, 1, "models")

@@ -1,7 +1,5 @@
 """Training one round of a run, or its warm-up."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,17 @@ from schemas.config import GuardConfig, LoraConfig, OptimizerConfig
 from schemas.errors import ConfigError, StageError
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
+from tasks.checkpoint import keep_checkpoint, name_last_checkpoint, newest_checkpoint, read_state
 from tasks.graph import sampled_round, sampling_policy
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
 from tasks.language_model.sources import start_model
 from tasks.stage import StageJob
-from tasks.train.checkpoint import checkpoint_step, read_state
 from tasks.train.guard import describe_breach, ends_round, first_breach, is_over_budget
 from tasks.train.loss import Objective
 from tasks.train.packs import PackReader
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
-
-_RUNNING = "checkpoints"
 
 
 def train_round(job: StageJob) -> None:
@@ -193,43 +189,12 @@ def peft_config(lora: LoraConfig) -> Any:
     )
 
 
-@contextmanager
-def keep_checkpoint(job: StageJob, step: int) -> Iterator[Path]:
-    """Give an empty folder that becomes the checkpoint of ``step``, in place of the one before."""
-    folder = job.store.path(job.key, _RUNNING, f"checkpoint-{step}")
-    with job.store.writing_folder(folder) as temporary:
-        yield temporary
-    for other in folder.parent.iterdir():
-        if other != folder:
-            job.store.remove(other)
-
-
-def newest_checkpoint(job: StageJob) -> Path | None:
-    """Return this round's newest checkpoint, finished round or not; None if it has none."""
-    running = job.store.path(job.key, _RUNNING).glob("checkpoint-*")
-    steps = {int(folder.name.removeprefix("checkpoint-")): folder for folder in running}
-    last = job.store.checkpoint(job.key)
-    if last.is_dir():
-        steps[checkpoint_step(last)] = last
-    return steps[max(steps)] if steps else None
-
-
 def resume_point(job: StageJob) -> Path | None:
     """Return the checkpoint to continue from: this round's newest, else the last of the round before."""
     newest = newest_checkpoint(job)
     if newest is None and job.round > 0:
         return job.store.fetch(job.store.checkpoint(StageKey("train", job.round - 1)))
     return newest
-
-
-def name_last_checkpoint(job: StageJob) -> None:
-    """Give the newest checkpoint its lasting name and drop the others."""
-    newest, last = newest_checkpoint(job), job.store.checkpoint(job.key)
-    assert newest is not None, "the last step is always saved"
-    if newest != last:
-        job.store.remove(last)
-        job.store.move(newest, last)
-    job.store.remove(job.store.path(job.key, _RUNNING))
 
 
 def metrics_table(

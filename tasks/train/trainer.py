@@ -4,7 +4,6 @@ import functools
 import math
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from schemas.config import GuardConfig, OptimizerConfig
 from schemas.errors import StageError
+from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.head import OutputHead, hidden_states
-from tasks.language_model.weights import load_weights
-from tasks.train.checkpoint import (
-    CheckpointFolder,
-    restore_optimizer,
-    restore_random,
-    restore_scheduler,
-    write_checkpoint,
-)
 from tasks.train.guard import ends_round, is_over_budget, sampled_policy_kl
 from tasks.train.loss import LossSums, Objective, Targets, loss_sums
 from tasks.train.packs import PackCollator, PackReader
@@ -69,7 +61,7 @@ class _Guard(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class NearPolicyTrainer(SFTTrainer):
+class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
     """Trains one round of a run.
 
     Loss of an optimizer step: (1 - kd_weight) CE + kd_weight KD, each a mean over the step's response tokens.
@@ -218,36 +210,6 @@ class NearPolicyTrainer(SFTTrainer):
         Rounds differ in packs, so an epoch of an earlier round had another number of steps.
         """
         super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
-        # How often to save is this config's, not the checkpoint's.
-        self.state.compute_steps(self.args, max_steps)
         done = max(self.state.global_step - self.schedule.start_step, 0)
         epochs, steps = divmod(done, self.schedule.steps_per_epoch)
         return epochs, steps * self.args.gradient_accumulation_steps
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    # transformers' own hold pickles; these replace all that training calls to write or read one.
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.checkpoint_folder is None or not self.args.should_save:
-            return
-        assert self.model is not None
-        with self.checkpoint_folder(self.state.global_step) as folder:
-            write_checkpoint(folder, self.model, self.optimizer, self.lr_scheduler, self.state, self.args.device)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        assert target is not None
-        load_weights(target, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_optimizer(Path(checkpoint), self.optimizer)
-            restore_scheduler(Path(checkpoint), self.lr_scheduler)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Do nothing: bf16 needs no gradient scaling."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_random(Path(checkpoint), self.args.device)

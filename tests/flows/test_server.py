@@ -1,4 +1,4 @@
-"""Both deployments against a real Prefect server and worker, as README tells users to do it."""
+"""The deployments against a real Prefect server and worker, as README tells users to do it."""
 
 import json
 import shutil
@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import FinishedRun, write_smoke_config
 from tests.flows.prefect_server import Server
+from tests.tasks.rl_runs import checked_prompts, rl_values, source_store
 
 pytestmark = pytest.mark.server
 
@@ -75,3 +77,23 @@ def test_npd_stage_runs_as_a_deployment(server: Server, finished_run: FinishedRu
     after = RunStore(folder).finished(StageKey("evaluate", 0))
     assert after.started > before.started
     assert after.outputs == before.outputs
+
+
+def test_npd_rl_runs_as_a_deployment(server: Server, tmp_path: Path, student_dir: Path) -> None:
+    source = source_store(tmp_path / "source", student_dir, checked_prompts())
+    config = tmp_path / "rl.yaml"
+    config.write_text(yaml.safe_dump(rl_values(tmp_path / "runs", source.folder)), encoding="utf-8")
+    overrides = json.dumps(["grpo.steps=2"])
+    server.call(
+        "deployment", "run", "npd-rl/local", "-p", f"config={config}", "-p", f"overrides={overrides}", "--watch"
+    )
+    flow_run = server.flow_run("npd-rl")
+    assert flow_run["state_type"] == "COMPLETED"
+    assert flow_run["name"] == "rl"
+    assert [run["name"] for run in server.task_runs(flow_run)] == ["prompts", "baseline", "rl", "evaluate"]
+    artifacts = {artifact["key"]: artifact for artifact in server.find("artifacts")}
+    assert artifacts["rl-rl-progress"]["description"].startswith("rl: done in")
+    rows = json.loads(artifacts["rl-rl-table"]["data"])
+    assert [row["what"] for row in rows if "accuracy" in row["what"]] == ["before: accuracy", "after: accuracy"]
+    assert "Held-out prompts" in artifacts["rl-rl-summary"]["data"]
+    assert (tmp_path / "runs" / "rl" / "rl" / "model" / "model.safetensors").is_file()

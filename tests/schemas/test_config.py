@@ -4,7 +4,17 @@ from typing import Any
 import pytest
 import yaml
 
-from schemas.config import RunConfig, Section, apply_overrides, fields_markdown, load_config, parse_config
+from schemas.config import (
+    RLConfig,
+    RunConfig,
+    Section,
+    apply_overrides,
+    fields_markdown,
+    load_as,
+    load_config,
+    parse_config,
+    parse_settings,
+)
 from schemas.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -25,9 +35,9 @@ def error_of(**changes: Any) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads(path: Path) -> None:
-    config = load_config(path)
+    config = load_as(RLConfig if path.stem.startswith("rl-") else RunConfig, path)
     assert config.name == path.stem
-    assert parse_config(config.model_dump(mode="json")) == config
+    assert parse_settings(config.model_dump(mode="json")) == config
 
 
 def test_paper_configs_have_the_papers_values() -> None:

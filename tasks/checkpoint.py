@@ -3,21 +3,22 @@
 import dataclasses
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from schemas.errors import ArtifactError
 from schemas.manifest import hash_file
-from tasks.language_model.weights import read_json, read_tensors, save_weights, write_tensors
+from tasks.language_model.weights import load_weights, read_json, read_tensors, save_weights, write_tensors
+from tasks.stage import StageJob
 
 CheckpointFolder = Callable[[int], AbstractContextManager[Path]]
 """Given the optimizer step, an empty folder that becomes the step's checkpoint when the context ends without error."""
@@ -26,6 +27,47 @@ _INDEX = "checkpoint.json"
 _VERSION = 1
 _OPTIMIZER, _OPTIMIZER_TENSORS = "optimizer.json", "optimizer.safetensors"
 _SCHEDULER, _RANDOM = "scheduler.json", "rng.json"
+_RUNNING = "checkpoints"
+
+
+class PlainCheckpoints(Trainer):
+    """A trainer whose checkpoints are those of ``write_checkpoint``.
+
+    transformers' own hold pickles; these methods replace all that training calls to write or read one.
+    """
+
+    checkpoint_folder: CheckpointFolder | None = None
+    """Where to keep checkpoints; None: keep none."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.checkpoint_folder is None or not self.args.should_save:
+            return
+        assert self.model is not None
+        with self.checkpoint_folder(self.state.global_step) as folder:
+            write_checkpoint(folder, self.model, self.optimizer, self.lr_scheduler, self.state, self.args.device)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        restored: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        # How often to save is this config's, not the checkpoint's.
+        self.state.compute_steps(self.args, max_steps)
+        return restored
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        assert target is not None
+        load_weights(target, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_optimizer(Path(checkpoint), self.optimizer)
+            restore_scheduler(Path(checkpoint), self.lr_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Do nothing: bf16 needs no gradient scaling."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random(Path(checkpoint), self.args.device)
 
 
 def write_checkpoint(
@@ -110,6 +152,37 @@ def restore_random(folder: Path, device: torch.device) -> None:
     torch.set_rng_state(_bytes(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
+
+
+@contextmanager
+def keep_checkpoint(job: StageJob[Any], step: int) -> Iterator[Path]:
+    """Give an empty folder that becomes the checkpoint of ``step``, in place of the one before."""
+    folder = job.store.path(job.key, _RUNNING, f"checkpoint-{step}")
+    with job.store.writing_folder(folder) as temporary:
+        yield temporary
+    for other in folder.parent.iterdir():
+        if other != folder:
+            job.store.remove(other)
+
+
+def newest_checkpoint(job: StageJob[Any]) -> Path | None:
+    """Return the stage's newest checkpoint, finished stage or not; None if it has none."""
+    running = job.store.path(job.key, _RUNNING).glob("checkpoint-*")
+    steps = {int(folder.name.removeprefix("checkpoint-")): folder for folder in running}
+    last = job.store.checkpoint(job.key)
+    if last.is_dir():
+        steps[checkpoint_step(last)] = last
+    return steps[max(steps)] if steps else None
+
+
+def name_last_checkpoint(job: StageJob[Any]) -> None:
+    """Give the newest checkpoint its lasting name and drop the others."""
+    newest, last = newest_checkpoint(job), job.store.checkpoint(job.key)
+    assert newest is not None, "the last step is always saved"
+    if newest != last:
+        job.store.remove(last)
+        job.store.move(newest, last)
+    job.store.remove(job.store.path(job.key, _RUNNING))
 
 
 def _write_optimizer(folder: Path, values: dict[str, Any]) -> None:

@@ -1,0 +1,74 @@
+"""The flow `npd-rl`: GRPO with verifiable rewards, from the student that a distillation run exported."""
+
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
+
+from flows.configs import read_as
+from flows.progress import artifact_key, if_server_answers
+from flows.rl_summary import rl_dict, rl_markdown, rl_rows, summarize_rl
+from flows.stage_tasks import stage_task
+from schemas.config import RLConfig
+from schemas.errors import NPDError
+from schemas.run_store import RunStore
+
+prompts = stage_task("prompts", "The prompts and the split of the distillation run.")
+baseline = stage_task("baseline", "The start model answers the held-out prompts.")
+rl = stage_task("rl", "GRPO on the train prompts; rewards are what their verifiers say.")
+evaluate = stage_task("evaluate", "The trained model answers the held-out prompts.")
+
+
+def _run_name() -> str:
+    context = FlowRunContext.get()
+    parameters = {} if context is None else context.parameters or {}
+    try:
+        return read_as(RLConfig, parameters["config"], parameters["overrides"]).name
+    except NPDError:
+        # The flow itself is about to say what is wrong.
+        return str(parameters["config"])
+
+
+@flow(name="npd-rl", flow_run_name=_run_name, persist_result=False)
+def npd_rl(config: str = "configs/rl-quickstart.yaml", overrides: list[str] | None = None) -> dict[str, Any]:
+    """Continue a student with RL, or continue that where it stopped.
+
+    Args:
+        config: Path of a YAML config, or an RL run's folder to continue with the config it last ran with.
+        overrides: Changes to the config, each `key.sub=value`, for example `grpo.steps=100`.
+
+    Returns:
+        The run's summary: held-out accuracy before and after, the reward curve, tokens, seconds, and the model.
+
+    Raises:
+        RunLockedError: another process works on this run.
+        NPDError: the config is wrong, or a stage failed.
+    """
+    settings = read_as(RLConfig, config, overrides)
+    store = RunStore.at(settings)
+    with store.lock.held():
+        store.record_config(settings)
+        run = (store, settings)
+
+        prompts(*run)
+        baseline(*run)
+        rl(*run)
+        evaluate(*run)
+        publish(store, settings)
+
+        return rl_dict(summarize_rl(store, settings.name))
+
+
+def publish(store: RunStore, config: RLConfig) -> None:
+    """Publish the run as a table and as Markdown, where Prefect's UI shows them."""
+    summary = summarize_rl(store, config.name)
+    with if_server_answers(get_run_logger()):
+        create_table_artifact(
+            rl_rows(summary),
+            key=artifact_key(config.name, "rl", "table"),
+            description=f"{config.name}: held-out accuracy before and after, and the reward",
+        )
+        create_markdown_artifact(
+            rl_markdown(summary), key=artifact_key(config.name, "rl", "summary"), description=f"{config.name}: RL"
+        )

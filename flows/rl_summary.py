@@ -1,0 +1,158 @@
+"""What an RL run has come to, from its tables and manifests: the same numbers for terminal, Markdown and Prefect."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from flows.summary import Metric, TextTable, display_place, duration_text, metric_text
+from schemas.rl_tables import RL_EVALUATE_METRICS, RL_METRICS
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.untrusted_text import code_markdown, escape_markdown
+from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
+
+_TITLES = {"accuracy": "accuracy", "response_tokens": "response tokens", "truncation_rate": "truncated"}
+CURVE_POINTS = 12
+"""Rows of the reward curve at most; each is a mean over as many steps as the others."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over the steps from ``first`` to ``last``; None where no response was sampled in them."""
+
+    first: int
+    last: int
+    score: float | None
+    reward: float | None
+    response_tokens: float | None
+    entropy: float | None
+
+
+@dataclass(frozen=True)
+class RLSummary:
+    """An RL run as far as it has come.
+
+    Args:
+        name: The run's name.
+        folder: Where it is.
+        before: Held-out metrics of the start model, by name.
+        after: Of the model that the run ends with.
+        curve: The training's means, in order.
+        tokens: Response tokens sampled to learn from.
+        seconds: Seconds of work by stage.
+        model: The trained model's folder.
+    """
+
+    name: str
+    folder: str
+    before: dict[str, Metric]
+    after: dict[str, Metric]
+    curve: list[CurvePoint]
+    tokens: int
+    seconds: dict[str, float]
+    model: str | None
+
+
+def summarize_rl(store: RunStore, name: str) -> RLSummary:
+    """Read the summary of an RL run from its finished stages.
+
+    Raises:
+        ArtifactError: a manifest or table is damaged.
+    """
+    manifests = {key: manifest for key in RL_LOOP if (manifest := store.manifest(key)) is not None}
+    trained = manifests.get(RL)
+    return RLSummary(
+        name=name,
+        folder=display_place(store),
+        before=_metrics(store, BASELINE) if BASELINE in manifests else {},
+        after=_metrics(store, EVALUATE) if EVALUATE in manifests else {},
+        curve=[] if trained is None else _curve(store),
+        tokens=0 if trained is None else int(trained.counters["tokens"]),
+        seconds={key.stage: float(manifest.counters["seconds"]) for key, manifest in manifests.items()},
+        model=None if trained is None else f"{display_place(store)}/{RL.folder}/model",
+    )
+
+
+def _metrics(store: RunStore, key: StageKey) -> dict[str, Metric]:
+    table = store.read_part(store.path(key, "metrics.parquet"), RL_EVALUATE_METRICS)
+    return {row["metric"]: Metric(row["value"], row["stderr"], row["n"]) for row in table.to_pylist()}
+
+
+def _curve(store: RunStore) -> list[CurvePoint]:
+    table = store.read_part(store.path(RL, "metrics.parquet"), RL_METRICS)
+    columns = {
+        name: table.column(name).to_numpy(zero_copy_only=False).astype(float)
+        for name in ("score", "reward", "response_tokens", "entropy")
+    }
+    parts = np.array_split(np.arange(table.num_rows), min(CURVE_POINTS, table.num_rows))
+    steps = table.column("step").to_numpy()
+
+    def mean(name: str, part: Any) -> float | None:
+        values = columns[name][part]
+        return None if np.isnan(values).all() else float(np.nanmean(values))
+
+    return [
+        CurvePoint(int(steps[part[0]]), int(steps[part[-1]]), **{name: mean(name, part) for name in columns})
+        for part in parts
+    ]
+
+
+def accuracy_table(summary: RLSummary) -> TextTable:
+    """Return the held-out metrics before and after, as text."""
+    models = [("before", summary.before), ("after", summary.after)]
+    rows = [[label, *(metric_text(found.get(name)) for name in _TITLES)] for label, found in models if found]
+    return "Held-out prompts: mean ± standard error over prompts", ["model", *_TITLES.values()], rows
+
+
+def curve_table(summary: RLSummary) -> TextTable:
+    """Return the training's means, as text."""
+    rows = [
+        [
+            f"{point.first} to {point.last}" if point.last > point.first else str(point.first),
+            *("" if v is None else f"{v:.4f}" for v in (point.score, point.reward)),
+            "" if point.response_tokens is None else f"{point.response_tokens:.1f}",
+            "" if point.entropy is None else f"{point.entropy:.3f}",
+        ]
+        for point in summary.curve
+    ]
+    return "Training: means over steps", ["steps", "score", "reward", "response tokens", "entropy"], rows
+
+
+def rl_files(summary: RLSummary) -> list[tuple[str, str]]:
+    """Return what it cost and what lies where: description and text."""
+    cost = [
+        ("sampled", f"{summary.tokens:,} response tokens"),
+        ("time", ", ".join(f"{stage} {duration_text(seconds)}" for stage, seconds in summary.seconds.items())),
+    ]
+    model = [] if summary.model is None else [("model", summary.model)]
+    return [*cost, *model, ("tables", f"{summary.folder}/*/*.parquet"), ("logs", f"{summary.folder}/logs")]
+
+
+def rl_rows(summary: RLSummary) -> list[dict[str, Any]]:
+    """Return the run as rows of a table: held-out metrics before and after, then the reward curve."""
+    rows: list[dict[str, Any]] = [
+        {"what": f"{label}: {name}", "value": metric.value, "stderr": metric.stderr, "n": metric.n}
+        for label, metrics in (("before", summary.before), ("after", summary.after))
+        for name, metric in metrics.items()
+    ]
+    return rows + [
+        {"what": f"reward: steps {point.first} to {point.last}", "value": point.reward, "stderr": None, "n": None}
+        for point in summary.curve
+    ]
+
+
+def rl_markdown(summary: RLSummary) -> str:
+    """Return the run as Markdown."""
+    lines = [f"# {escape_markdown(summary.name)}"]
+    for title, header, rows in (accuracy_table(summary), curve_table(summary)):
+        lines += ["", f"## {escape_markdown(title)}", ""]
+        table = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
+        lines += [table[0], f"|{'---|' * len(header)}", *table[1:]]
+    lines += ["", *(f"- {what}: {code_markdown(text)}" for what, text in rl_files(summary))]
+    return "\n".join(lines) + "\n"
+
+
+def rl_dict(summary: RLSummary) -> dict[str, Any]:
+    """Return the summary as plain values, as a flow returns it."""
+    return asdict(summary)

@@ -1,0 +1,39 @@
+"""Stage prompts of an RL run: those of the distillation run, split as there; or of sources of its own."""
+
+from schemas.config import RLConfig
+from schemas.tables import PROMPTS as PROMPTS_TABLE
+from tasks.graph import PROMPTS
+from tasks.prompts.sources import source_fingerprint
+from tasks.prompts.table import prompts_table
+from tasks.rl.start import source_run
+from tasks.stage import StageJob
+
+
+def run(job: StageJob[RLConfig]) -> None:
+    """Write the prompts table, in one part.
+
+    Raises:
+        ArtifactError: the distillation run, or its prompts, are not there.
+        PromptError: a source is missing, empty or has rows that cannot be used.
+    """
+    config = job.config
+    if config.prompts is not None:
+        table, counters = prompts_table(config.prompts, config.seed, job.progress)
+        job.counters.update(counters)
+    else:
+        table = source_run(config).store.read_table(PROMPTS, PROMPTS_TABLE)
+    job.store.write_table(job.store.part(job.key, 0), table, PROMPTS_TABLE)
+
+
+def source_fingerprints(config: RLConfig) -> dict[str, str]:
+    """Return what stands for the content of the prompts.
+
+    Raises:
+        PromptError: a local file or a needed package is missing.
+        ArtifactError: the distillation run, or its prompts, are not there.
+    """
+    if config.prompts is None:
+        return {"run": source_run(config).store.finished(PROMPTS).outputs_fingerprint}
+    return {
+        f"prompts.sources[{index}]": source_fingerprint(source) for index, source in enumerate(config.prompts.sources)
+    }
