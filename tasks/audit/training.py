@@ -21,6 +21,9 @@ _METRICS = {"kl_teacher_student", "kl_student_teacher", "top1_agreement"}
 def check_training(audit: Audit, key: StageKey) -> None:
     """Check a train stage's steps: one after another, as the schedule fixes them, over the tokens of its packs."""
     assert key.round is not None
+    if key.round != WARMUP and audit.config.train.on_policy is not None:
+        audit.report.unchecked.append(f"{key.label}: its steps, whose samples are not kept (`train.on_policy`)")
+        return
     packs = pack_key(audit.config, key.round)
     if not audit.needs(key, key, packs, MODELS):
         return
@@ -79,7 +82,7 @@ def _check_steps(audit: Audit, key: StageKey, table: pa.Table, epochs: Epochs) -
     expect("round", np.full(len(steps), key.round), "should be")
     expect("epoch", epochs.before + (steps - epochs.start_step) / epochs.steps_per_epoch, "the schedule makes it")
     expect("learning_rate", epochs.learning_rates(steps), "the schedule makes it")
-    if key.round != WARMUP:
+    if key.round != WARMUP and audit.config.is_near_policy:
         sampler = sampling_policy(audit.config, sampled_round(audit.config, key.round))
         sampled_at = policy_steps(audit, sampler)
         if sampled_at is not None:
@@ -92,7 +95,8 @@ def _check_steps(audit: Audit, key: StageKey, table: pa.Table, epochs: Epochs) -
 def _check_counters(audit: Audit, key: StageKey, steps: pa.Table, epochs: Epochs) -> None:
     last = int(steps.column("step")[-1].as_py()) if steps.num_rows else epochs.start_step
     guard = audit.config.train.guard
-    may_end_early = key.round != WARMUP and guard.action == "refresh" and epochs.before + epochs.epochs < epochs.total
+    comes_last = key.round == WARMUP or key.round == audit.config.rounds - 1
+    may_end_early = guard.action == "refresh" and not comes_last
     if last > epochs.end_step or (last < epochs.end_step and not may_end_early):
         audit.broken(key.folder, f"ends at optimizer step {last}; the schedule ends the round at {epochs.end_step}")
     audit.expect_counter(key, "start_step", epochs.start_step)
