@@ -54,16 +54,19 @@ class ForkServer:
         """
         reading, writing = os.pipe()
         try:
+            pid = None
             with self._lock, suppress(BrokenPipeError):
                 socket.send_fds(self._channel, [b"+"], [reading, events, log])
                 while not self._started and not self._ended:
                     self._receive(block=True)
-            if not self._started:
+                # While the lock is held: another thread would take it for the answer to its own request.
+                pid = self._started.pop(0) if self._started else None
+            if pid is None:
                 # A process that is just dying may still look alive to its parent.
                 self._ended = True
                 os.close(writing)
                 raise StageError("the server that starts stages has died; run again")
-            return StageProcess(self, self._started.pop(0), writing)
+            return StageProcess(self, pid, writing)
         finally:
             os.close(reading)
 

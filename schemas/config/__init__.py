@@ -1,6 +1,7 @@
 """The config of a run: pydantic models that are also its manual. `npd config` prints every field."""
 
 from schemas.config.base import Section
+from schemas.config.comparison import ComparisonConfig, MethodConfig, load_comparison, method_config
 from schemas.config.load import apply_overrides, load_config, parse_config
 from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
@@ -33,6 +34,7 @@ from schemas.config.training import (
 )
 
 __all__ = [
+    "ComparisonConfig",
     "DatasetSource",
     "DevicesConfig",
     "EvaluateConfig",
@@ -42,6 +44,7 @@ __all__ = [
     "GuardConfig",
     "JsonlSource",
     "LoraConfig",
+    "MethodConfig",
     "ModelSource",
     "OnPolicyConfig",
     "OptimizerConfig",
@@ -61,6 +64,8 @@ __all__ = [
     "WarmupConfig",
     "apply_overrides",
     "fields_markdown",
+    "load_comparison",
     "load_config",
+    "method_config",
     "parse_config",
 ]
