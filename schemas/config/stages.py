@@ -134,10 +134,19 @@ class PackConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Stage evaluate: held-out agreement with the teacher."""
+    """Stages evaluate and baseline: held-out agreement with the teacher, and what models say to held-out prompts."""
 
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Length of the teacher's held-out responses; null: as `generate.max_new_tokens`."""
+    """Longest held-out response, in tokens, of teacher and student; null: as `generate.max_new_tokens`."""
+
+    generate: bool = True
+    """Whether models answer the held-out prompts: accuracy, length, truncation and repetition of their responses."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature of these responses; 0 is greedy."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses of a model to each held-out prompt."""
 
     batch_tokens: int = Field(default=4096, ge=16, json_schema_extra=PLACEMENT)
     """Tokens in one packed prefill."""

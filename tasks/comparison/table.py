@@ -220,9 +220,9 @@ def comparison_markdown(table: pa.Table) -> str:
     notes = (
         f"Accuracy: mean over {prompts} test prompts and all seeds, with its 95 % interval over both; where one seed "
         "ran, over prompts alone. NPD − this: paired by seed and prompt, 95 % interval. KL: held-out, nats per token, "
-        "± one standard error. Policy KL: mean of the last steps. Seconds: median over seeds (lowest to highest) of all "
-        "between the warmed-up student and the exported one, models loaded; scoring is left out where nothing reads "
-        "it. Evaluation, prompts, references and warm-up are the same for all and not counted."
+        "± one standard error. Policy KL: mean of the last steps. Seconds: median over seeds (lowest to highest) of "
+        "all between the warmed-up student and the exported one, models loaded; scoring is left out where nothing "
+        "reads it. Evaluation, prompts, references and warm-up are the same for all and not counted."
     )
     return "\n".join([*lines, "", notes, ""])
 
