@@ -1,7 +1,8 @@
 """The flow `npd-compare`: methods against each other, from one warmed-up student."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 
 from flows.comparison_progress import RunsListener, current_runs_listener
-from flows.process import RUN, available_cores, run_stages_in_process
+from flows.process import RUN, available_cores, cancelling, run_stages_in_process
 from flows.progress import artifact_key, if_server_answers
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import ComparisonConfig, RunConfig, load_comparison, method_config
-from schemas.errors import NPDError, StageError
+from schemas.errors import ConfigError, NPDError, StageError
 from schemas.local_files import writing_file
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -42,11 +43,9 @@ from tasks.comparison.table import (
     comparison_table,
     runs_table,
 )
-from tasks.graph import STAGES, initial_policy
+from tasks.graph import BASELINE, STAGES, initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.stage import plan
-
-BASELINE = StageKey("baseline")
 
 
 def _flow_run_name() -> str:
@@ -81,7 +80,7 @@ def npd_compare(
     """
     comparison, base = load_comparison(config, overrides)
     store = RunStore.at(base)
-    with store.lock.held():
+    with store.lock.held(), _cancelled_by_errors():
         work = Work(comparison, base, store, _chosen_methods(comparison, only), workers or comparison.workers)
         work.run_base()
         work.tune()
@@ -92,9 +91,19 @@ def npd_compare(
     return {"folder": comparison.folder, "runs": len(work.outcomes), "accuracy": accuracies}
 
 
-def _chosen_methods(comparison: ComparisonConfig, only: Sequence[str] | None) -> list[str]:
-    from schemas.errors import ConfigError
+@contextmanager
+def _cancelled_by_errors() -> Iterator[None]:
+    """End the runs at work when the flow leaves this context by an error, Ctrl-C included."""
+    cancelled = threading.Event()
+    with cancelling(cancelled):
+        try:
+            yield
+        except BaseException:
+            cancelled.set()
+            raise
 
+
+def _chosen_methods(comparison: ComparisonConfig, only: Sequence[str] | None) -> list[str]:
     if unknown := set(only or []) - comparison.methods.keys():
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: the methods are {', '.join(comparison.methods)}")
     wanted = set(only or comparison.methods)

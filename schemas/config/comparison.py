@@ -143,6 +143,8 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> tup
     if changed["prompts"].get("split_seed") is None:
         changed["prompts"]["split_seed"] = run.seed
     base = parse_config(changed, origin=f"{path}: run with `set`", folder=path.parent)
+    if not base.evaluate.generate:
+        raise ConfigError(f"{path}: a comparison is of what models answer: it needs `evaluate.generate: true`")
     for name in comparison.methods:
         method_config(comparison, base, name, rate=comparison.rates_of(name)[0], seed=0, student="student")
     return comparison, base
