@@ -17,8 +17,9 @@ from prefect.futures import PrefectFuture
 from flows.comparison_progress import RunsListener, current_runs_listener
 from flows.process import RUN, available_cores, cancelling, run_stages_in_process
 from flows.progress import artifact_key, if_server_answers
+from flows.stage_process import fork_server
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
-from schemas.config import ComparisonConfig, RunConfig, load_comparison, method_config
+from schemas.config import BASE, ComparisonConfig, RunConfig, load_comparison, method_config
 from schemas.errors import ConfigError, NPDError, StageError
 from schemas.local_files import writing_file
 from schemas.run_store import RunStore
@@ -28,6 +29,7 @@ from tasks.comparison.outcome import (
     Outcome,
     base_stages,
     method_stages,
+    process_modules,
     read_metric,
     read_outcome,
     read_scores,
@@ -80,6 +82,7 @@ def npd_compare(
     """
     comparison, base = load_comparison(config, overrides)
     store = RunStore.at(base)
+    fork_server(process_modules(comparison, base))
     with store.lock.held(), _cancelled_by_errors():
         work = Work(comparison, base, store, _chosen_methods(comparison, only), workers or comparison.workers)
         work.run_base()
@@ -160,23 +163,20 @@ class Work:
     prompts_per_step: int | None = None
 
     def __post_init__(self) -> None:
-        self._free = threading.BoundedSemaphore(self.workers)
+        threads = self.base.devices.cpu_threads or max(1, available_cores() // self.workers)
+        self._worker = Worker(threading.BoundedSemaphore(self.workers), threads, current_runs_listener())
         tuned = [name for name in self.methods if self.comparison.methods[name].rate_of is None]
         total = 1 + sum(len(self.comparison.rates_of(name)) - 1 for name in tuned)
         total += sum(len(self.comparison.seeds_of(name)) for name in self.methods)
-        self.listener: RunsListener | None = current_runs_listener()
-        if self.listener is not None:
-            self.listener.planned(total)
+        if self._worker.listener is not None:
+            self._worker.listener.planned(total)
 
     # -- the phases ------------------------------------------------------------------------------------------------
 
     def run_base(self) -> None:
         """Bring the run that all methods start from to its warmed-up student."""
         self.store.record_config(self.base)
-        # It is held already, by the whole comparison.
-        settle_run.with_options(task_run_name="base")(
-            self.store, self.base, "base", base_stages(self.base), [], self._threads, self._free, self.listener
-        )
+        self._worker.settle(self.store, self.base, BASE, base_stages(self.base), self.comparison.folder)
         student = read_scores(self.store, StageKey("evaluate", WARMUP), "student")
         self.validation = validation_prompts(student.prompt_ids, self.comparison.validation)
 
@@ -253,10 +253,6 @@ class Work:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    @property
-    def _threads(self) -> int:
-        return self.base.devices.cpu_threads or max(1, available_cores() // self.workers)
-
     def _config(self, run: MethodRun) -> RunConfig:
         return method_config(
             self.comparison,
@@ -277,25 +273,13 @@ class Work:
             if run in self.outcomes or run.label in self.failures:
                 continue
             futures[run] = method_run.with_options(task_run_name=run.label).submit(
-                self._config(run),
-                run.label,
-                record.run_id,
-                self._lenders(run),
-                self._threads,
-                self._free,
-                self.listener,
+                self._config(run), run.label, self.comparison.folder, record.run_id, self._worker
             )
         for run, future in futures.items():
             try:
                 self.outcomes[run] = future.result()
             except NPDError as error:
                 self.failures[run.label] = str(error)
-
-    def _lenders(self, run: MethodRun) -> list[str]:
-        """Return where finished runs may have results that this one would only repeat: those of the same seed."""
-        own = RunStore.at(self._config(run)).url
-        same = Path(self.comparison.folder).glob(f"*/lr=*/seed-{run.seed}")
-        return [place for path in sorted(same) if (place := str(path.absolute())) != own]
 
     def _measure_steps(self) -> None:
         done = [run for run in self.outcomes if run.method == self.comparison.npd]
@@ -332,52 +316,16 @@ class Work:
         return landmarks
 
 
-@task(name="run", cache_policy=NO_CACHE, persist_result=False, retries=0)
-def settle_run(
-    store: RunStore,
-    config: RunConfig,
-    label: str,
-    keys: list[StageKey],
-    lenders: list[str],
-    threads: int,
-    free: threading.BoundedSemaphore,
-    listener: RunsListener | None,
-) -> bool:
-    """Bring stages of a held run up to date in one process; return whether anything was left to do."""
-    with free:
-        if all(_stands(store, config, key) for key in keys):
-            if listener is not None:
-                listener.finished(label, up_to_date=True)
-            return False
-        if listener is not None:
-            listener.started(label)
-
-        def on_stage(key: StageKey) -> None:
-            if listener is not None:
-                listener.at_stage(label, key)
-
-        try:
-            run_stages_in_process(store, config, keys, lenders, threads, on_stage)
-        except NPDError as error:
-            if listener is not None:
-                listener.failed(label, str(error))
-            raise type(error)(f"{error} (log: {store.log(RUN)})") from None
-        if listener is not None:
-            listener.finished(label, up_to_date=False)
-        return True
-
-
 @task(name="method run", cache_policy=NO_CACHE, persist_result=False, retries=0)
-def method_run(
-    config: RunConfig,
-    label: str,
-    run_id: str,
-    lenders: list[str],
-    threads: int,
-    free: threading.BoundedSemaphore,
-    listener: RunsListener | None,
-) -> Outcome:
+def method_run(config: RunConfig, label: str, comparison: str, run_id: str, worker: "Worker") -> Outcome:
     """Make one run of a method, or continue it, and return what it came to.
+
+    Args:
+        config: The run's.
+        label: Its name for people.
+        comparison: Folder of the comparison.
+        run_id: Of the run all methods start from: all are branches of it.
+        worker: Makes runs.
 
     Raises:
         NPDError: a stage failed; names the log.
@@ -385,8 +333,56 @@ def method_run(
     store = RunStore.at(config)
     with store.lock.held():
         store.record_config(config, run_id)
-        settle_run.fn(store, config, label, method_stages(config), lenders, threads, free, listener)
+        worker.settle(store, config, label, method_stages(config), comparison)
         return read_outcome(store, config)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Makes runs, so many at a time.
+
+    Args:
+        free: Lets so many at a time.
+        threads: CPU threads of each.
+        listener: Hears of them.
+    """
+
+    free: threading.BoundedSemaphore
+    threads: int
+    listener: RunsListener | None
+
+    def settle(self, store: RunStore, config: RunConfig, label: str, keys: list[StageKey], comparison: str) -> None:
+        """Bring stages of a held run up to date in one process.
+
+        Raises:
+            NPDError: a stage failed; names the log.
+        """
+        with self.free:
+            if all(_stands(store, config, key) for key in keys):
+                if self.listener is not None:
+                    self.listener.finished(label, up_to_date=True)
+                return
+            if self.listener is not None:
+                self.listener.started(label)
+
+            def on_stage(key: StageKey) -> None:
+                if self.listener is not None:
+                    self.listener.at_stage(label, key)
+
+            try:
+                run_stages_in_process(store, config, keys, _lenders(store, config, comparison), self.threads, on_stage)
+            except NPDError as error:
+                if self.listener is not None:
+                    self.listener.failed(label, str(error))
+                raise type(error)(f"{error} (log: {store.log(RUN)})") from None
+            if self.listener is not None:
+                self.listener.finished(label, up_to_date=False)
+
+
+def _lenders(store: RunStore, config: RunConfig, comparison: str) -> list[str]:
+    """Return where other runs may have results that this one would only repeat: those of the same seed."""
+    same = Path(comparison).glob(f"*/lr=*/seed-{config.seed}")
+    return [place for path in sorted(same) if (place := str(path.absolute())) != store.url]
 
 
 def _stands(store: RunStore, config: RunConfig, key: StageKey) -> bool:

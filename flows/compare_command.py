@@ -33,9 +33,10 @@ def compare(
     from flows.stage_process import fork_server
     from flows.watch import run_flow
     from schemas.config import load_comparison
+    from tasks.comparison.outcome import process_modules
 
-    comparison, _ = load_comparison(config, overrides)
-    fork_server()
+    comparison, base = load_comparison(config, overrides)
+    fork_server(process_modules(comparison, base))
     console = Terminal()
 
     def flow() -> object:

@@ -6,6 +6,7 @@ libraries print. Stdin stays open for as long as the parent lives: its end ends 
 """
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -128,6 +129,9 @@ def run_job(events_descriptor: int) -> int:
         _limit_threads(job.threads)
     try:
         store, config = RunStore(job.place), parse_config(job.config)
+        if config.train.on_policy is not None:
+            # What it imports takes longer than a small run trains, and is no part of the stage's time.
+            importlib.import_module("tasks.train.on_policy")
         lenders = None if job.lenders is None else [RunStore(place) for place in job.lenders]
         for key in (StageKey(*named) for named in job.keys):
             if lenders is None:

@@ -1,7 +1,7 @@
 """The config of a run: pydantic models that are also its manual. `npd config` prints every field."""
 
 from schemas.config.base import Section
-from schemas.config.comparison import ComparisonConfig, MethodConfig, load_comparison, method_config
+from schemas.config.comparison import BASE, ComparisonConfig, MethodConfig, load_comparison, method_config
 from schemas.config.load import apply_overrides, load_config, parse_config
 from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
@@ -34,6 +34,7 @@ from schemas.config.training import (
 )
 
 __all__ = [
+    "BASE",
     "ComparisonConfig",
     "DatasetSource",
     "DevicesConfig",

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from schemas.config import RunConfig
+from schemas.config import ComparisonConfig, RunConfig
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
@@ -66,6 +66,13 @@ class Outcome:
     seconds: float
     generated_tokens: int
     steps: int
+
+
+def process_modules(comparison: ComparisonConfig, base: RunConfig) -> tuple[str, ...]:
+    """Return what the runs' processes should have imported beside the stages' libraries, since it takes its time."""
+    on_policy = any(method.trainer == "on_policy" for method in comparison.methods.values())
+    # TRL's trainer imports vLLM where it is installed, and vLLM must not be imported before its engine is set up.
+    return ("tasks.train.on_policy",) if on_policy and base.generate.engine != "vllm" else ()
 
 
 def method_stages(config: RunConfig) -> list[StageKey]:

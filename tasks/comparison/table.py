@@ -145,7 +145,7 @@ def _landmark_row(landmark: Landmark, validation: frozenset[str]) -> Row:
     row: Row = {"method": landmark.method, "title": landmark.title, "role": landmark.role}
     row["test_prompts"] = len(scores.values)
     if len(scores.values):
-        row |= _named(crossed_interval(scores.values[None]), "accuracy", share=True)
+        row |= _named(crossed_interval(scores.values[None], share=True), "accuracy")
     if landmark.kl is not None:
         row["kl_teacher_student"], row["kl_stderr"] = landmark.kl
     return row
@@ -172,14 +172,13 @@ def _method_row(runs: MethodRuns, validation: frozenset[str]) -> Row:
         "seeds": len(outcomes),
         "test_prompts": len(prompt_ids),
     }
-    return row | (_named(crossed_interval(values), "accuracy", share=True) if prompt_ids else {})
+    return row | (_named(crossed_interval(values, share=True), "accuracy") if prompt_ids else {})
 
 
-def _named(interval: Interval | None, name: str, *, share: bool = False) -> Row:
+def _named(interval: Interval | None, name: str) -> Row:
     if interval is None:
         return {}
-    ends = (max(interval.low, 0.0), min(interval.high, 1.0)) if share else (interval.low, interval.high)
-    low, high = (end if math.isfinite(end) else None for end in ends)
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
     return {name: interval.mean, f"{name}_low": low, f"{name}_high": high}
 
 
