@@ -133,6 +133,28 @@ class PackConfig(Section):
     """Bins per file."""
 
 
+class LmEvalConfig(Section):
+    """Benchmarks of `lm-eval` (EleutherAI), run on every model that is evaluated; extra `lm-eval`."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of its tasks or groups (`gsm8k`, `arc_easy`, ...). Their data come from the Hub, or from its cache."""
+
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Worked examples before each question; null: as the task says."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Take the first so many questions of each task; null: all."""
+
+    include_path: str | None = None
+    """Folder with tasks of your own (YAML); a relative path starts at the config file's folder."""
+
+    apply_chat_template: bool = False
+    """Whether questions are put as a user's message."""
+
+    batch_size: int = Field(default=8, ge=1, json_schema_extra=PLACEMENT)
+    """Questions in one forward pass."""
+
+
 class EvaluateConfig(Section):
     """Stages evaluate and baseline: held-out agreement with the teacher, and what models say to held-out prompts."""
 
@@ -147,6 +169,9 @@ class EvaluateConfig(Section):
 
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses of a model to each held-out prompt."""
+
+    lm_eval: LmEvalConfig | None = None
+    """Benchmarks by name; null: none."""
 
     batch_tokens: int = Field(default=4096, ge=16, json_schema_extra=PLACEMENT)
     """Tokens in one packed prefill."""

@@ -17,6 +17,7 @@ from schemas.tables import (
     RESPONSES_FILE,
 )
 from tasks.evaluate.agreement import compare_models
+from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, prompts_needed
 from tasks.evaluate.responses import HeldOut, own_responses
@@ -51,6 +52,8 @@ def evaluate(job: StageJob) -> None:
         subjects = [_Subject("teacher", teacher), _Subject("start", _on_sampler(job))]
     else:
         subjects = [_Subject("student", result_model(store, config, round_index))]
+    if config.evaluate.lm_eval is not None:
+        require_lm_eval()
     metrics: dict[str, dict[str, Mean]] = {subject.name: {} for subject in subjects}
     if config.evaluate.generate:
         held_out = HeldOut(job, teacher)
@@ -62,6 +65,8 @@ def evaluate(job: StageJob) -> None:
     for subject in subjects:
         if not subject.is_teacher:
             metrics[subject.name] = _agreement(job, teacher, subject.model) | metrics[subject.name]
+        if config.evaluate.lm_eval is not None:
+            metrics[subject.name] |= benchmark_means(job, config.evaluate.lm_eval, subject.model)
     table = metrics_table(metrics, round_index)
     store.write_table(store.path(job.key, METRICS_FILE), table, EVALUATE_METRICS)
 

@@ -239,13 +239,12 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
         (0, put("round", 0), "`round`: 0, should be 1"),
         (0, put("n", 3, 1), "`n`: 3, the held-out references have"),
         (0, put("metric", "other"), "lacks kl_teacher_student of the student"),
-        (0, put("value", 1.5, 4), "`value`: 1.5 over 6, the student's responses make it"),
         (1, put("prompt_id", "nowhere"), "`prompt_id`: is no held-out prompt"),
         (1, put("response_tokens", 3), "`value`: .*the student's responses make it"),
     ],
     StageKey("baseline"): [
         (0, put("model", "student"), "lacks response_tokens of the teacher"),
-        (1, put("repetition", 0.75, 7), "`value`: .*the start's responses make it"),
+        (0, put("value", 1.5, 1), "`value`: .*the teacher's responses make it"),
         (1, put("model", "student", 3), "`model`: student is not evaluated by this stage"),
     ],
 }

@@ -67,7 +67,8 @@ def test_a_grouped_mean_is_the_ratio_estimator() -> None:
     squares = sum((float(g.sum()) - mean * len(g)) ** 2 for g in groups)
     stderr = math.sqrt(len(groups) / (len(groups) - 1) * squares) / len(values)
     found = grouped_mean(values, offsets)
-    assert (found.value, found.stderr) == (pytest.approx(mean), pytest.approx(stderr))
+    assert found.value == pytest.approx(mean)
+    assert found.stderr == pytest.approx(stderr)
     assert found.n == len(values)
     # Groups of one: the plain standard error of a mean.
     plain = grouped_mean(values, np.arange(len(values) + 1))
