@@ -1,7 +1,7 @@
 """The flow `npd-compare`: methods against each other, from one warmed-up student."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import BASE, ComparisonConfig, RunConfig, load_comparison, method_config
-from schemas.errors import ConfigError, NPDError, StageError
+from schemas.errors import NPDError, StageError
 from schemas.local_files import writing_file
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -64,7 +64,7 @@ def npd_compare(
 
     First the run that all methods start from, then every method at every learning rate with the first seed, then every
     method at its best rate with all seeds. Then the tables: `comparison.parquet`, `comparison_runs.parquet`,
-    `comparison.md`, and `report.html`.
+    `comparison.md`.
 
     Args:
         config: Path of a comparison's YAML file.
@@ -84,7 +84,7 @@ def npd_compare(
     store = RunStore.at(base)
     fork_server(process_modules(comparison, base))
     with store.lock.held(), _cancelled_by_errors():
-        work = Work(comparison, base, store, _chosen_methods(comparison, only), workers or comparison.workers)
+        work = Work(comparison, base, store, comparison.methods_for(only), workers or comparison.workers)
         work.run_base()
         work.tune()
         work.run_seeds()
@@ -104,23 +104,6 @@ def _cancelled_by_errors() -> Iterator[None]:
         except BaseException:
             cancelled.set()
             raise
-
-
-def _chosen_methods(comparison: ComparisonConfig, only: Sequence[str] | None) -> list[str]:
-    if unknown := set(only or []) - comparison.methods.keys():
-        raise ConfigError(f"--only {', '.join(sorted(unknown))}: the methods are {', '.join(comparison.methods)}")
-    wanted = set(only or comparison.methods)
-    wanted |= {rate_of for name in wanted if (rate_of := comparison.methods[name].rate_of) is not None}
-    if any(_measures_steps(comparison, name) for name in wanted):
-        wanted.add(comparison.npd)
-        wanted |= {other for other in [comparison.methods[comparison.npd].rate_of] if other is not None}
-    return [name for name in comparison.methods if name in wanted]
-
-
-def _measures_steps(comparison: ComparisonConfig, name: str) -> bool:
-    """Say whether a method's prompts a step follow from what NPD's steps hold."""
-    method = comparison.methods[name]
-    return method.trainer == "on_policy" and "train.on_policy.prompts_per_step" not in method.set
 
 
 @dataclass(frozen=True)
@@ -186,7 +169,7 @@ class Work:
         What on-policy training takes as a step is known once NPD has run, so it comes second.
         """
         for late in (False, True):
-            names = [name for name in self.methods if _measures_steps(self.comparison, name) == late]
+            names = [name for name in self.methods if self.comparison.measures_steps(name) == late]
             tuned = [name for name in names if self.comparison.methods[name].rate_of is None]
             seed = self.comparison.seeds[0]
             self._run([MethodRun(n, rate, seed) for n in tuned for rate in self.comparison.rates_of(n)])
@@ -194,7 +177,7 @@ class Work:
                 found = {run.rate: o for run, o in self.outcomes.items() if run.method == name and run.seed == seed}
                 if found:
                     self.rates[name] = best_rate(found, self.validation)
-            if not late and any(_measures_steps(self.comparison, name) for name in self.methods):
+            if not late and any(self.comparison.measures_steps(name) for name in self.methods):
                 self._measure_steps()
 
     def run_seeds(self) -> None:
@@ -288,7 +271,7 @@ class Work:
             self.prompts_per_step = step_prompts(RunStore.at(config), config)
         else:
             for name in self.methods:
-                if _measures_steps(self.comparison, name):
+                if self.comparison.measures_steps(name):
                     self.failures[name] = f"waits for `{self.comparison.npd}`, whose steps it takes as its measure"
 
     def _landmarks(self) -> list[Landmark]:

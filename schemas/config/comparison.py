@@ -1,6 +1,7 @@
 """The config of a comparison: methods that start from one student and differ in nothing but what they name."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +116,25 @@ class ComparisonConfig(Section):
         """Return the learning rates tried for a method that takes no other's."""
         own = self.methods[method].set.get("train.learning_rate")
         return self.learning_rates if own is None else [float(own)]
+
+    def measures_steps(self, method: str) -> bool:
+        """Say whether a method's prompts a step follow from what the steps of NPD hold."""
+        own = self.methods[method]
+        return own.trainer == "on_policy" and "train.on_policy.prompts_per_step" not in own.set
+
+    def methods_for(self, only: Sequence[str] | None) -> list[str]:
+        """Return the methods to run: those named (None: all), those whose rates they take, and NPD if it is a measure.
+
+        Raises:
+            ConfigError: one named is no method.
+        """
+        if unknown := sorted(set(only or []) - self.methods.keys()):
+            raise ConfigError(f"--only {', '.join(unknown)}: the methods are {', '.join(self.methods)}")
+        wanted = set(only or self.methods)
+        if any(self.measures_steps(name) for name in wanted):
+            wanted.add(self.npd)
+        wanted |= {other for name in wanted if (other := self.methods[name].rate_of) is not None}
+        return [name for name in self.methods if name in wanted]
 
 
 def load_comparison(path: str | Path, overrides: list[str] | None = None) -> tuple[ComparisonConfig, RunConfig]:

@@ -11,6 +11,7 @@ from flows.compare import npd_compare
 from flows.comparison_progress import RunsDisplay, listening_to_runs
 from flows.terminal import Terminal
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
+from schemas.config import load_comparison
 from schemas.errors import ConfigError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
@@ -118,19 +119,19 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
         RunStore(folder / "base").record().run_id  # type: ignore[union-attr]
     }
 
-    assert made_runs(config, capsys) == []
-    changed = {**METHODS, "sft": {**METHODS["sft"], "set": {**METHODS["sft"]["set"], "train.weight_decay": 0.1}}}
+    # A run that fails leaves the others alone, and is named with its log.
+    sft = METHODS["sft"]
+    broken = {**METHODS, "sft": {**sft, "set": {"filter.min_delta_ifd": 1e6, "filter.max_delta_ifd": None}}}
+    config = write_comparison(tmp_path, methods=broken)
+    with pytest.raises(StageError, match=r"(?s)1 run.* failed.*sft · lr .*none of 12 samples is kept.*run\.log"):
+        made_runs(config, capsys)
+    assert ": done in " not in capsys.readouterr().out
+    left = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison").column("method").to_pylist()
+    assert left == ["teacher", "start", "warm-up", "npd", "on-policy"]
+
+    changed = {**METHODS, "sft": {**sft, "set": {**sft["set"], "train.weight_decay": 0.1}}}
     config = write_comparison(tmp_path, methods=changed)
     assert made_runs(config, capsys, only=["sft"]) == [f"sft · lr {rate:g} · seed 0"]
-
-    # A run that fails leaves the others alone, and is named with its log.
-    broken = {**METHODS, "sft": {**METHODS["sft"], "set": {"filter.min_delta_ifd": 1e6, "filter.max_delta_ifd": None}}}
-    config = write_comparison(tmp_path, methods=broken)
-    with pytest.raises(StageError, match=r"1 run.* failed.*\n.*sft · lr .*none of 12 samples is kept.*run\.log"):
-        npd_compare(str(config))
-    left = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison").column("method").to_pylist()
-    assert "npd" in left
-    assert "sft" not in left
 
 
 @pytest.mark.parametrize(
@@ -149,12 +150,14 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
     ],
 )
 def test_a_wrong_comparison_names_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    from schemas.config import load_comparison
-
     with pytest.raises(ConfigError, match=message):
         load_comparison(write_comparison(tmp_path, **changes))
 
 
-def test_only_takes_the_names_of_methods(tmp_path: Path) -> None:
+def test_only_brings_what_a_method_needs(tmp_path: Path) -> None:
+    comparison, _ = load_comparison(write_comparison(tmp_path))
+    assert comparison.methods_for(["sft"]) == ["npd", "sft"]
+    assert comparison.methods_for(["npd"]) == ["npd"]
+    assert comparison.methods_for(None) == list(comparison.methods)
     with pytest.raises(ConfigError, match="--only sgd: the methods are"):
-        npd_compare(str(write_comparison(tmp_path)), only=["sgd"])
+        comparison.methods_for(["sgd"])
