@@ -1,10 +1,7 @@
-"""The command line: `npd run`, `rl`, `status`, `rerun`, `inspect`, `verify`, `trace`, `diff`, `gc`, `config`."""
+"""The command line, `npd`: a command each to run, compare, continue, look at, check and tidy up runs."""
 
-import os
 import signal
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,14 +11,13 @@ from typer.core import TyperGroup
 
 from flows import audit_commands
 from flows.audit_commands import RunPlace
+from flows.compare_command import compare
 from flows.terminal import Terminal
-from schemas.errors import NPDError, OrchestrationError
+from flows.watch import ended_by
+from schemas.errors import NPDError
 
 if TYPE_CHECKING:
     from flows.summary import RunSummary
-
-_ended_by: list[int] = []
-"""The signal that asked this process to end, if one has."""
 
 _EPILOG = (
     "Exit codes: 0 done; 1 a stage failed (verify: something does not hold; diff: the runs differ); 2 wrong input, "
@@ -38,9 +34,9 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
             # A library in the middle of something may have made another error of what the signal raised.
-            if isinstance(error, KeyboardInterrupt) or _ended_by:
+            if isinstance(error, KeyboardInterrupt) or ended_by:
                 Terminal(stderr=True).print("interrupted; the same command continues where it stopped", soft_wrap=True)
-                raise typer.Exit(128 + (_ended_by or [signal.SIGINT])[0]) from None
+                raise typer.Exit(128 + (ended_by or [signal.SIGINT])[0]) from None
             if not isinstance(error, NPDError):
                 raise
             message = Text.assemble(("error: ", "bold red"), str(error))
@@ -83,8 +79,8 @@ def run(
 ) -> None:
     """Run the loop of CONFIG, or continue it: what is up to date is not done again.
 
-    Prompts, models, reference, warm-up; then generate, score, filter, pack, train, export and evaluate, round after
-    round. Files go to ROOT/NAME of the config. With PREFECT_API_URL set, the run shows up on that Prefect server.
+    Prompts, models, reference, baseline, warm-up; then generate, score, filter, pack, train, export and evaluate, round
+    after round. Files go to ROOT/NAME of the config. With PREFECT_API_URL set, the run shows up on that Prefect server.
     """
     from flows.configs import read_config
     from flows.states import check_sources
@@ -177,7 +173,7 @@ def rerun(
         str,
         typer.Option(
             "--stage",
-            help="prompts, models, reference, generate, score, filter, pack, train, export or evaluate.",
+            help="prompts, models, reference, baseline, generate, score, filter, pack, train, export or evaluate.",
         ),
     ],
     round_index: Round = None,
@@ -273,44 +269,21 @@ def config() -> None:
     typer.echo(fields_markdown(), nl=False)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    _ended_by.append(number)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
-
-
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
     """Run a flow with a display of its stages."""
-    # Prefect reads these when it is imported. Its console log would tell every error a second time, as a traceback.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "NOTSET" if verbose else "CRITICAL")
-    # Without a server Prefect starts one of its own, which can take longer than its usual limit on a busy machine.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-    import httpx
-
     from flows.display import make_display
     from flows.progress import listening
-    from flows.server import start_temporary_server
+    from flows.watch import run_flow
 
-    # Whoever ends the command by SIGTERM (a scheduler) gets the same clean end as with Ctrl-C.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGINT, _end)
     with make_display(console) as display, listening(display):
-        start_temporary_server()
-        try:
-            flow()
-        except httpx.HTTPError as error:
-            raise OrchestrationError(
-                f"Prefect's server cannot be reached: {type(error).__name__}: {error}. What the run has done stands; "
-                "the same command continues it once the server is back, or without PREFECT_API_URL"
-            ) from error
+        run_flow(flow, verbose)
 
 
-for _command in (audit_commands.verify, audit_commands.trace, audit_commands.diff):
+for _command in (compare, audit_commands.verify, audit_commands.trace, audit_commands.diff):
     app.command(epilog=_EPILOG)(_command)
 
 

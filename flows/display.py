@@ -17,10 +17,10 @@ from flows.states import StageState
 from flows.summary import (
     RunSummary,
     TextTable,
-    agreement_table,
     display_place,
     duration_text,
     files_table,
+    held_out_tables,
     samples_table,
 )
 from schemas.manifest import Manifest
@@ -173,7 +173,7 @@ def make_table(title: str, titles: list[str], numeric: Collection[str] = ()) -> 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Print the tables of rounds and where the files are."""
-    _print_tables(console, (agreement_table(summary), samples_table(summary)))
+    _print_tables(console, (*held_out_tables(summary), samples_table(summary)))
     print_pairs(console, files_table(summary))
 
 

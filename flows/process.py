@@ -5,7 +5,7 @@ import os
 import selectors
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,6 +23,9 @@ from tasks.process import Job, out_of_memory_hint
 from tasks.stage import Progress, no_progress
 
 _CANCELLED: ContextVar[threading.Event | None] = ContextVar("npd_stage_cancelled", default=None)
+
+RUN = StageKey("run")
+"""Names the log of a process that runs several stages."""
 
 _POLL_SECONDS = 0.5
 _EXIT_SECONDS = 60.0
@@ -71,42 +74,91 @@ def run_in_process(
         NPDError: what the stage raised, as the same class; for any other error, or a child that died, a StageError
             that names the log; a StageError too if the stage was cancelled.
     """
-    log = store.log(key)
+    named, threads = [(key.stage, key.round)], threads_of(config, key)
+    job = Job(store.url, config.model_dump(mode="json"), named, str(store.log(key)), threads)
+
+    def hear(event: dict[str, Any]) -> None:
+        on_progress(event["done"], event["total"], event["unit"])
+
+    _run_job(store, job, key, lambda: key, hear)
+    return store.finished(key)
+
+
+def run_stages_in_process(
+    store: RunStore,
+    config: RunConfig,
+    keys: Sequence[StageKey],
+    lenders: Sequence[str],
+    threads: int | None,
+    on_stage: Callable[[StageKey], None],
+    on_progress: Progress = no_progress,
+) -> None:
+    """Run several stages of a small run in one child process, one after another, and wait for them.
+
+    Args:
+        store: The run, which must be held.
+        config: Its config.
+        keys: The stages in the order of the loop; those whose result stands are left.
+        lenders: Places of runs whose finished stages of equal fingerprints are taken over.
+        threads: CPU threads of the process; None: as many as the libraries take.
+        on_stage: Told the stage that is at work.
+        on_progress: Told how far that stage is.
+
+    Raises:
+        NPDError: as ``run_in_process``.
+    """
+    at_work = keys[0]
+
+    def hear(event: dict[str, Any]) -> None:
+        nonlocal at_work
+        if event["event"] == "stage":
+            at_work = StageKey(event["stage"], event["round"])
+            on_stage(at_work)
+        else:
+            on_progress(event["done"], event["total"], event["unit"])
+
+    named = [(key.stage, key.round) for key in keys]
+    job = Job(store.url, config.model_dump(mode="json"), named, str(store.log(RUN)), threads, list(lenders))
+    _run_job(store, job, RUN, lambda: at_work, hear)
+
+
+def _run_job(
+    store: RunStore, job: Job, log_of: StageKey, at_work: Callable[[], StageKey], hear: Callable[[dict[str, Any]], None]
+) -> None:
+    log = store.log(log_of)
     log.parent.mkdir(parents=True, exist_ok=True)
-    threads = threads_of(config, key)
-    job = Job(store.url, config.model_dump(mode="json"), (key.stage, key.round), str(log), threads)
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
         try:
             process = start_process(writing, sink.fileno())
         finally:
             os.close(writing)
-        sink.write(f"--- {key.label} · process {process.pid} · {now_iso()}\n".encode())
+        sink.write(f"--- {at_work().label} · process {process.pid} · {now_iso()}\n".encode())
         try:
-            final = _converse(process, job, events.fileno(), on_progress)
+            final = _converse(process, job, events.fileno(), hear)
             if final is not None:
                 process.wait(_EXIT_SECONDS)
         finally:
             process.end(_TERMINATE_SECONDS)
-            store.upload_log(key)
+            store.upload_log(log_of)
     if final is None:
-        raise StageError(_describe_death(key, process.code, log))
+        raise StageError(_describe_death(at_work(), process.code, log))
     if final["event"] == "error":
         raise error_by_name(final["type"])(final["message"])
-    return store.finished(key)
 
 
-def _converse(process: StageProcess, job: Job, events: int, on_progress: Progress) -> dict[str, Any] | None:
-    """Send the job and relay progress; return the child's last word, None if it died without one."""
+def _converse(
+    process: StageProcess, job: Job, events: int, hear: Callable[[dict[str, Any]], None]
+) -> dict[str, Any] | None:
+    """Send the job and relay what it tells; return the child's last word, None if it died without one."""
     # A child that dies at once is reported by its exit status, not as a broken pipe.
     with suppress(BrokenPipeError):
         _write_all(process.stdin, job.to_line())
     for line in _lines(process, events):
         event: dict[str, Any] = json.loads(line)
-        if event["event"] == "progress":
-            on_progress(event["done"], event["total"], event["unit"])
-        else:
+        if event["event"] in ("error", "done"):
             return event
+        hear(event)
     return None
 
 

@@ -18,9 +18,13 @@ _POLL_SECONDS = 0.05
 
 
 class ForkServer:
-    """The server's other end. Its process ends with this one."""
+    """The server's other end. Its process ends with this one.
 
-    def __init__(self) -> None:
+    Args:
+        modules: What it imports beside the stages' libraries.
+    """
+
+    def __init__(self, modules: tuple[str, ...] = ()) -> None:
         self._channel, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._buffer = b""
@@ -29,7 +33,7 @@ class ForkServer:
         self._ended = False
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "tasks.fork_server", str(theirs.fileno())],
+                [sys.executable, "-X", "faulthandler", "-m", "tasks.fork_server", str(theirs.fileno()), *modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -54,16 +58,19 @@ class ForkServer:
         """
         reading, writing = os.pipe()
         try:
+            pid = None
             with self._lock, suppress(BrokenPipeError):
                 socket.send_fds(self._channel, [b"+"], [reading, events, log])
                 while not self._started and not self._ended:
                     self._receive(block=True)
-            if not self._started:
+                # While the lock is held: another thread would take it for the answer to its own request.
+                pid = self._started.pop(0) if self._started else None
+            if pid is None:
                 # A process that is just dying may still look alive to its parent.
                 self._ended = True
                 os.close(writing)
                 raise StageError("the server that starts stages has died; run again")
-            return StageProcess(self, self._started.pop(0), writing)
+            return StageProcess(self, pid, writing)
         finally:
             os.close(reading)
 
@@ -139,8 +146,8 @@ class StageProcess:
 
 
 @lru_cache(maxsize=1)
-def _server(owner: int) -> ForkServer:
-    return ForkServer()
+def _servers(owner: int) -> list[ForkServer]:
+    return []
 
 
 def start_process(events: int, log: int) -> "StageProcess":
@@ -151,10 +158,13 @@ def start_process(events: int, log: int) -> "StageProcess":
         return fork_server().start(events, log)
 
 
-def fork_server() -> ForkServer:
-    """Return this process's server, starting one if there is none; it imports while this process goes on."""
-    server = _server(os.getpid())
-    if not server.is_running:
-        _server.cache_clear()
-        server = _server(os.getpid())
-    return server
+def fork_server(modules: tuple[str, ...] = ()) -> ForkServer:
+    """Return this process's server, starting one if there is none; it imports while this process goes on.
+
+    Args:
+        modules: What a server that is started now imports beside the stages' libraries.
+    """
+    servers = _servers(os.getpid())
+    if not servers or not servers[0].is_running:
+        servers[:] = [ForkServer(modules)]
+    return servers[0]

@@ -92,10 +92,11 @@ filter = stage_task("filter", "Keep what is learnable; the ledger says why the r
 pack = stage_task("pack", "Whole sequences into bins.")
 train = stage_task("train", "Train the student on the packs, continuing the run's one optimizer and schedule.")
 export = stage_task("export", "Write the student as a Hugging Face model directory.")
-evaluate = stage_task("evaluate", "Held-out agreement of student and teacher.")
+baseline = stage_task("baseline", "Evaluate the teacher, and the student that the run starts from.")
+evaluate = stage_task("evaluate", "Held-out prompts: agreement with the teacher, and the student's own responses.")
 
 TASKS: dict[str, StageTask] = {
     task_of_stage.name: task_of_stage
-    for task_of_stage in (prompts, models, reference, generate, score, filter, pack, train, export, evaluate)
+    for task_of_stage in (prompts, models, reference, baseline, generate, score, filter, pack, train, export, evaluate)
 }
 """Every stage's task by the stage's name."""

@@ -100,8 +100,8 @@ class RunStore:
         data = self._read(RUN_NAME)
         return None if data is None else parse_record(data, f"{self.url}/{RUN_NAME}", RunRecord)
 
-    def record_config(self, config: RunSettings) -> None:
-        """Write ``config`` to ``run.json`` as what the run runs with from now on.
+    def record_config(self, config: RunSettings, run_id: str | None = None) -> None:
+        """Write ``config`` to ``run.json`` as what the run runs with from now on; a new run may carry another's id.
 
         Raises:
             StorageError: the place cannot be written to.
@@ -110,7 +110,7 @@ class RunStore:
         if record is not None and record.config == values:
             return
         updated = RunRecord(
-            run_id=run_identity(config) if record is None else record.run_id,
+            run_id=record.run_id if record is not None else run_id or run_identity(config),
             config_hash=hash_json(config.fingerprinted()),
             config=values,
             seed=config.seed,

@@ -1,4 +1,4 @@
-"""Imports the heavy libraries once and forks a process for every stage: `python -m tasks.fork_server SOCKET_FD`.
+"""Imports the heavy libraries once and forks a process for every stage: `python -m tasks.fork_server SOCKET [MODULE]`.
 
 Importing torch, transformers and TRL takes seconds; a forked copy of this process has them at once, and gives all its
 memory back when its stage is done. Started and spoken to by `flows.process`.
@@ -122,7 +122,7 @@ def main() -> int:
     channel = socket.socket(fileno=int(sys.argv[1]))
     # A package that is missing fails the stage that needs it, with the error in its log, not this process.
     with suppress(ImportError):
-        for module in HEAVY:
+        for module in (*HEAVY, *sys.argv[2:]):
             importlib.import_module(module)
     # What is there now stays shared between the processes: the collector must not write to it.
     gc.freeze()

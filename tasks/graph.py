@@ -10,6 +10,7 @@ from schemas.config import RunConfig, RunSettings
 from schemas.stage_key import WARMUP, StageKey
 
 PROMPTS, MODELS, REFERENCE = StageKey("prompts"), StageKey("models"), StageKey("reference")
+BASELINE = StageKey("baseline")
 
 C = TypeVar("C", bound=RunSettings, default=RunConfig)
 """The config of a kind of run; of a distillation run where nothing is said."""
@@ -54,13 +55,18 @@ def sampling_policy(config: RunConfig, round_index: int) -> StageKey:
 
 
 def samples(config: RunConfig, round_index: int) -> bool:
-    """Say whether round ``round_index`` samples anew."""
-    return sampled_round(config, round_index) == round_index
+    """Say whether round ``round_index`` samples anew before it trains."""
+    return config.train.on_policy is None and sampled_round(config, round_index) == round_index
 
 
 def sampled_round(config: RunConfig, round_index: int) -> int:
-    """Return the round whose samples round ``round_index`` trains on (WARMUP: its own)."""
-    return round_index if round_index == WARMUP else round_index - round_index % config.refresh_every
+    """Return the round whose samples round ``round_index`` trains on (WARMUP: its own).
+
+    What is not the student's own does not change with it, so it is drawn once.
+    """
+    if round_index == WARMUP:
+        return WARMUP
+    return 0 if config.generate.policy != "student" else round_index - round_index % config.refresh_every
 
 
 def _round(key: StageKey) -> int:
@@ -80,6 +86,16 @@ def _sections(*names: str) -> Callable[[RunConfig, StageKey], dict[str, Any]]:
     return read
 
 
+def _prompts_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    values = _sections("prompts")(config, key)
+    return values | {"seed": config.split_seed}
+
+
+def _generate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    sampler = {"student": ["student"], "teacher": ["student", "teacher"], "answers": ["student"]}
+    return _sections("generate", *sampler[config.generate.policy])(config, key)
+
+
 def _train_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     if key.round == WARMUP:
         return _sections("warmup")(config, key)
@@ -88,7 +104,11 @@ def _train_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
         # Only then does the guard change what comes out; a run that it stopped goes on with a higher budget.
         del values["train"]["guard"]
     # The schedule spans all rounds, so their number shapes every step.
-    return values | {"rounds": config.rounds}
+    values |= {"rounds": config.rounds}
+    if config.train.on_policy is not None:
+        # It samples as it trains.
+        values |= _sections("generate", "student", "teacher")(config, key)
+    return values
 
 
 def _pack_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
@@ -114,12 +134,27 @@ def _models_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
 def _reference_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     """Only what the teacher's responses depend on: not how the student samples, nor the warm-up's optimizer."""
     values = _sections("generate", "teacher")(config, key)
-    for name in ("temperature", "top_p", "samples_per_prompt"):
+    for name in ("policy", "temperature", "top_p", "samples_per_prompt"):
         del values["generate"][name]
     values["evaluate_max_new_tokens"] = config.evaluate.max_new_tokens
     if config.warmup is not None:
         warmup = config.warmup
         values["warmup"] = [warmup.responses, warmup.prompts, warmup.temperature, warmup.max_new_tokens]
+    return values
+
+
+def _generate_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
+    own = config.generate.policy == "student"
+    return [PROMPTS, MODELS, *([sampling_policy(config, _round(key))] if own else [])]
+
+
+def _evaluate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    """With how models answer, if they do: not how the student samples for training."""
+    if not config.evaluate.generate:
+        return _sections("evaluate")(config, key)
+    values = _sections("evaluate", "generate")(config, key)
+    for name in ("policy", "temperature", "top_p", "samples_per_prompt"):
+        del values["generate"][name]
     return values
 
 
@@ -134,6 +169,8 @@ def _train_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
     index = _round(key)
     if index == WARMUP:
         return [MODELS, StageKey("pack", WARMUP)]
+    if config.train.on_policy is not None:
+        return [PROMPTS, MODELS, initial_policy(config)]
     return [initial_policy(config), StageKey("pack", sampled_round(config, index)), *_trained_before(index)]
 
 
@@ -153,15 +190,10 @@ def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
 
 
 STAGES: dict[str, Stage] = {
-    "prompts": Stage("tasks.prompts", 2, _sections("prompts"), lambda c, k: [], own_process=False),
+    "prompts": Stage("tasks.prompts", 2, _prompts_config, lambda c, k: [], own_process=False),
     "models": Stage("tasks.models", 2, _models_config, lambda c, k: [PROMPTS]),
     "reference": Stage("tasks.reference", 3, _reference_config, lambda c, k: [PROMPTS, MODELS]),
-    "generate": Stage(
-        "tasks.generate",
-        3,
-        _sections("generate", "student"),
-        lambda c, k: [PROMPTS, MODELS, sampling_policy(c, _round(k))],
-    ),
+    "generate": Stage("tasks.generate", 3, _generate_config, _generate_inputs),
     "score": Stage(
         "tasks.score",
         2,
@@ -178,10 +210,11 @@ STAGES: dict[str, Stage] = {
     "pack": Stage("tasks.pack", 1, _pack_config, _pack_inputs, own_process=False),
     "train": Stage("tasks.train", 3, _train_config, _train_inputs),
     "export": Stage("tasks.export", 2, _sections("export"), _export_inputs),
+    "baseline": Stage("tasks.evaluate", 1, _evaluate_config, lambda c, k: [PROMPTS, MODELS, REFERENCE]),
     "evaluate": Stage(
         "tasks.evaluate",
-        2,
-        _sections("evaluate"),
+        3,
+        _evaluate_config,
         lambda c, k: [PROMPTS, REFERENCE, MODELS, result_policy(c, _round(k))],
     ),
 }
@@ -193,7 +226,7 @@ TRAINING_STAGES = ("train", "export", "evaluate")
 
 def loop(config: RunConfig) -> list[StageKey]:
     """Return every stage of the run in the order of the loop."""
-    keys = [PROMPTS, MODELS, REFERENCE]
+    keys = [PROMPTS, MODELS, REFERENCE, BASELINE]
     if config.warmup is not None:
         keys += [StageKey(stage, WARMUP) for stage in WARMUP_STAGES]
     keys.append(StageKey("evaluate", WARMUP))

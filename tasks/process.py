@@ -1,10 +1,12 @@
-"""One stage in a process of its own, started by `flows.process.run_in_process`.
+"""One stage, or all of a small run's, in a process of its own, started by `flows.process`.
 
 Usually a fork of `tasks.fork_server`; also `python -m tasks.process EVENTS_FD`. The first line of stdin is the job as
 JSON. Events leave as JSON lines through a file descriptor of their own, so that stdout and stderr stay free for what
 libraries print. Stdin stays open for as long as the parent lives: its end ends this process and everything it started.
 """
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -14,11 +16,11 @@ import time
 import traceback
 from typing import Any, NamedTuple
 
-from schemas.config import parse_settings
+from schemas.config import RunConfig, parse_settings
 from schemas.errors import NPDError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from tasks.stage import execute
+from tasks.stage import execute, settle
 
 EVENT_SECONDS = 0.1
 """Least time between two progress events of one unit; the last one of a unit always goes out."""
@@ -32,7 +34,8 @@ MEMORY_SETTINGS = {
     "train": "lower `pack.max_tokens` or `train.loss_chunk`, keep `train.gradient_checkpointing: true`, "
     "or set `train.lora`",
     "export": "set `export.dtype: bfloat16`, or give the machine more memory",
-    "evaluate": "lower `evaluate.batch_tokens`",
+    "baseline": "lower `evaluate.batch_tokens` or `generate.batch_size` (of an RL run: `evaluate.batch_size`)",
+    "evaluate": "lower `evaluate.batch_tokens` or `generate.batch_size`",
     "rl": "lower `grpo.sequences_per_batch` or `grpo.max_new_tokens`, or keep `grpo.gradient_checkpointing: true`",
 }
 """What to change where a stage's memory runs out."""
@@ -44,16 +47,19 @@ class Job(NamedTuple):
     Args:
         place: The run's folder or URL.
         config: The resolved config as JSON values.
-        key: Stage name and round.
+        keys: Stage name and round of each stage, in order.
         log: Where this process's stdout and stderr go, for error messages.
         threads: CPU threads to use; None: the libraries' own choice.
+        lenders: Places of runs whose results of equal fingerprints are taken over; a stage whose own result stands is
+            then not run either. None: every stage runs.
     """
 
     place: str
     config: dict[str, Any]
-    key: tuple[str, int | None]
+    keys: list[tuple[str, int | None]]
     log: str
     threads: int | None = None
+    lenders: list[str] | None = None
 
     def to_line(self) -> bytes:
         """Return the job as the line the child reads."""
@@ -63,15 +69,14 @@ class Job(NamedTuple):
     def from_line(cls, line: bytes) -> "Job":
         """Parse what ``to_line`` wrote."""
         values = json.loads(line)
-        stage, round_index = values.pop("key")
-        return cls(key=(stage, round_index), **values)
+        return cls(keys=[(stage, round_index) for stage, round_index in values.pop("keys")], **values)
 
 
 def out_of_memory_hint(key: StageKey) -> str:
     """Return what to lower when stage ``key`` runs out of memory."""
     if key.stage == "train" and key.round == -1:
         return MEMORY_SETTINGS["train"].replace("train.", "warmup.").replace(", or set `warmup.lora`", "")
-    if key.round is None and key.stage in ("baseline", "evaluate"):
+    if key.round is None and key.stage == "evaluate":
         return "lower `evaluate.batch_size`"
     return MEMORY_SETTINGS.get(key.stage, "give the machine more memory")
 
@@ -122,17 +127,35 @@ def run_job(events_descriptor: int) -> int:
     stdin = _claim_stdin()
     job = Job.from_line(_read_line(stdin))
     threading.Thread(target=_end_with_parent, args=(stdin,), daemon=True).start()
-    key = StageKey(*job.key)
+    key = StageKey(*job.keys[0])
     if job.threads is not None:
         _limit_threads(job.threads)
     try:
-        execute(RunStore(job.place), parse_settings(job.config), key, events.progress)
+        store, config = RunStore(job.place), parse_settings(job.config)
+        if isinstance(config, RunConfig) and config.train.on_policy is not None:
+            # What it imports takes longer than a small run trains, and is no part of the stage's time.
+            importlib.import_module("tasks.train.on_policy")
+        lenders = None if job.lenders is None else [RunStore(place) for place in job.lenders]
+        for key in (StageKey(*named) for named in job.keys):
+            if lenders is None:
+                execute(store, config, key, events.progress)
+            else:
+                events.send({"event": "stage", "stage": key.stage, "round": key.round})
+                settle(store, config, key, lenders, events.progress)
+                _free_memory()
     except Exception as error:  # the boundary of the process: every error must reach the parent
         traceback.print_exc()
         events.send(describe_failure(error, key, job.log))
         return 1
     events.send({"event": "done"})
     return 0
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _limit_threads(threads: int) -> None:

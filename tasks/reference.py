@@ -1,29 +1,20 @@
 """Stage reference: the teacher's own responses, to held-out prompts for evaluation and to train prompts for warm-up."""
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from schemas.errors import PromptError
 from schemas.stage_key import WARMUP
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
 from tasks.language_model.ragged import Ragged
-from tasks.language_model.sources import start_model, teacher_model
-from tasks.rollout.context import longest_sequence, prompts_that_fit
-from tasks.rollout.engine import Finished, LazyEngine, Rollouts, SamplingSettings, TokenIds, open_engine
+from tasks.language_model.sources import ANSWERS_VERSION, start_model, teacher_model
+from tasks.rollout.context import longest_sequence
+from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from tasks.rollout.shards import Group, Respond, Shard
-
-ANSWERS_VERSION = "answers"
-"""``policy_version`` of responses that no model sampled."""
+    from tasks.rollout.shards import Group, Respond
 
 
 def run(job: StageJob) -> None:
@@ -38,6 +29,7 @@ def run(job: StageJob) -> None:
     """
     from tasks.language_model.chat import end_ids
     from tasks.language_model.loading import load_tokenizer
+    from tasks.rollout.answers import answered
     from tasks.rollout.prompts import fitting_prompts, of_split
     from tasks.rollout.shards import sampled, write_shards
 
@@ -63,7 +55,8 @@ def run(job: StageJob) -> None:
     if warmup is not None:
         train = of_split(table, "train").slice(0, warmup.prompts)
         if warmup.responses == "answers":
-            groups.append(_answers_group(job, train, tokenizer, context, ends))
+            prompts, tokens, respond = answered(job, train, tokenizer, context, ends, "warmup.responses")
+            groups.append(_group(prompts, tokens, respond, ANSWERS_VERSION))
         else:
             groups.append(answered_by_teacher(train, warmup.temperature, warmup.max_new_tokens))
     try:
@@ -85,52 +78,3 @@ def _group(prompts: pa.Table, tokens: Ragged, respond: "Respond", version: str) 
         round=WARMUP,
         prefix="ref",
     )
-
-
-def _answers_group(
-    job: StageJob, prompts: pa.Table, tokenizer: "PreTrainedTokenizerBase", context: int, ends: tuple[int, ...]
-) -> "Group":
-    """Answer with the prompts' own answers, each followed by the first end token.
-
-    Raises:
-        PromptError: an answer is missing, or does not fit with its prompt; names the source and row.
-    """
-    from tasks.rollout.prompts import encode_answers, fitting_prompts
-
-    require_answers(prompts)
-    prompts, tokens = fitting_prompts(job, prompts, tokenizer, context)
-    replies = encode_answers(tokenizer, prompts.column("answer"), ends[0])
-    fits = prompts_that_fit(
-        tokens.lengths,
-        context,
-        too_long=job.config.prompts.too_long,
-        sources=prompts.column("source"),
-        source_rows=prompts.column("source_row"),
-        reply_lengths=replies.lengths,
-    )
-    job.counters["dropped_prompts"] += int((~fits).sum())
-    replies = replies.filter(fits)
-
-    def respond(shards: Iterable["Shard"], finished: Finished) -> Iterator[tuple["Shard", Rollouts]]:
-        for shard in shards:
-            rows: list[TokenIds] = replies.rows(*shard.rows)
-            unsampled = [np.full(len(row), np.nan, np.float32) for row in rows]
-            finished(len(rows))
-            yield shard, Rollouts.from_rows(rows, unsampled, ends)
-
-    return _group(prompts.filter(pa.array(fits)), tokens.filter(fits), respond, ANSWERS_VERSION)
-
-
-def require_answers(prompts: pa.Table) -> None:
-    """Check that every prompt has an answer.
-
-    Raises:
-        PromptError: one has none; names its source and row.
-    """
-    missing = prompts.filter(pc.is_null(prompts.column("answer")))
-    if missing.num_rows:
-        raise PromptError(
-            f"{missing.column('source')[0].as_py()}: row {missing.column('source_row')[0].as_py()}: no answer, which "
-            f"`warmup.responses: answers` needs ({missing.num_rows} of {prompts.num_rows} prompts lack one); add them "
-            "or set `warmup.responses: teacher`"
-        )

@@ -6,7 +6,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -107,6 +107,38 @@ def current_manifest(store: RunStore, config: RunSettings, key: StageKey) -> Man
     if manifest is None or manifest.fingerprint != plan(store, config, key).fingerprint:
         return None
     return manifest if store.first_damage(manifest) is None else None
+
+
+def take_over(store: RunStore, config: RunSettings, key: StageKey, lenders: Sequence[RunStore]) -> Manifest | None:
+    """Copy a finished stage of equal fingerprint from the first of ``lenders`` that has one; None if none has.
+
+    Equal fingerprints mean equal version, settings, sources and inputs, so the copied manifest is true of this run too:
+    when and where its work was done, and how long it took.
+    """
+    fingerprint = plan(store, config, key).fingerprint
+    for lender in lenders:
+        manifest = lender.manifest(key)
+        if manifest is None or manifest.fingerprint != fingerprint or lender.first_damage(manifest) is not None:
+            continue
+        store.begin(key, fingerprint)
+        for record in manifest.outputs:
+            source = lender.fetch(lender.folder / record.path)
+            store.write_bytes(store.folder / record.path, source.read_bytes())
+        store.finish(key, manifest)
+        return manifest
+    return None
+
+
+def settle(
+    store: RunStore, config: RunSettings, key: StageKey, lenders: Sequence[RunStore], progress: Progress = no_progress
+) -> Manifest:
+    """Return the stage's manifest: its own if the result stands, else one taken over, else that of running it now.
+
+    Raises:
+        NPDError: whatever the stage found wrong.
+    """
+    standing = current_manifest(store, config, key) or take_over(store, config, key, lenders)
+    return standing or execute(store, config, key, progress)
 
 
 def execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progress = no_progress) -> Manifest:

@@ -12,7 +12,7 @@ from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import GENERATE, PROMPTS, TableSchema, score_schema, targets_type
+from schemas.tables import GENERATE, METRICS_FILE, PROMPTS, TableSchema, score_schema, targets_type
 
 
 def make_config(root: Path, **sections: Any) -> RunConfig:
@@ -32,12 +32,15 @@ def make_store(tmp_path: Path, config: RunConfig) -> RunStore:
     return RunStore.create(config.model_copy(update={"root": str(tmp_path)}))
 
 
-def finish_stage(store: RunStore, key: StageKey, schema: TableSchema, shards: Sequence[pa.Table]) -> Manifest:
+def finish_stage(
+    store: RunStore, key: StageKey, schema: TableSchema, shards: Sequence[pa.Table], **counters: Any
+) -> Manifest:
     """Write ``shards`` as the stage's table and complete it; what was there before goes."""
     store.supersede(key)
     store.begin(key, "test")
     for index, shard in enumerate(shards):
-        store.write_table(store.part(key, index), shard, schema)
+        metrics = key.stage in ("evaluate", "baseline")
+        store.write_table(store.path(key, METRICS_FILE) if metrics else store.part(key, index), shard, schema)
     manifest = Manifest(
         stage=key.stage,
         round=key.round,
@@ -50,7 +53,7 @@ def finish_stage(store: RunStore, key: StageKey, schema: TableSchema, shards: Se
         finished=now_iso(),
         host="test",
         packages={},
-        counters={},
+        counters=counters,
     )
     store.finish(key, manifest)
     return manifest

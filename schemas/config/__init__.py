@@ -1,6 +1,7 @@
 """The config of a run: pydantic models that are also its manual. `npd config` prints every field."""
 
 from schemas.config.base import Section
+from schemas.config.comparison import BASE, ComparisonConfig, MethodConfig, load_comparison, method_config
 from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
 from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
@@ -19,6 +20,7 @@ from schemas.config.stages import (
     EvaluateConfig,
     FilterConfig,
     GenerateConfig,
+    LmEvalConfig,
     PackConfig,
     Quantile,
     ScoreConfig,
@@ -28,12 +30,15 @@ from schemas.config.training import (
     ExportConfig,
     GuardConfig,
     LoraConfig,
+    OnPolicyConfig,
     OptimizerConfig,
     TrainConfig,
     WarmupConfig,
 )
 
 __all__ = [
+    "BASE",
+    "ComparisonConfig",
     "DatasetSource",
     "DevicesConfig",
     "EvaluateConfig",
@@ -43,8 +48,11 @@ __all__ = [
     "GenerateConfig",
     "GuardConfig",
     "JsonlSource",
+    "LmEvalConfig",
     "LoraConfig",
+    "MethodConfig",
     "ModelSource",
+    "OnPolicyConfig",
     "OptimizerConfig",
     "PackConfig",
     "ParquetSource",
@@ -66,7 +74,9 @@ __all__ = [
     "apply_overrides",
     "fields_markdown",
     "load_as",
+    "load_comparison",
     "load_config",
+    "method_config",
     "parse_as",
     "parse_config",
     "parse_settings",

@@ -23,7 +23,8 @@ from schemas.untrusted_text import readable
 _MOST_PROBLEMS = 8
 """Problems that one error lists."""
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=Section)
+R = TypeVar("R", bound=RunSettings)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -41,7 +42,7 @@ def parse_settings(values: dict[str, Any], *, origin: str = "config") -> RunSett
     return parse_as(RLConfig if values.get("kind") == "rl" else RunConfig, values, origin=origin)
 
 
-def load_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+def load_as(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read a YAML config, apply ``key.sub=value`` overrides, and resolve its relative paths.
 
     Paths of prompts, models and chat templates that exist relative to the config file's folder are made absolute;
@@ -57,23 +58,15 @@ def load_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S
     return parse_as(kind, apply_overrides(values, overrides), origin=str(path), folder=path.parent)
 
 
-def parse_as(kind: type[S], values: dict[str, Any], *, origin: str = "config", folder: Path | None = None) -> S:
+def parse_as(kind: type[R], values: dict[str, Any], *, origin: str = "config", folder: Path | None = None) -> R:
     """Validate ``values``; with ``folder``, resolve relative paths against it.
 
     Raises:
         ConfigError: names every unknown key (and the nearest known one) and every value out of range.
     """
-    if problems := value_problems(values):
-        raise _config_error(origin, problems)
     if values.get("kind") == "rl" and not issubclass(kind, RLConfig):
         raise ConfigError(f"{origin}: is the config of an RL run, which `npd rl` runs and continues")
-    try:
-        config = kind.model_validate(values)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        raise _config_error(
-            origin, [_explain(kind, detail) for detail in details[: _MOST_PROBLEMS + 1]], len(details)
-        ) from None
+    config = parse_section(values, kind, origin)
     if folder is None:
         return config
     try:
@@ -81,6 +74,23 @@ def parse_as(kind: type[S], values: dict[str, Any], *, origin: str = "config", f
     except (OSError, RuntimeError) as error:
         # A home folder that nobody has, a name too long for the disk, links in a circle.
         raise ConfigError(f"{origin}: a path in it cannot be looked up: {readable(str(error))}") from None
+
+
+def parse_section(values: dict[str, Any], kind: type[S], origin: str) -> S:
+    """Validate ``values`` as the section ``kind``.
+
+    Raises:
+        ConfigError: names every unknown key (and the nearest known one) and every value out of range.
+    """
+    if problems := value_problems(values):
+        raise _config_error(origin, problems)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise _config_error(
+            origin, [_explain(detail, kind) for detail in details[: _MOST_PROBLEMS + 1]], len(details)
+        ) from None
 
 
 def _config_error(origin: str, problems: Sequence[str], count: int | None = None) -> ConfigError:
@@ -105,26 +115,44 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         shown = "…" if holds_secret(key) else readable(f"{key}=…" if separator else key)
         if not separator or not all(key.split(".")):
             raise ConfigError(f"--set {shown}: write it as key.sub=value, for example train.kd_weight=0.5")
-        value = parse_document(text, f"--set {shown}: the value is not YAML")
-        *parents, last = key.split(".")
-        node: Any = result
-        for depth, name in enumerate([*parents, last]):
-            if isinstance(node, list):
-                entry = _list_item(node, name, shown)
-                if depth == len(parents):
-                    node[int(name)] = value
-                node = entry
-                continue
-            if not isinstance(node, dict):
-                raise ConfigError(f"--set {shown}: {readable('.'.join(parents[:depth]))} is not a section")
-            if depth == len(parents):
-                node[last] = value
-            elif node.get(name) is None:
-                node[name] = {}
-                node = node[name]
-            else:
-                node = node[name]
+        _put(result, key, parse_document(text, f"--set {shown}: the value is not YAML"), f"--set {shown}")
     return result
+
+
+def with_values(values: dict[str, Any], changes: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Return ``values`` with each ``a.b: value`` of ``changes`` set.
+
+    Raises:
+        ConfigError: a key reaches into a plain value; begins with ``origin``.
+    """
+    result: dict[str, Any] = _copied(values)
+    for key, value in changes.items():
+        if not all(key.split(".")):
+            raise ConfigError(f"{origin}: {readable(key)}: write it as key.sub, for example train.kd_weight")
+        _put(result, key, _copied(value), f"{origin}: {readable(key)}")
+    return result
+
+
+def _put(result: dict[str, Any], key: str, value: Any, shown: str) -> None:
+    """Set one ``a.b`` in place; ``shown`` begins errors."""
+    *parents, last = key.split(".")
+    node: Any = result
+    for depth, name in enumerate([*parents, last]):
+        if isinstance(node, list):
+            entry = _list_item(node, name, shown)
+            if depth == len(parents):
+                node[int(name)] = value
+            node = entry
+            continue
+        if not isinstance(node, dict):
+            raise ConfigError(f"{shown}: {readable('.'.join(parents[:depth]))} is not a section")
+        if depth == len(parents):
+            node[last] = value
+        elif node.get(name) is None:
+            node[name] = {}
+            node = node[name]
+        else:
+            node = node[name]
 
 
 def _copied(value: Any) -> Any:
@@ -136,16 +164,16 @@ def _copied(value: Any) -> Any:
 
 def _list_item(node: list[Any], name: str, shown: str) -> Any:
     if not name.isdecimal() or len(name) > 9 or int(name) >= len(node):
-        raise ConfigError(f"--set {shown}: `{readable(name)}` is not one of the list's {len(node)} entries (from 0)")
+        raise ConfigError(f"{shown}: `{readable(name)}` is not one of the list's {len(node)} entries (from 0)")
     return node[int(name)]
 
 
-def _explain(kind: type[Section], detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, kind: type[Section]) -> str:
     location = [part for part in detail["loc"] if not _is_union_tag(part)]
     key = readable(".".join(str(part) for part in location), 80) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(kind, detail["loc"][:-1])
+        known = _known_keys(detail["loc"][:-1], kind)
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
         hint = f"did you mean `{nearest[0]}`?" if nearest else ""
         return f"{key}: unknown key; {hint} Known here: {', '.join(known)}"
@@ -164,8 +192,8 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and part in _TAGS
 
 
-def _known_keys(kind: type[Section], location: Sequence[int | str]) -> list[str]:
-    """Return the field names of the section at ``location``, following lists and tagged unions."""
+def _known_keys(location: Sequence[int | str], kind: type[Section]) -> list[str]:
+    """Return the field names of the section at ``location`` in ``kind``, following lists, names and tagged unions."""
     candidates: list[type[Section]] = [kind]
     for part in location:
         if isinstance(part, int):
@@ -175,6 +203,9 @@ def _known_keys(kind: type[Section], location: Sequence[int | str]) -> list[str]
             candidates = tagged or candidates
             continue
         annotations = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
+        if not annotations:
+            # A name that users choose, of a mapping of sections.
+            continue
         candidates = [section for annotation in annotations for section in _sections(annotation)]
     return sorted({name for candidate in candidates for name in candidate.model_fields})
 
@@ -187,12 +218,12 @@ def _is_tagged(section: type[Section], tag: str) -> bool:
 def _sections(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    if get_origin(annotation) in (Union, UnionType, Annotated, list):
+    if get_origin(annotation) in (Union, UnionType, Annotated, list, dict):
         return [section for argument in get_args(annotation) for section in _sections(argument)]
     return []
 
 
-def _resolve_paths(config: S, folder: Path) -> S:
+def _resolve_paths(config: R, folder: Path) -> R:
     def resolved(text: str | None) -> str | None:
         if text is None or "://" in text:
             return text
@@ -218,6 +249,14 @@ def _resolve_paths(config: S, folder: Path) -> S:
             "teacher": config.teacher.model_copy(update={"model": resolved(config.teacher.model)}),
             "student": config.student.model_copy(update=student),
             "prompts": beside_all(config.prompts),
+            "evaluate": config.evaluate.model_copy(
+                update={
+                    "lm_eval": config.evaluate.lm_eval
+                    and config.evaluate.lm_eval.model_copy(
+                        update={"include_path": resolved(config.evaluate.lm_eval.include_path)}
+                    )
+                }
+            ),
         }
     elif isinstance(config, RLConfig):
         update = {

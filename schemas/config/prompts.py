@@ -101,6 +101,10 @@ class PromptsConfig(Section):
     held_out: int = Field(default=64, ge=1)
     """Prompts set aside for evaluation. They never reach training."""
 
+    split_seed: int | None = Field(default=None, ge=0, lt=2**31)
+    """Seed of which prompts are kept and which held out; null: the run's seed. Set it where runs of several seeds are
+    measured on the same prompts."""
+
     limit: int | None = Field(default=None, ge=2)
     """Keep only so many prompts in all, chosen by seed; null: all."""
 

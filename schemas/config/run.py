@@ -100,7 +100,49 @@ class RunConfig(RunSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_prompt_has_one_answer(self) -> "RunConfig":
+        if self.generate.policy == "answers" and self.generate.samples_per_prompt != 1:
+            raise ValueError("`generate.policy: answers` has one response a prompt: `generate.samples_per_prompt: 1`")
+        return self
+
+    @model_validator(mode="after")
+    def _only_the_students_own_samples_age(self) -> "RunConfig":
+        if self.generate.policy != "student" and self.train.guard.action != "warn":
+            raise ValueError(
+                f"`train.guard.action: {self.train.guard.action}` watches the policy KL, which there is only with "
+                "`generate.policy: student`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _on_policy_training_is_one_round(self) -> "RunConfig":
+        if self.train.on_policy is None:
+            return self
+        if self.train.steps_per_round is None or self.rounds != 1:
+            raise ValueError("`train.on_policy` needs `rounds: 1` and `train.steps_per_round`, its optimizer steps")
+        if self.train.lora is not None or self.generate.policy != "student":
+            raise ValueError(
+                "`train.on_policy` trains all weights on the student's samples: no `lora`, no other policy"
+            )
+        return self
+
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole training run; the cosine schedule spans them."""
+        """Epochs of the whole training run, which the cosine schedule spans where rounds are counted in epochs."""
         return self.rounds * self.train.epochs_per_round
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole training run, which the schedule then spans; None: rounds count in epochs."""
+        return None if self.train.steps_per_round is None else self.rounds * self.train.steps_per_round
+
+    @property
+    def split_seed(self) -> int:
+        """Seed of which prompts are kept and which held out."""
+        return self.seed if self.prompts.split_seed is None else self.prompts.split_seed
+
+    @property
+    def is_near_policy(self) -> bool:
+        """Whether the student learns from samples of its own snapshots, made before it trains."""
+        return self.generate.policy == "student" and self.train.on_policy is None

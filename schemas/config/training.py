@@ -82,11 +82,40 @@ class OptimizerConfig(Section):
         return self
 
 
+class OnPolicyConfig(Section):
+    """On-policy distillation by TRL's `DistillationTrainer`: every optimizer step samples its own batch.
+
+    Nothing is scored, filtered or packed; needs one round of `train.steps_per_round` steps. The loss is TRL's, over the
+    whole vocabulary; `kd_weight`, `kd_form`, `packs_per_step` and the guard have no part in it.
+    """
+
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Prompts in one optimizer step, each answered once."""
+
+    batch_prompts: int | None = Field(default=None, ge=1)
+    """Prompts in one forward and backward pass, a divisor of `prompts_per_step`; null: all of a step at once."""
+
+    beta: float = Field(default=0.0, ge=0, le=1)
+    """0: forward KL, as near-policy distillation takes; 1: reverse KL; between: generalised Jensen-Shannon."""
+
+    @model_validator(mode="after")
+    def _batches_fill_a_step(self) -> "OnPolicyConfig":
+        if self.batch_prompts is not None and self.prompts_per_step % self.batch_prompts:
+            raise ValueError(
+                f"`batch_prompts` {self.batch_prompts} does not divide `prompts_per_step` {self.prompts_per_step}"
+            )
+        return self
+
+
 class TrainConfig(OptimizerConfig):
     """Stage train: L = (1 - kd_weight) CE + kd_weight KD, one run over all rounds."""
 
     epochs_per_round: int = Field(default=5, ge=1)
     """Passes over a round's packs before the sampler is refreshed. The paper: 10 epochs in two rounds."""
+
+    steps_per_round: int | None = Field(default=None, ge=1)
+    """Optimizer steps of a round, over its packs again and again, in place of `epochs_per_round`; null: whole epochs.
+    Runs of different filters then take equally many steps."""
 
     kd_weight: float = Field(default=0.9, ge=0, le=1)
     """Lambda: weight of the top-k forward KL against the hard-label loss."""
@@ -101,6 +130,9 @@ class TrainConfig(OptimizerConfig):
 
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; null: all weights."""
+
+    on_policy: OnPolicyConfig | None = None
+    """Not near-policy distillation but the on-policy baseline; null: the method."""
 
 
 class WarmupConfig(OptimizerConfig):

@@ -28,6 +28,7 @@ class Epochs:
         before: Epochs before the round; no whole number if the guard ended one early.
         epochs: Epochs of the round at most.
         total: Epochs of the whole run.
+        total_steps: Optimizer steps of the whole run, where `train.steps_per_round` fixes them.
     """
 
     settings: OptimizerConfig
@@ -37,6 +38,7 @@ class Epochs:
     before: float
     epochs: float
     total: int
+    total_steps: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,7 +54,8 @@ class Epochs:
         """Return the rate that each step (counted from 1) was taken with: linear warm-up, then one cosine."""
         settings = self.settings
         epoch = self.before + (steps - 1 - self.start_step) / self.steps_per_epoch
-        progress = np.clip(epoch / self.total, 0.0, 1.0)
+        done = epoch / self.total if self.total_steps is None else (steps - 1) / self.total_steps
+        progress = np.clip(done, 0.0, 1.0)
         ratio = settings.warmup_ratio
         fall = np.maximum(progress - ratio, 0.0) / (1 - ratio)
         cosine = 0.5 * (1 + np.cos(np.pi * fall))
@@ -106,9 +109,12 @@ def epochs_of(config: RunConfig, round_index: int, packs: int, start_step: int, 
         assert config.warmup is not None, "a warm-up that trained has settings"
         return Epochs(config.warmup, config.seed, packs, 0, 0.0, config.warmup.epochs, config.warmup.epochs)
     last = round_index == config.rounds - 1
-    # The last round takes the epochs that the guard cut off earlier ones.
+    # The last round takes the epochs, or steps, that the guard cut off earlier ones.
     epochs = config.total_epochs - before if last else config.train.epochs_per_round
-    return Epochs(config.train, config.seed, packs, start_step, before, epochs, config.total_epochs)
+    if config.train.steps_per_round is not None and config.total_steps is not None:
+        steps = config.total_steps - start_step if last else config.train.steps_per_round
+        epochs = steps / math.ceil(packs / config.train.packs_per_step)
+    return Epochs(config.train, config.seed, packs, start_step, before, epochs, config.total_epochs, config.total_steps)
 
 
 def pack_costs(seq_lengths: Ragged, width: int) -> NDArray[np.float64]:

@@ -16,10 +16,9 @@ from tasks.audit.rollout_index import PromptIndex, RolloutIndex
 from tasks.audit.tables import shards
 from tasks.graph import MODELS, PROMPTS, sampling_policy
 from tasks.language_model.ragged import Ragged
-from tasks.language_model.sources import resolved_models
+from tasks.language_model.sources import ANSWERS_VERSION, resolved_models
 from tasks.prompts.messages import prompt_id
 from tasks.prompts.split import drawn_order
-from tasks.reference import ANSWERS_VERSION
 from tasks.rollout.seeds import sample_seed
 
 _BATCH_ROWS = 4096
@@ -53,7 +52,7 @@ def check_prompts(audit: Audit, key: StageKey) -> None:
     )
     _check_distinct(audit, key, prompts.ids, "prompt_id")
     # The drawn order of any subset is that of the whole, so the held-out prompts are the first of those that are here.
-    order = drawn_order(prompts.ids.to_pylist(), audit.config.seed)
+    order = drawn_order(prompts.ids.to_pylist(), audit.config.split_seed)
     expected_split = np.zeros(len(order), bool)
     expected_split[order[: audit.config.prompts.held_out]] = True
     audit.expect_rows(
@@ -108,7 +107,8 @@ def check_rollouts(audit: Audit, key: StageKey) -> None:
     """Check a rollout table against the prompts it answers and the weights that sampled it."""
     if not audit.needs(key, key, PROMPTS, MODELS) or audit.prompts is None:
         return
-    sampler = MODELS if key.round is None else sampling_policy(audit.config, key.round)
+    own = key.round is not None and audit.config.generate.policy == "student"
+    sampler = sampling_policy(audit.config, key.round) if own and key.round is not None else MODELS
     if key.round is not None and not audit.needs(key, sampler):
         return
     try:
@@ -116,8 +116,12 @@ def check_rollouts(audit: Audit, key: StageKey) -> None:
     except (TypeError, ValueError):
         audit.broken(f"{MODELS.folder}/models.json", "is not what stage `models` writes")
         return
-    expected_version = teacher if key.round is None else weights_version(audit.manifests[sampler], sampler)
-    step = 0 if key.round is None else policy_steps(audit, sampler)
+    if own:
+        expected_version = weights_version(audit.manifests[sampler], sampler)
+    else:
+        answers = key.round is not None and audit.config.generate.policy == "answers"
+        expected_version = ANSWERS_VERSION if answers else teacher
+    step = policy_steps(audit, sampler)
     parts = [
         _check_shard(audit, key, name, table, expected_version, step) for name, _, table in shards(audit, key, _COLUMNS)
     ]
@@ -169,7 +173,8 @@ def _check_shard(
     prompts, responses, sampled = (
         Ragged.from_arrow(table.column(c)) for c in ("prompt_ids", "response_ids", "sampled_logprobs")
     )
-    if key.round is not None and audit.config.score.student_logprobs == "sampled":
+    scored = audit.config.score.student_logprobs == "sampled" and audit.config.generate.policy == "student"
+    if key.round is not None and scored:
         missing = np.zeros(len(sampled.values) + 1, np.int64)
         np.cumsum(~np.isfinite(sampled.values), out=missing[1:])
         finite = np.diff(missing[sampled.offsets]) == 0

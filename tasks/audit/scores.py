@@ -77,7 +77,8 @@ def _check_arithmetic(audit: Audit, name: str, table: pa.Table, sampled_nll: NDA
             agree(f"{model}_ifd", ratio, "its negative log-likelihoods", np.minimum(scale, 1e6) * 1e-2)
         teacher, student = value["teacher_ifd"], value["student_ifd"]
         agree("delta_ifd", teacher - student, "the two IFD values", np.abs(teacher) + np.abs(student))
-        if settings.student_logprobs == "sampled" and settings.context == "header":
+        own = settings.student_logprobs == "sampled" and audit.config.generate.policy == "student"
+        if own and settings.context == "header":
             agree("student_nll", sampled_nll, "the sampler's own log-probabilities")
 
 

@@ -188,7 +188,7 @@ def _prompt(store: RunStore, found: Found) -> Section:
 def _sampler(store: RunStore, config: RunConfig, found: Found) -> Section:
     values = found.values
     section = {"policy_version": values["policy_version"], "policy_step": values["policy_step"]}
-    if found.key.round is None:
+    if found.key.round is None or config.generate.policy != "student":
         return {"model": "the teacher, or the prompt's own answer"} | section
     sampler = sampling_policy(config, found.key.round)
     manifest = store.manifest(sampler)

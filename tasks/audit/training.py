@@ -12,15 +12,16 @@ from tasks.audit.epochs import Epochs, epochs_of, pack_costs, pack_key, student_
 from tasks.audit.findings import Audit
 from tasks.audit.rollouts import policy_steps, require_models
 from tasks.audit.tables import shards
-from tasks.graph import MODELS, REFERENCE, sampled_round, sampling_policy
+from tasks.graph import MODELS, sampled_round, sampling_policy
 from tasks.language_model.ragged import Ragged
-
-_METRICS = {"kl_teacher_student", "kl_student_teacher", "top1_agreement"}
 
 
 def check_training(audit: Audit, key: StageKey) -> None:
     """Check a train stage's steps: one after another, as the schedule fixes them, over the tokens of its packs."""
     assert key.round is not None
+    if key.round != WARMUP and audit.config.train.on_policy is not None:
+        audit.report.unchecked.append(f"{key.label}: its steps, whose samples are not kept (`train.on_policy`)")
+        return
     packs = pack_key(audit.config, key.round)
     if not audit.needs(key, key, packs, MODELS):
         return
@@ -79,7 +80,7 @@ def _check_steps(audit: Audit, key: StageKey, table: pa.Table, epochs: Epochs) -
     expect("round", np.full(len(steps), key.round), "should be")
     expect("epoch", epochs.before + (steps - epochs.start_step) / epochs.steps_per_epoch, "the schedule makes it")
     expect("learning_rate", epochs.learning_rates(steps), "the schedule makes it")
-    if key.round != WARMUP:
+    if key.round != WARMUP and audit.config.is_near_policy:
         sampler = sampling_policy(audit.config, sampled_round(audit.config, key.round))
         sampled_at = policy_steps(audit, sampler)
         if sampled_at is not None:
@@ -92,7 +93,8 @@ def _check_steps(audit: Audit, key: StageKey, table: pa.Table, epochs: Epochs) -
 def _check_counters(audit: Audit, key: StageKey, steps: pa.Table, epochs: Epochs) -> None:
     last = int(steps.column("step")[-1].as_py()) if steps.num_rows else epochs.start_step
     guard = audit.config.train.guard
-    may_end_early = key.round != WARMUP and guard.action == "refresh" and epochs.before + epochs.epochs < epochs.total
+    comes_last = key.round == WARMUP or key.round == audit.config.rounds - 1
+    may_end_early = guard.action == "refresh" and not comes_last
     if last > epochs.end_step or (last < epochs.end_step and not may_end_early):
         audit.broken(key.folder, f"ends at optimizer step {last}; the schedule ends the round at {epochs.end_step}")
     audit.expect_counter(key, "start_step", epochs.start_step)
@@ -137,23 +139,3 @@ def check_export(audit: Audit, key: StageKey) -> None:
     steps = policy_steps(audit, key)
     if steps is not None:
         audit.expect_counter(key, "policy_step", steps)
-
-
-def check_evaluation(audit: Audit, key: StageKey) -> None:
-    """Check that an evaluation has its metrics, of its round, over the held-out references."""
-    if not audit.needs(key, key, REFERENCE) or REFERENCE not in audit.rollouts:
-        return
-    references = audit.rollouts[REFERENCE]
-    tokens = int(references.response_tokens[references.held_out].sum())
-    ((name, _, table),) = shards(audit, key, ["round", "metric", "value", "n", "stderr"])
-    ids = table.column("metric")
-    rounds, counts = table.column("round").to_numpy(), table.column("n").to_numpy()
-    audit.expect_rows(name, 0, ids, "round", rounds == key.round, lambda i: f"{rounds[i]}, should be {key.round}")
-    audit.expect_rows(
-        name, 0, ids, "n", counts == tokens, lambda i: f"{counts[i]}, the held-out references have {tokens} tokens"
-    )
-    finite = np.isfinite(table.column("value").to_numpy()) & np.isfinite(table.column("stderr").to_numpy())
-    audit.expect_rows(name, 0, ids, "value", finite, lambda i: "is not finite")
-    missing = _METRICS - set(ids.to_pylist())
-    if missing:
-        audit.broken(name, f"lacks {', '.join(sorted(missing))}")

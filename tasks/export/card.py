@@ -27,9 +27,9 @@ class Lineage:
         config_hash: Of the resolved config.
         version: Hash of the exported weights, as the tables' `policy_version` names them.
         teacher_version: Hash of the teacher's weights.
-        sampled_by: Hash of the policy that sampled what they learned from; None in the warm-up.
+        sampled_by: Hash of the policy that sampled what they learned from; None in warm-up and on-policy training.
         prompts: Fingerprint of the prompts table.
-        packs: Fingerprint of the packs.
+        packs: Fingerprint of the packs; None in on-policy training.
         training: Fingerprint of the training stage's inputs and settings.
         metrics: The last row of the training metrics; empty if it took no step.
     """
@@ -40,7 +40,7 @@ class Lineage:
     teacher_version: str
     sampled_by: str | None
     prompts: str
-    packs: str
+    packs: str | None
     training: str
     metrics: dict[str, Any]
 
@@ -57,6 +57,7 @@ def model_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
     pruned = "" if config.student.init == "pretrained" else "layers of "
     student = pruned + code_markdown(source.model or "")
     names = [*_METRICS] if key.round != WARMUP else ["step", "epoch", "loss", "ce"]
+    nobody = "nobody: warm-up" if key.round == WARMUP else "itself: on-policy"
     rows = [
         ("teacher", f"{code_markdown(config.teacher.model)}{_revision(config.teacher.revision)}"),
         ("teacher's weights", f"`{lineage.teacher_version}`"),
@@ -64,9 +65,9 @@ def model_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
         ("run id", f"`{lineage.run_id}`"),
         ("config hash", f"`{lineage.config_hash}`"),
         ("policy version of these weights", f"`{lineage.version}`"),
-        ("sampled by policy version", "nobody: warm-up" if lineage.sampled_by is None else f"`{lineage.sampled_by}`"),
+        ("sampled by policy version", nobody if lineage.sampled_by is None else f"`{lineage.sampled_by}`"),
         ("prompts (fingerprint)", f"`{lineage.prompts}`"),
-        ("packs (fingerprint)", f"`{lineage.packs}`"),
+        ("packs (fingerprint)", "none" if lineage.packs is None else f"`{lineage.packs}`"),
         ("training (fingerprint)", f"`{lineage.training}`"),
     ]
     return "\n".join(

@@ -49,15 +49,16 @@ def export_student(job: StageJob) -> None:
 def _lineage(job: StageJob, record: RunRecord, trained: Manifest, weights: Path) -> Lineage:
     store, config = job.store, job.config
     sampled = sampled_round(config, job.round)
+    on_policy = job.round != WARMUP and config.train.on_policy is not None
     metrics = store.read_table(StageKey("train", job.round), TRAIN_METRICS)
     return Lineage(
         run_id=record.run_id,
         config_hash=record.config_hash,
         version=weights_version((path.name, hash_file(path)) for path in sorted(weights.glob("*.safetensors"))),
         teacher_version=resolved_models(store).teacher_version,
-        sampled_by=None if sampled == WARMUP else policy_version(store, config, sampled),
+        sampled_by=None if sampled == WARMUP or on_policy else policy_version(store, config, sampled),
         prompts=store.finished(PROMPTS).outputs_fingerprint,
-        packs=store.finished(StageKey("pack", sampled)).outputs_fingerprint,
+        packs=None if on_policy else store.finished(StageKey("pack", sampled)).outputs_fingerprint,
         training=trained.fingerprint,
         metrics=metrics.slice(metrics.num_rows - 1).to_pylist()[0] if metrics.num_rows else {},
     )

@@ -17,6 +17,9 @@ from tasks.graph import MODELS, initial_policy, result_policy, sampling_policy
 
 PACKAGE_SCHEME = "package://"
 
+ANSWERS_VERSION = "answers"
+"""``policy_version`` of responses that no model sampled."""
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -128,7 +131,12 @@ def exported_folder(store: RunStore, key: StageKey) -> Path:
 
 
 def policy_version(store: RunStore, config: RunConfig, round_index: int) -> str:
-    """Return the version of the student that samples round ``round_index``; see ``policy_model``."""
+    """Return the version of what answers the prompts of round ``round_index``: the student's snapshot, unless
+    `generate.policy` says otherwise."""
+    if config.generate.policy == "answers":
+        return ANSWERS_VERSION
+    if config.generate.policy == "teacher":
+        return resolved_models(store).teacher_version
     return _recorded_version(store, sampling_policy(config, round_index))
 
 

@@ -15,7 +15,7 @@ def run(job: StageJob) -> None:
     Raises:
         PromptError: a source is missing, empty or has rows that cannot be used, or nothing is left to train on.
     """
-    table, counters = prompts_table(job.config.prompts, job.config.seed, job.progress)
+    table, counters = prompts_table(job.config.prompts, job.config.split_seed, job.progress)
     job.store.write_table(job.store.part(job.key, 0), table, PROMPTS)
     job.counters.update(counters)
 

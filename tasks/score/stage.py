@@ -163,7 +163,7 @@ def score_round(job: StageJob) -> None:
     unlearned = [shard for shard in untaught if not shard.student.is_file()]
     checks = store.path(job.key, "check.parquet")
     checked = None
-    if unlearned and settings.student_logprobs == "sampled" and settings.check_samples and not checks.is_file():
+    if unlearned and _has_sampled_logprobs(job) and settings.check_samples and not checks.is_file():
         rows = checked_rows(sum(s.rows for s in shards), settings.check_samples, [job.config.seed, job.round])
         checked = read_rows(job, shards, rows)
     total = _tokens_to_score(job, untaught, bare) + (checked.tokens if checked is not None else 0)
@@ -188,6 +188,11 @@ def score_round(job: StageJob) -> None:
         store.remove(path)
 
 
+def _has_sampled_logprobs(job: StageJob) -> bool:
+    """Say whether the student's log-probabilities came with its samples: others' responses have none of it."""
+    return job.config.score.student_logprobs == "sampled" and job.config.generate.policy == "student"
+
+
 def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> int:
     """Count the tokens of both models' passes; check what the sampler left before any model is loaded."""
     total = 0
@@ -197,10 +202,10 @@ def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> in
         if shard.student.is_file():
             continue
         total += unconditional
-        if job.config.score.student_logprobs == "prefill":
-            total += read.tokens
-        else:
+        if _has_sampled_logprobs(job):
             require_sampled(read, job.store.relative(shard.source))
+        else:
+            total += read.tokens
     return total
 
 
@@ -222,7 +227,7 @@ def _score_by_student(
             settings,
             top_k=0,
             shared_vocab=ref.shared_vocab,
-            sampled=read.sampled.values if settings.student_logprobs == "sampled" else None,
+            sampled=read.sampled.values if _has_sampled_logprobs(job) else None,
             on_tokens=on_tokens,
         )
         _require_finite("student", read, scored.nll, bare)

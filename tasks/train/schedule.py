@@ -16,7 +16,8 @@ from tasks.language_model.ragged import Ragged
 class RoundSchedule:
     """Where a round lies in the whole training run.
 
-    The schedule runs over epochs, not steps: how many steps later rounds have is known only when they are packed.
+    The schedule runs over epochs, not steps: how many steps later rounds have is known only when they are packed;
+    unless `train.steps_per_round` fixes the steps of all of them.
 
     Args:
         start_step: Optimizer steps before this round.
@@ -25,6 +26,7 @@ class RoundSchedule:
         epochs_before: Epochs of earlier rounds; no whole number if the guard ended one early.
         epochs: Epochs of this round.
         total_epochs: Epochs of the whole run.
+        total_steps: Optimizer steps of the whole run where they are fixed, which the schedule then runs over.
     """
 
     start_step: int
@@ -33,6 +35,7 @@ class RoundSchedule:
     epochs_before: float
     epochs: float
     total_epochs: int
+    total_steps: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -42,6 +45,8 @@ class RoundSchedule:
     @property
     def is_last(self) -> bool:
         """Whether no round comes after."""
+        if self.total_steps is not None:
+            return self.end_step >= self.total_steps
         return self.epochs_before + self.epochs >= self.total_epochs
 
     @property
@@ -56,7 +61,8 @@ class RoundSchedule:
 
     def learning_rate(self, step: int, peak: float, floor: float, warmup_ratio: float) -> float:
         """Return the rate after ``step`` steps: a linear rise over ``warmup_ratio`` of the run, then a cosine."""
-        progress = min(max(self.epoch(step) / self.total_epochs, 0.0), 1.0)
+        done = self.epoch(step) / self.total_epochs if self.total_steps is None else step / self.total_steps
+        progress = min(max(done, 0.0), 1.0)
         if progress < warmup_ratio:
             return peak * progress / warmup_ratio
         fall = (progress - warmup_ratio) / (1 - warmup_ratio)

@@ -1,5 +1,6 @@
 """Training one round of a run, or its warm-up."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from tasks.train.trainer import NearPolicyTrainer
 
 def train_round(job: StageJob) -> None:
     """Train, write ``metrics.parquet`` and keep the last checkpoint for the next round and for export."""
+    if job.round != WARMUP and job.config.train.on_policy is not None:
+        from tasks.train.on_policy import train_on_policy
+
+        train_on_policy(job)
+        return
     store, config = job.store, job.config
     warmup = job.round == WARMUP
     settings: OptimizerConfig = config.train
@@ -37,7 +43,8 @@ def train_round(job: StageJob) -> None:
         [store.fetch(path) for path in store.table_files(StageKey("pack", sampled_round(config, job.round)))]
     )
     schedule = round_schedule(job, settings, len(reader))
-    guard = None if warmup else config.train.guard
+    # What the student did not sample has no policy to stay near.
+    guard = config.train.guard if not warmup and config.is_near_policy else None
     resume = resume_point(job)
     state = TrainerState() if resume is None else read_state(resume)
     if not is_over(state, schedule, guard):
@@ -65,6 +72,7 @@ def train_round(job: StageJob) -> None:
                     0.0 if warmup else config.train.kd_weight, config.train.kd_form, settings.loss_chunk
                 ),
                 guard=guard,
+                measures_policy_kl=not warmup and config.is_near_policy,
                 peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
                 on_steps=lambda done, total: job.progress(done, total, "steps"),
                 checkpoint_folder=lambda step: keep_checkpoint(job, step),
@@ -96,8 +104,8 @@ def train_round(job: StageJob) -> None:
 
 
 def sampler_step(job: StageJob) -> int | None:
-    """Return the optimizer steps of the weights that sampled what the round trains on; None for the warm-up."""
-    if job.round == WARMUP:
+    """Return the optimizer steps of the student that sampled what the round trains on; None where it did not."""
+    if job.round == WARMUP or not job.config.is_near_policy:
         return None
     sampler = sampling_policy(job.config, sampled_round(job.config, job.round)).round
     if sampler is None or sampler == WARMUP:
@@ -117,25 +125,30 @@ def is_over(state: TrainerState, schedule: RoundSchedule, guard: GuardConfig | N
 def round_schedule(job: StageJob, settings: OptimizerConfig, packs: int) -> RoundSchedule:
     """Return where this round lies in the run (the warm-up is a run of its own).
 
-    The last round takes the epochs that the guard cut off earlier ones.
+    The last round takes the epochs, or steps, that the guard cut off earlier ones.
     """
     config = job.config
     if job.round == WARMUP:
         assert config.warmup is not None
-        epochs = config.warmup.epochs
-        return RoundSchedule(0, packs, settings.packs_per_step, 0, epochs, epochs)
+        whole = config.warmup.epochs
+        return RoundSchedule(0, packs, settings.packs_per_step, 0, whole, whole)
     start_step, before = 0, 0.0
     if job.round > 0:
         counters = job.store.finished(StageKey("train", job.round - 1)).counters
         start_step, before = int(counters["policy_step"]), float(counters["epochs_done"])
     last = job.round == config.rounds - 1
+    epochs: float = config.total_epochs - before if last else config.train.epochs_per_round
+    if config.train.steps_per_round is not None and config.total_steps is not None:
+        steps = config.total_steps - start_step if last else config.train.steps_per_round
+        epochs = steps / math.ceil(packs / settings.packs_per_step)
     return RoundSchedule(
         start_step=start_step,
         packs=packs,
         packs_per_step=settings.packs_per_step,
         epochs_before=before,
-        epochs=config.total_epochs - before if last else config.train.epochs_per_round,
+        epochs=epochs,
         total_epochs=config.total_epochs,
+        total_steps=config.total_steps,
     )
 
 
@@ -215,7 +228,7 @@ def metrics_table(
             "grad_norm": [entry["grad_norm"] for entry in steps],
             "response_tokens": [int(entry["response_tokens"]) for entry in steps],
             "tokens_per_second": [None] * len(steps),
-            "policy_kl": [None if warmup else entry["policy_kl"] for entry in steps],
+            "policy_kl": [entry.get("policy_kl") for entry in steps],
             # The step learned with the weights of the step before.
             "policy_lag": [None if sampled_at is None else int(entry["step"]) - 1 - sampled_at for entry in steps],
         },

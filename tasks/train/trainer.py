@@ -74,7 +74,8 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         schedule: Where the round lies in the run.
         optimizer_config: Learning rates.
         objective: The loss.
-        guard: What to do when the student leaves its sampler too far behind; None in a warm-up.
+        guard: What to do when the student leaves its sampler too far behind; None where it has none.
+        measures_policy_kl: Whether the packs are of samples of an earlier student, to which there is a distance.
         peft_config: Adapters to train instead of all weights.
         on_steps: Told steps done and steps of the round.
         checkpoint_folder: Where to keep checkpoints; None: keep none.
@@ -91,12 +92,14 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         optimizer_config: OptimizerConfig,
         objective: Objective,
         guard: GuardConfig | None = None,
+        measures_policy_kl: bool = True,
         peft_config: Any = None,
         on_steps: StepsDone = lambda done, total: None,
         checkpoint_folder: CheckpointFolder | None = None,
     ) -> None:
         self.schedule, self.optimizer_config = schedule, optimizer_config
         self.objective: Objective = objective
+        self.measures_policy_kl = measures_policy_kl
         self.checkpoint_folder = checkpoint_folder
         self.sampler = EpochSampler(
             pack_costs(reader.seq_lengths, model.config.get_text_config().hidden_size),
@@ -145,7 +148,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         tokens = len(places) if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / torch.as_tensor(tokens).clamp(min=1)
         parts = {"ce": sums.ce, "kd": sums.kd, "response_tokens": sums.ce.new_tensor(len(places))}
-        if "sampled_logprobs" in inputs:
+        if self.measures_policy_kl:
             parts["policy_kl"] = sampled_policy_kl(sums.label_logprobs, inputs["sampled_logprobs"]).sum()
         # Kept on the device: a number read from a GPU waits for everything before it.
         self._sums = {name: value.double() + self._sums.get(name, 0.0) for name, value in parts.items()}

@@ -180,6 +180,6 @@ def test_out_of_memory_errors_say_what_to_lower() -> None:
 
 
 def test_a_job_survives_its_line() -> None:
-    job = Job("runs/a", {"name": "a", "text": "two\nlines"}, ("train", WARMUP), "log", threads=2)
+    job = Job("runs/a", {"name": "a", "text": "two\nlines"}, [("train", WARMUP)], "log", threads=2)
     assert job.to_line().count(b"\n") == 1
     assert Job.from_line(job.to_line()) == job

@@ -1,0 +1,378 @@
+"""The flow `npd-compare`: methods against each other, from one warmed-up student."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.futures import PrefectFuture
+
+from flows.comparison_progress import RunsListener, current_runs_listener
+from flows.process import RUN, available_cores, cancelling, run_stages_in_process
+from flows.progress import artifact_key, if_server_answers
+from flows.stage_process import fork_server
+from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
+from schemas.config import BASE, ComparisonConfig, RunConfig, load_comparison, method_config
+from schemas.errors import NPDError, StageError
+from schemas.local_files import writing_file
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.table_files import write_parquet
+from tasks.comparison.outcome import (
+    Outcome,
+    base_stages,
+    method_stages,
+    process_modules,
+    read_metric,
+    read_outcome,
+    read_scores,
+    run_label,
+    step_prompts,
+    validation_prompts,
+)
+from tasks.comparison.table import (
+    Landmark,
+    MethodRuns,
+    best_rate,
+    comparison_markdown,
+    comparison_table,
+    runs_table,
+)
+from tasks.graph import BASELINE, STAGES, initial_policy
+from tasks.language_model.sources import exported_folder
+from tasks.stage import plan
+
+
+def _flow_run_name() -> str:
+    context = FlowRunContext.get()
+    parameters = {} if context is None else context.parameters or {}
+    return Path(str(parameters.get("config", "comparison"))).stem
+
+
+@flow(name="npd-compare", flow_run_name=_flow_run_name, persist_result=False)
+def npd_compare(
+    config: str, overrides: list[str] | None = None, only: list[str] | None = None, workers: int | None = None
+) -> dict[str, Any]:
+    """Run a comparison, or continue it where it stopped: runs that are done stay.
+
+    First the run that all methods start from, then every method at every learning rate with the first seed, then every
+    method at its best rate with all seeds. Then the tables: `comparison.parquet`, `comparison_runs.parquet`,
+    `comparison.md`.
+
+    Args:
+        config: Path of a comparison's YAML file.
+        overrides: Changes to it, each `key.sub=value`.
+        only: Run these methods alone (and those whose rates they take); the tables hold whatever is done.
+        workers: Runs at a time; none: as the config says.
+
+    Returns:
+        Where the comparison is, how many runs it has, and each method's accuracy.
+
+    Raises:
+        ConfigError: the comparison, the run or a method is configured wrong.
+        RunLockedError: another process works on this comparison.
+        StageError: runs failed, after all others have been made; names them and their logs.
+    """
+    comparison, base = load_comparison(config, overrides)
+    store = RunStore.at(base)
+    fork_server(process_modules(comparison, base))
+    with store.lock.held(), _cancelled_by_errors():
+        work = Work(comparison, base, store, comparison.methods_for(only), workers or comparison.workers)
+        work.run_base()
+        work.tune()
+        work.run_seeds()
+        table = work.publish()
+        work.require_all_done()
+    accuracies = dict(zip(table.column("method").to_pylist(), table.column("accuracy").to_pylist(), strict=True))
+    return {"folder": comparison.folder, "runs": len(work.outcomes), "accuracy": accuracies}
+
+
+@contextmanager
+def _cancelled_by_errors() -> Iterator[None]:
+    """End the runs at work when the flow leaves this context by an error, Ctrl-C included."""
+    cancelled = threading.Event()
+    with cancelling(cancelled):
+        try:
+            yield
+        except BaseException:
+            cancelled.set()
+            raise
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One run of a method."""
+
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return run_label(self.method, self.rate, self.seed)
+
+
+@dataclass
+class Work:
+    """A comparison at work.
+
+    Args:
+        comparison: What to do.
+        base: The run all methods start from.
+        store: Its files; held.
+        methods: The methods to run.
+        workers: Runs at a time.
+        outcomes: Of the runs that are done.
+        failures: What went wrong in the others, by label.
+        rates: Learning rate of each method that has one.
+    """
+
+    comparison: ComparisonConfig
+    base: RunConfig
+    store: RunStore
+    methods: list[str]
+    workers: int
+    outcomes: dict[MethodRun, Outcome] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    prompts_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        threads = self.base.devices.cpu_threads or max(1, available_cores() // self.workers)
+        self._worker = Worker(threading.BoundedSemaphore(self.workers), threads, current_runs_listener())
+        tuned = [name for name in self.methods if self.comparison.methods[name].rate_of is None]
+        total = 1 + sum(len(self.comparison.rates_of(name)) - 1 for name in tuned)
+        total += sum(len(self.comparison.seeds_of(name)) for name in self.methods)
+        if self._worker.listener is not None:
+            self._worker.listener.planned(total)
+
+    # -- the phases ------------------------------------------------------------------------------------------------
+
+    def run_base(self) -> None:
+        """Bring the run that all methods start from to its warmed-up student."""
+        self.store.record_config(self.base)
+        self._worker.settle(self.store, self.base, BASE, base_stages(self.base), self.comparison.folder)
+        student = read_scores(self.store, StageKey("evaluate", WARMUP), "student")
+        self.validation = validation_prompts(student.prompt_ids, self.comparison.validation)
+
+    def tune(self) -> None:
+        """Run every method at every rate with the first seed, and choose.
+
+        What on-policy training takes as a step is known once NPD has run, so it comes second.
+        """
+        for late in (False, True):
+            names = [name for name in self.methods if self.comparison.measures_steps(name) == late]
+            tuned = [name for name in names if self.comparison.methods[name].rate_of is None]
+            seed = self.comparison.seeds[0]
+            self._run([MethodRun(n, rate, seed) for n in tuned for rate in self.comparison.rates_of(n)])
+            for name in tuned:
+                found = {run.rate: o for run, o in self.outcomes.items() if run.method == name and run.seed == seed}
+                if found:
+                    self.rates[name] = best_rate(found, self.validation)
+            if not late and any(self.comparison.measures_steps(name) for name in self.methods):
+                self._measure_steps()
+
+    def run_seeds(self) -> None:
+        """Run every method at its rate with all its seeds."""
+        for name in self.methods:
+            other = self.comparison.methods[name].rate_of
+            if other is not None and other in self.rates:
+                self.rates[name] = self.rates[other]
+        self._run(
+            [
+                MethodRun(name, self.rates[name], seed)
+                for name in self.methods
+                if name in self.rates
+                for seed in self.comparison.seeds_of(name)
+            ]
+        )
+
+    def publish(self) -> pa.Table:
+        """Write the tables and show them, of all methods whose runs are there; return table COMPARISON."""
+        runs = {}
+        for name, rate in self.rates.items():
+            tried = {(run.rate, run.seed): o for run, o in self.outcomes.items() if run.method == name}
+            chosen = {seed: o for (at, seed), o in tried.items() if at == rate}
+            if chosen:
+                runs[name] = MethodRuns(rate, chosen, tried)
+        table = comparison_table(self.comparison, runs, self._landmarks(), self.validation)
+        record = self.store.record()
+        run_id = "" if record is None else record.run_id
+        folder = Path(self.comparison.folder)
+        tables = {
+            "comparison": (table, COMPARISON),
+            "comparison_runs": (runs_table(self.comparison, runs, self.validation), COMPARISON_RUNS),
+        }
+        for name, (rows, schema) in tables.items():
+            with writing_file(folder / f"{name}.parquet") as temporary:
+                write_parquet(temporary, rows, schema, f"{name}.parquet", run_id=run_id, row_group_rows=4096)
+        markdown = comparison_markdown(table)
+        with writing_file(folder / "comparison.md") as temporary:
+            temporary.write_text(f"# {self.comparison.name}\n\n{markdown}", encoding="utf-8")
+        with if_server_answers(get_run_logger()):
+            create_markdown_artifact(markdown, key=artifact_key(self.comparison.name, "comparison"))
+        return table
+
+    def require_all_done(self) -> None:
+        """Raise what went wrong.
+
+        Raises:
+            StageError: a run failed.
+        """
+        if self.failures:
+            told = "\n".join(f"  {label}: {message}" for label, message in self.failures.items())
+            raise StageError(
+                f"{len(self.failures)} run(s) of {self.comparison.name} failed; the others are done, and the same "
+                f"command tries these again:\n{told}"
+            )
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _config(self, run: MethodRun) -> RunConfig:
+        return method_config(
+            self.comparison,
+            self.base,
+            run.method,
+            rate=run.rate,
+            seed=run.seed,
+            student=str(self.store.fetch(exported_folder(self.store, initial_policy(self.base)))),
+            prompts_per_step=self.prompts_per_step,
+        )
+
+    def _run(self, runs: list[MethodRun]) -> None:
+        """Make these runs, so many at a time; what fails is noted."""
+        record = self.store.record()
+        assert record is not None, "the base has run"
+        futures: dict[MethodRun, PrefectFuture[Outcome]] = {}
+        for run in runs:
+            if run in self.outcomes or run.label in self.failures:
+                continue
+            futures[run] = method_run.with_options(task_run_name=run.label).submit(
+                self._config(run), run.label, self.comparison.folder, record.run_id, self._worker
+            )
+        for run, future in futures.items():
+            try:
+                self.outcomes[run] = future.result()
+            except NPDError as error:
+                self.failures[run.label] = str(error)
+
+    def _measure_steps(self) -> None:
+        done = [run for run in self.outcomes if run.method == self.comparison.npd]
+        if done:
+            config = self._config(min(done, key=lambda run: (run.seed, run.rate)))
+            self.prompts_per_step = step_prompts(RunStore.at(config), config)
+        else:
+            for name in self.methods:
+                if self.comparison.measures_steps(name):
+                    self.failures[name] = f"waits for `{self.comparison.npd}`, whose steps it takes as its measure"
+
+    def _landmarks(self) -> list[Landmark]:
+        """Return teacher, starting student, and the warmed-up student that the methods start from."""
+        evaluate = StageKey("evaluate", WARMUP)
+        landmarks = [
+            Landmark("teacher", "teacher", "teacher", read_scores(self.store, BASELINE, "teacher")),
+            Landmark(
+                "warm-up",
+                "warmed-up student",
+                "start",
+                read_scores(self.store, evaluate, "student"),
+                read_metric(self.store, evaluate, "student", "kl_teacher_student"),
+            ),
+        ]
+        if self.base.warmup is not None:
+            start = Landmark(
+                "start",
+                "untrained student",
+                "start",
+                read_scores(self.store, BASELINE, "start"),
+                read_metric(self.store, BASELINE, "start", "kl_teacher_student"),
+            )
+            landmarks.insert(1, start)
+        return landmarks
+
+
+@task(name="method run", cache_policy=NO_CACHE, persist_result=False, retries=0)
+def method_run(config: RunConfig, label: str, comparison: str, run_id: str, worker: "Worker") -> Outcome:
+    """Make one run of a method, or continue it, and return what it came to.
+
+    Args:
+        config: The run's.
+        label: Its name for people.
+        comparison: Folder of the comparison.
+        run_id: Of the run all methods start from: all are branches of it.
+        worker: Makes runs.
+
+    Raises:
+        NPDError: a stage failed; names the log.
+    """
+    store = RunStore.at(config)
+    with store.lock.held():
+        store.record_config(config, run_id)
+        worker.settle(store, config, label, method_stages(config), comparison)
+        return read_outcome(store, config)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Makes runs, so many at a time.
+
+    Args:
+        free: Lets so many at a time.
+        threads: CPU threads of each.
+        listener: Hears of them.
+    """
+
+    free: threading.BoundedSemaphore
+    threads: int
+    listener: RunsListener | None
+
+    def settle(self, store: RunStore, config: RunConfig, label: str, keys: list[StageKey], comparison: str) -> None:
+        """Bring stages of a held run up to date in one process.
+
+        Raises:
+            NPDError: a stage failed; names the log.
+        """
+        with self.free:
+            if all(_stands(store, config, key) for key in keys):
+                if self.listener is not None:
+                    self.listener.finished(label, up_to_date=True)
+                return
+            if self.listener is not None:
+                self.listener.started(label)
+
+            def on_stage(key: StageKey) -> None:
+                if self.listener is not None:
+                    self.listener.at_stage(label, key)
+
+            try:
+                run_stages_in_process(store, config, keys, _lenders(store, config, comparison), self.threads, on_stage)
+            except NPDError as error:
+                if self.listener is not None:
+                    self.listener.failed(label, str(error))
+                raise type(error)(f"{error} (log: {store.log(RUN)})") from None
+            if self.listener is not None:
+                self.listener.finished(label, up_to_date=False)
+
+
+def _lenders(store: RunStore, config: RunConfig, comparison: str) -> list[str]:
+    """Return where other runs may have results that this one would only repeat: those of the same seed."""
+    same = Path(comparison).glob(f"*/lr=*/seed-{config.seed}")
+    return [place for path in sorted(same) if (place := str(path.absolute())) != store.url]
+
+
+def _stands(store: RunStore, config: RunConfig, key: StageKey) -> bool:
+    """Say whether a stage's result stands; its files are compared by size, since the run hashed them."""
+    manifest = store.manifest(key)
+    if manifest is None or any(store.manifest(needed) is None for needed in STAGES[key.stage].inputs(config, key)):
+        return False
+    if manifest.fingerprint != plan(store, config, key).fingerprint:
+        return False
+    return store.first_damage(manifest, content=False) is None

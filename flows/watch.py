@@ -1,0 +1,50 @@
+"""Running a flow for the command line: Prefect's settings, a server, and a clean end by signals."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from schemas.errors import OrchestrationError
+
+ended_by: list[int] = []
+"""The signal that asked this process to end, if one has."""
+
+
+def run_flow(flow: Callable[[], object], verbose: bool) -> None:
+    """Run a flow, with a server of Prefect's own if none is set.
+
+    Args:
+        flow: Imports and calls it.
+        verbose: Show Prefect's own log too.
+
+    Raises:
+        OrchestrationError: Prefect's server cannot be reached.
+    """
+    # Prefect reads these when it is imported. Its console log would tell every error a second time, as a traceback.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "NOTSET" if verbose else "CRITICAL")
+    # Without a server Prefect starts one of its own, which can take longer than its usual limit on a busy machine.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    import httpx
+
+    from flows.server import start_temporary_server
+
+    # Whoever ends the command by SIGTERM (a scheduler) gets the same clean end as with Ctrl-C.
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
+    start_temporary_server()
+    try:
+        flow()
+    except httpx.HTTPError as error:
+        raise OrchestrationError(
+            f"Prefect's server cannot be reached: {type(error).__name__}: {error}. What the run has done stands; "
+            "the same command continues it once the server is back, or without PREFECT_API_URL"
+        ) from error
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    ended_by.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)

@@ -1,0 +1,217 @@
+"""The config of a comparison: methods that start from one student and differ in nothing but what they name."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from schemas.config.base import PLACEMENT, Section
+from schemas.config.document import read_document
+from schemas.config.load import apply_overrides, load_config, parse_config, parse_section, with_values
+from schemas.config.models import StudentConfig
+from schemas.config.run import RunConfig
+from schemas.errors import ConfigError
+
+Settings = dict[str, Any]
+
+BASE = "base"
+"""Folder of the run that all methods start from."""
+
+_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
+
+
+class MethodConfig(Section):
+    """One method: a run with settings of its own."""
+
+    title: str | None = Field(default=None, min_length=1)
+    """Name for people; null: the method's key."""
+
+    role: Literal["npd", "baseline", "ablation"]
+    """`npd`: the method the others are held against; one has this role. `baseline`: something else. `ablation`: it,
+    with a part left out or changed."""
+
+    trainer: Literal["pipeline", "on_policy"] = "pipeline"
+    """`pipeline`: the stages of a run. `on_policy`: TRL's `DistillationTrainer`, as many optimizer steps in one round
+    (`train.on_policy`); unless `set` says so, with as many prompts a step as fill the batch tokens of the method whose
+    role is `npd`."""
+
+    set: Settings = Field(default={})
+    """Settings of this method, each `key.sub: value`. With `train.learning_rate` it is not tuned."""
+
+    rate_of: str | None = None
+    """Take the tuned learning rate of this other method; null: tune its own."""
+
+    seeds: int | None = Field(default=None, ge=1)
+    """Use only so many of the seeds, the first; null: all."""
+
+
+class ComparisonConfig(Section):
+    """Methods against each other: one warmed-up student, the same prompts, steps, tokens and search for a rate."""
+
+    name: str = Field(pattern=_NAME, max_length=100)
+    """Folder of the comparison under `root`. Running the same name again resumes it."""
+
+    root: str = Field(default="runs", min_length=1)
+    """Where comparisons live, a folder."""
+
+    run: str = Field(min_length=1)
+    """Config of the run that all methods start from, relative to this file: its warm-up, its prompts, its settings."""
+
+    set: Settings = Field(default={})
+    """Settings for all methods and the run they start from, each `key.sub: value`."""
+
+    seeds: list[int] = Field(default=[0, 1, 2, 3, 4], min_length=1)
+    """Seeds of the methods' runs. All share the held-out prompts (`prompts.split_seed`) and the warmed-up student."""
+
+    learning_rates: list[float] = Field(default=[1e-5], min_length=1)
+    """Learning rates tried for every method, with the first seed; `train.min_learning_rate` keeps its ratio."""
+
+    validation: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the held-out prompts that learning rates are chosen on; accuracy is of the others."""
+
+    workers: int = Field(default=1, ge=1, json_schema_extra=PLACEMENT)
+    """Runs at a time, each in a process of its own with its share of the CPU's cores. More than one makes wall-clock
+    times those of runs beside each other."""
+
+    methods: dict[str, MethodConfig] = Field(min_length=1)
+    """The methods by name."""
+
+    @field_validator("seeds", "learning_rates")
+    @classmethod
+    def _each_once(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values) or min(values) < 0:
+            raise ValueError("each value once, and none below 0")
+        return values
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> "ComparisonConfig":
+        npd = [name for name, method in self.methods.items() if method.role == "npd"]
+        if len(npd) != 1:
+            raise ValueError(f"one of `methods` has `role: npd`, found {', '.join(npd) or 'none'}")
+        for name, method in self.methods.items():
+            if name == BASE or not re.match(_NAME, name):
+                raise ValueError(f"`methods.{name}`: a method's name is a folder's, and not `{BASE}`")
+            other = method.rate_of
+            if other is not None and (other not in self.methods or self.methods[other].rate_of is not None):
+                raise ValueError(f"`methods.{name}.rate_of`: `{other}` is no method with a learning rate of its own")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """Where all runs of the comparison lie."""
+        return f"{self.root.rstrip('/')}/{self.name}"
+
+    @property
+    def npd(self) -> str:
+        """The method that others are held against."""
+        return next(name for name, method in self.methods.items() if method.role == "npd")
+
+    def seeds_of(self, method: str) -> list[int]:
+        """Return the seeds of a method's runs."""
+        return self.seeds[: self.methods[method].seeds]
+
+    def rates_of(self, method: str) -> list[float]:
+        """Return the learning rates tried for a method that takes no other's."""
+        own = self.methods[method].set.get("train.learning_rate")
+        return self.learning_rates if own is None else [float(own)]
+
+    def measures_steps(self, method: str) -> bool:
+        """Say whether a method's prompts a step follow from what the steps of NPD hold."""
+        own = self.methods[method]
+        return own.trainer == "on_policy" and "train.on_policy.prompts_per_step" not in own.set
+
+    def methods_for(self, only: Sequence[str] | None) -> list[str]:
+        """Return the methods to run: those named (None: all), those whose rates they take, and NPD if it is a measure.
+
+        Raises:
+            ConfigError: one named is no method.
+        """
+        if unknown := sorted(set(only or []) - self.methods.keys()):
+            raise ConfigError(f"--only {', '.join(unknown)}: the methods are {', '.join(self.methods)}")
+        wanted = set(only or self.methods)
+        if any(self.measures_steps(name) for name in wanted):
+            wanted.add(self.npd)
+        wanted |= {other for name in wanted if (other := self.methods[name].rate_of) is not None}
+        return [name for name in self.methods if name in wanted]
+
+
+def load_comparison(path: str | Path, overrides: list[str] | None = None) -> tuple[ComparisonConfig, RunConfig]:
+    """Read a comparison, and the config of the run that all its methods start from.
+
+    Args:
+        path: The comparison's YAML file.
+        overrides: Changes to it, each `key.sub=value`.
+
+    Returns:
+        The comparison, and the run's config: `set` applied, named `base` below the comparison's folder, seeded with
+        the first seed, its split fixed.
+
+    Raises:
+        ConfigError: a file is missing or no YAML, or holds an unknown or wrong value, of the comparison, the run or
+            any method; names the key.
+    """
+    path = Path(path)
+    values = read_document(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
+    comparison = parse_section(apply_overrides(values, overrides or []), ComparisonConfig, str(path))
+    run = load_config(path.parent / comparison.run)
+    changed = with_values(run.model_dump(mode="json"), comparison.set, f"{path}: set")
+    changed |= {"name": BASE, "root": comparison.folder, "seed": comparison.seeds[0]}
+    if changed["prompts"].get("split_seed") is None:
+        changed["prompts"]["split_seed"] = run.seed
+    base = parse_config(changed, origin=f"{path}: run with `set`", folder=path.parent)
+    if not base.evaluate.generate:
+        raise ConfigError(f"{path}: a comparison is of what models answer: it needs `evaluate.generate: true`")
+    for name in comparison.methods:
+        method_config(comparison, base, name, rate=comparison.rates_of(name)[0], seed=0, student="student")
+    return comparison, base
+
+
+def method_config(
+    comparison: ComparisonConfig,
+    base: RunConfig,
+    method: str,
+    *,
+    rate: float,
+    seed: int,
+    student: str,
+    prompts_per_step: int | None = None,
+) -> RunConfig:
+    """Return the config of one run of a method.
+
+    Args:
+        comparison: The comparison.
+        base: The run all methods start from.
+        method: Name of the method.
+        rate: Peak learning rate.
+        seed: The run's seed.
+        student: Folder of the warmed-up student.
+        prompts_per_step: Of on-policy training, unless the method sets it.
+
+    Raises:
+        ConfigError: a setting of the method is unknown or wrong; names the method and the key.
+    """
+    own = comparison.methods[method]
+    values = base.model_dump(mode="json")
+    values |= {"name": f"seed-{seed}", "root": f"{comparison.folder}/{method}/lr={rate:g}", "seed": seed}
+    learner = StudentConfig(
+        model=student,
+        dtype=base.student.dtype,
+        trust_remote_code=base.student.trust_remote_code,
+        attn_implementation=base.student.attn_implementation,
+    )
+    values |= {"student": learner.model_dump(mode="json"), "warmup": None}
+    floor = rate * base.train.min_learning_rate / base.train.learning_rate
+    values["train"] |= {"learning_rate": rate, "min_learning_rate": floor}
+    origin = f"methods.{method}"
+    if own.trainer == "on_policy":
+        if base.total_steps is None:
+            raise ConfigError(f"{origin}: `trainer: on_policy` needs `train.steps_per_round` in the run or in `set`")
+        values |= {"rounds": 1, "refresh_every": 1, "overlap": False}
+        values["train"] |= {"steps_per_round": base.total_steps, "on_policy": {}}
+        if prompts_per_step is not None:
+            values["train"]["on_policy"] = {"prompts_per_step": prompts_per_step}
+    return parse_config(with_values(values, own.set, f"{origin}.set"), origin=origin)

@@ -1,0 +1,194 @@
+"""What one run of a method came to, read from its tables and manifests."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from schemas.config import ComparisonConfig, RunConfig
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
+from tasks.graph import loop
+
+Float64 = NDArray[np.float64]
+
+COUNTED = ("generate", "score", "filter", "pack", "train", "export")
+"""Stages whose seconds are a method's wall-clock: all that lies between the warmed-up student and the exported one,
+loading models included. Prompts, models, references and evaluation are the same for all methods and left out."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How right a model's responses to the held-out prompts are.
+
+    Args:
+        prompt_ids: Prompts that can be checked, sorted.
+        values: float64 [prompts]; mean score of each prompt's responses, 1 = right.
+    """
+
+    prompt_ids: tuple[str, ...]
+    values: Float64
+
+    def of(self, prompt_ids: frozenset[str]) -> "Scores":
+        """Return the scores of some of the prompts."""
+        wanted = [index for index, name in enumerate(self.prompt_ids) if name in prompt_ids]
+        return Scores(tuple(self.prompt_ids[index] for index in wanted), self.values[wanted])
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean over prompts; None where none can be checked."""
+        return float(self.values.mean()) if len(self.values) else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run.
+
+    Args:
+        scores: Of the exported student's responses.
+        kl_teacher_student: Held-out KL(teacher || student), nats per token.
+        kl_stderr: Its standard error over prompts.
+        policy_kl: Mean policy KL of the last steps (`train.guard.window_steps`), nats per token; None if not measured.
+        seconds: Wall-clock time of the stages in COUNTED.
+        generated_tokens: Response tokens sampled, by whatever model.
+        steps: Optimizer steps.
+    """
+
+    scores: Scores
+    kl_teacher_student: float
+    kl_stderr: float
+    policy_kl: float | None
+    seconds: float
+    generated_tokens: int
+    steps: int
+
+
+def process_modules(comparison: ComparisonConfig, base: RunConfig) -> tuple[str, ...]:
+    """Return what the runs' processes should have imported beside the stages' libraries, since it takes its time."""
+    on_policy = any(method.trainer == "on_policy" for method in comparison.methods.values())
+    # TRL's trainer imports vLLM where it is installed, and vLLM must not be imported before its engine is set up.
+    return ("tasks.train.on_policy",) if on_policy and base.generate.engine != "vllm" else ()
+
+
+def method_stages(config: RunConfig) -> list[StageKey]:
+    """Return the stages that a method's run needs: of the evaluations only the last.
+
+    What the teacher and the student before training come to is known from the run that all methods start from.
+    """
+    last = config.rounds - 1
+    return [k for k in loop(config) if k.stage != "baseline" and (k.stage != "evaluate" or k.round == last)]
+
+
+def base_stages(config: RunConfig) -> list[StageKey]:
+    """Return the stages up to the warmed-up student and its evaluation."""
+    return [key for key in loop(config) if key.round is None or key.round < 0]
+
+
+def read_scores(store: RunStore, key: StageKey, model: str) -> Scores:
+    """Return the scores of a model's responses in an evaluation stage (evaluate or baseline).
+
+    Args:
+        store: The run.
+        key: The stage.
+        model: `student`, `teacher` or `start`.
+    """
+    columns = ["model", "prompt_id", "score"]
+    table = store.read_part(store.path(key, "responses.parquet"), EVALUATE_RESPONSES, columns)
+    table = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score"))))
+    means = table.group_by("prompt_id").aggregate([("score", "mean")]).sort_by("prompt_id")
+    return Scores(tuple(means.column("prompt_id").to_pylist()), means.column("score_mean").to_numpy())
+
+
+def read_metric(store: RunStore, key: StageKey, model: str, metric: str) -> tuple[float, float] | None:
+    """Return value and standard error of a model's metric in an evaluation stage; None if it has none."""
+    table = store.read_part(
+        store.path(key, "metrics.parquet"), EVALUATE_METRICS, ["model", "metric", "value", "stderr"]
+    )
+    rows = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.equal(table.column("metric"), metric)))
+    if not rows.num_rows:
+        return None
+    return float(rows.column("value")[0].as_py()), float(rows.column("stderr")[0].as_py())
+
+
+def read_outcome(store: RunStore, config: RunConfig) -> Outcome:
+    """Return what a finished run came to.
+
+    Raises:
+        ArtifactError: a stage has not finished, or a table is damaged.
+    """
+    keys = method_stages(config)
+    counters = {key: store.finished(key).counters for key in keys}
+    last = StageKey("evaluate", config.rounds - 1)
+    kl = read_metric(store, last, "student", "kl_teacher_student")
+    value, stderr = (float("nan"), float("nan")) if kl is None else kl
+    return Outcome(
+        scores=read_scores(store, last, "student"),
+        kl_teacher_student=value,
+        kl_stderr=stderr,
+        policy_kl=_last_policy_kl(store, config),
+        seconds=sum(counters[key]["seconds"] for key in keys if key.stage in counted(config)),
+        generated_tokens=sum(_generated(key, counters[key], config) for key in keys),
+        steps=int(counters[StageKey("train", config.rounds - 1)]["policy_step"]),
+    )
+
+
+def counted(config: RunConfig) -> tuple[str, ...]:
+    """Return the stages whose time a method needs: scoring only where training or the filter reads it."""
+    unfiltered = config.filter.min_delta_ifd is None and config.filter.max_delta_ifd is None
+    if config.train.kd_weight == 0 and unfiltered:
+        return tuple(stage for stage in COUNTED if stage != "score")
+    return COUNTED
+
+
+def _generated(key: StageKey, counters: dict[str, Any], config: RunConfig) -> int:
+    if key.stage == "generate" and config.generate.policy != "answers":
+        return int(counters["tokens"])
+    return int(counters.get("generated_tokens", 0)) if key.stage == "train" else 0
+
+
+def _last_policy_kl(store: RunStore, config: RunConfig) -> float | None:
+    key = StageKey("train", config.rounds - 1)
+    table = store.read_table(key, TRAIN_METRICS, ["policy_kl", "response_tokens"])
+    table = table.filter(pc.is_valid(table.column("policy_kl")))
+    if not table.num_rows:
+        return None
+    last = table.slice(max(table.num_rows - config.train.guard.window_steps, 0))
+    return float(np.average(last.column("policy_kl").to_numpy(), weights=last.column("response_tokens").to_numpy()))
+
+
+def step_prompts(store: RunStore, config: RunConfig) -> int:
+    """Return how many of a run's samples have as many tokens as its mean optimizer step.
+
+    On-policy training with so many prompts a step learns from as many tokens, prompts and responses together.
+
+    Raises:
+        ArtifactError: the run has not finished.
+    """
+    trained = [store.finished(key) for key in method_stages(config) if key.stage == "train"]
+    per_step = sum(int(m.counters["tokens"]) for m in trained) / int(trained[-1].counters["policy_step"])
+    lengths = [
+        pc.add(pc.list_value_length(table.column("prompt_ids")), pc.list_value_length(table.column("response_ids")))
+        for table in store.iterate_table(StageKey("generate", 0), GENERATE, ["prompt_ids", "response_ids"])
+    ]
+    mean = float(pc.mean(pa.chunked_array([chunk for column in lengths for chunk in column.chunks])).as_py())
+    return max(1, round(per_step / mean))
+
+
+def validation_prompts(prompt_ids: tuple[str, ...], share: float) -> frozenset[str]:
+    """Return the prompts that learning rates are chosen on: the first ``share`` in the order of a hash of their ids."""
+    ordered = sorted(prompt_ids, key=lambda name: hashlib.sha256(f"validation:{name}".encode()).hexdigest())
+    return frozenset(ordered[: round(share * len(ordered))])
+
+
+def run_label(method: str, rate: float, seed: int) -> str:
+    """Return a run's name for people.
+
+    >>> run_label("npd", 1e-4, 3)
+    'npd · lr 0.0001 · seed 3'
+    """
+    return f"{method} · lr {rate:g} · seed {seed}"

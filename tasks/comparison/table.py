@@ -1,0 +1,242 @@
+"""The tables of a comparison: a row a run, a row a method, and the latter as Markdown."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
+from schemas.config import ComparisonConfig
+from schemas.untrusted_text import escape_markdown
+from tasks.comparison.intervals import Interval, crossed_interval
+from tasks.comparison.outcome import Outcome, Scores
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MethodRuns:
+    """The finished runs of a method.
+
+    Args:
+        rate: Learning rate taken.
+        chosen: Outcomes at that rate by seed.
+        tried: Outcomes of all runs by rate and seed, those of ``chosen`` among them.
+    """
+
+    rate: float
+    chosen: dict[int, Outcome]
+    tried: dict[tuple[float, int], Outcome]
+
+
+@dataclass(frozen=True)
+class Landmark:
+    """A model that no method trained.
+
+    Args:
+        method: Its name in the table.
+        title: For people.
+        role: `teacher` or `start`.
+        scores: Of its responses.
+        kl: Held-out KL(teacher || it) and its standard error, nats per token; None for the teacher.
+    """
+
+    method: str
+    title: str
+    role: str
+    scores: Scores
+    kl: tuple[float, float] | None = None
+
+
+def best_rate(outcomes: Mapping[float, Outcome], validation: frozenset[str]) -> float:
+    """Return the learning rate with the best accuracy on the validation prompts; of equals the lowest held-out KL.
+
+    Args:
+        outcomes: Of one run at each rate.
+        validation: Prompts to choose on.
+    """
+
+    def merit(rate: float) -> tuple[float, float, float]:
+        outcome = outcomes[rate]
+        accuracy = outcome.scores.of(validation).accuracy
+        kl = outcome.kl_teacher_student
+        return (-1.0 if accuracy is None else accuracy, -kl if math.isfinite(kl) else -math.inf, -rate)
+
+    return max(outcomes, key=merit)
+
+
+def test_scores(outcomes: Mapping[int, Outcome], validation: frozenset[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the prompts outside ``validation`` that every seed has, and the scores [seeds, prompts] on them."""
+    shared = frozenset.intersection(*(frozenset(o.scores.prompt_ids) for o in outcomes.values())) - validation
+    parts = [outcomes[seed].scores.of(shared) for seed in sorted(outcomes)]
+    return parts[0].prompt_ids, np.stack([part.values for part in parts])
+
+
+def difference(npd: Mapping[int, Outcome], other: Mapping[int, Outcome], validation: frozenset[str]) -> Interval | None:
+    """Return accuracy of ``npd`` less that of ``other``, paired by seed and prompt; None if they share none."""
+    seeds = sorted(npd.keys() & other.keys())
+    if not seeds:
+        return None
+    (left_ids, left), (right_ids, right) = (test_scores({s: o[s] for s in seeds}, validation) for o in (npd, other))
+    if left_ids != right_ids or not left_ids:
+        return None
+    return crossed_interval(left - right)
+
+
+def comparison_table(
+    comparison: ComparisonConfig,
+    runs: Mapping[str, MethodRuns],
+    landmarks: list[Landmark],
+    validation: frozenset[str],
+) -> pa.Table:
+    """Return table COMPARISON: teacher and starts first, then the methods as the config lists them."""
+    rows = [_landmark_row(landmark, validation) for landmark in landmarks]
+    npd = runs.get(comparison.npd)
+    for name, method in comparison.methods.items():
+        if name not in runs:
+            continue
+        row = _method_row(runs[name], validation) | {
+            "method": name,
+            "title": method.title or name,
+            "role": method.role,
+        }
+        if npd is not None:
+            row["seconds_ratio"] = row["seconds"] / median(o.seconds for o in npd.chosen.values())
+            if name != comparison.npd:
+                row |= _named(difference(npd.chosen, runs[name].chosen, validation), "difference")
+        rows.append(row)
+    names = COMPARISON.columns.names
+    return pa.Table.from_pylist([{n: row.get(n) for n in names} for row in rows], schema=COMPARISON.columns)
+
+
+def runs_table(comparison: ComparisonConfig, runs: Mapping[str, MethodRuns], validation: frozenset[str]) -> pa.Table:
+    """Return table COMPARISON_RUNS, one row a run."""
+    rows = []
+    for name in comparison.methods:
+        if name not in runs:
+            continue
+        for (rate, seed), outcome in sorted(runs[name].tried.items()):
+            test = frozenset(outcome.scores.prompt_ids) - validation
+            rows.append(
+                {
+                    "method": name,
+                    "learning_rate": rate,
+                    "seed": seed,
+                    "chosen": runs[name].chosen.get(seed) is outcome,
+                    "accuracy": outcome.scores.of(test).accuracy,
+                    "validation_accuracy": outcome.scores.of(validation).accuracy,
+                    "kl_teacher_student": outcome.kl_teacher_student,
+                    "kl_stderr": outcome.kl_stderr,
+                    "policy_kl": outcome.policy_kl,
+                    "seconds": outcome.seconds,
+                    "generated_tokens": outcome.generated_tokens,
+                    "steps": outcome.steps,
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=COMPARISON_RUNS.columns)
+
+
+def _landmark_row(landmark: Landmark, validation: frozenset[str]) -> Row:
+    scores = landmark.scores.of(frozenset(landmark.scores.prompt_ids) - validation)
+    row: Row = {"method": landmark.method, "title": landmark.title, "role": landmark.role}
+    row["test_prompts"] = len(scores.values)
+    if len(scores.values):
+        row |= _named(crossed_interval(scores.values[None], share=True), "accuracy")
+    if landmark.kl is not None:
+        row["kl_teacher_student"], row["kl_stderr"] = landmark.kl
+    return row
+
+
+def _method_row(runs: MethodRuns, validation: frozenset[str]) -> Row:
+    outcomes = list(runs.chosen.values())
+    prompt_ids, values = test_scores(runs.chosen, validation)
+    seconds = [o.seconds for o in outcomes]
+    kls = [o.kl_teacher_student for o in outcomes]
+    policy_kls = [o.policy_kl for o in outcomes if o.policy_kl is not None]
+    # Prompts are the same for all seeds, so their part of the error does not fall with the number of seeds.
+    of_seeds = stdev(kls) ** 2 / len(kls) if len(kls) > 1 else 0.0
+    row: Row = {
+        "kl_teacher_student": fmean(kls),
+        "kl_stderr": math.sqrt(of_seeds + fmean(o.kl_stderr**2 for o in outcomes)),
+        "policy_kl": fmean(policy_kls) if policy_kls else None,
+        "seconds": median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "generated_tokens": round(fmean(o.generated_tokens for o in outcomes)),
+        "steps": round(fmean(o.steps for o in outcomes)),
+        "learning_rate": runs.rate,
+        "seeds": len(outcomes),
+        "test_prompts": len(prompt_ids),
+    }
+    return row | (_named(crossed_interval(values, share=True), "accuracy") if prompt_ids else {})
+
+
+def _named(interval: Interval | None, name: str) -> Row:
+    if interval is None:
+        return {}
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
+    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high}
+
+
+MARKDOWN_COLUMNS = (
+    "method",
+    "accuracy, %",
+    "NPD − this, points",
+    "KL(teacher‖student)",
+    "policy KL",
+    "seconds",
+    "× NPD's time",
+    "generated tokens",
+    "steps",
+    "rate",
+    "seeds",
+)
+
+
+def comparison_markdown(table: pa.Table) -> str:
+    """Return table COMPARISON as Markdown, with what its columns mean."""
+    lines = ["| " + " | ".join(MARKDOWN_COLUMNS) + " |", "|---" + "|---:" * (len(MARKDOWN_COLUMNS) - 1) + "|"]
+    for row in table.to_pylist():
+        cells = [
+            f"**{escape_markdown(row['title'])}**" if row["role"] == "npd" else escape_markdown(row["title"]),
+            _spread(row, "accuracy", 100),
+            _spread(row, "difference", 100, signed=True),
+            "" if row["kl_teacher_student"] is None else f"{row['kl_teacher_student']:.4f} ± {row['kl_stderr']:.4f}",
+            "" if row["policy_kl"] is None else f"{row['policy_kl']:.4f}",
+            _seconds(row),
+            "" if row["seconds_ratio"] is None else f"{row['seconds_ratio']:.2f}",
+            "" if row["generated_tokens"] is None else f"{row['generated_tokens']:,}",
+            "" if row["steps"] is None else f"{row['steps']:,}",
+            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            "" if row["seeds"] is None else str(row["seeds"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    prompts = max((row["test_prompts"] or 0 for row in table.to_pylist()), default=0)
+    notes = (
+        f"Accuracy: mean over {prompts} test prompts and all seeds, with its 95 % interval over both; where one seed "
+        "ran, over prompts alone. NPD − this: paired by seed and prompt, 95 % interval. KL: held-out, nats per token, "
+        "± one standard error. Policy KL: mean of the last steps. Seconds: median over seeds (lowest to highest) of "
+        "all between the warmed-up student and the exported one, models loaded; scoring is left out where nothing "
+        "reads it. Evaluation, prompts, references and warm-up are the same for all and not counted."
+    )
+    return "\n".join([*lines, "", notes, ""])
+
+
+def _spread(row: Row, name: str, scale: float, *, signed: bool = False) -> str:
+    if row[name] is None:
+        return ""
+    value = f"{row[name] * scale:{'+' if signed else ''}.1f}"
+    if row[f"{name}_low"] is None:
+        return value
+    return f"{value} ({row[f'{name}_low'] * scale:.1f} to {row[f'{name}_high'] * scale:.1f})"
+
+
+def _seconds(row: Row) -> str:
+    if row["seconds"] is None:
+        return ""
+    value = f"{row['seconds']:.1f}"
+    return value if row["seeds"] == 1 else f"{value} ({row['seconds_min']:.1f} to {row['seconds_max']:.1f})"

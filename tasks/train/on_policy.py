@@ -1,0 +1,272 @@
+"""On-policy distillation in place of a round of near-policy training: TRL's trainer samples as it goes."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
+
+from schemas.config import GenerateConfig, OnPolicyConfig, TrainConfig
+from schemas.errors import ModelError, StageError
+from schemas.tables import PROMPTS as PROMPTS_TABLE
+from schemas.tables import TRAIN_METRICS
+from tasks.graph import PROMPTS
+from tasks.language_model.chat import encode_prompts
+from tasks.language_model.loading import load_model, load_ref, load_tokenizer, resolve_device
+from tasks.language_model.sources import start_model, teacher_model
+from tasks.rollout.context import prompts_that_fit
+from tasks.rollout.prompts import encode_messages, of_split
+from tasks.stage import StageJob
+from tasks.checkpoint import write_checkpoint
+from tasks.train.schedule import RoundSchedule, cosine_scheduler
+
+
+def train_on_policy(job: StageJob) -> None:
+    """Train, write ``metrics.parquet`` and the checkpoint that export reads; begins anew where it was interrupted.
+
+    Both models lie on the trainer's device. Counts `generated_tokens` and the `sampling_seconds` of the whole.
+
+    Raises:
+        ModelError: the models' vocabularies differ, which TRL's loss over the whole vocabulary needs to be one.
+        StageError: there are fewer prompts than one step needs, or the loss is not finite.
+    """
+    store, config, settings = job.store, job.config, job.config.train
+    on_policy = settings.on_policy
+    assert on_policy is not None, "the config says so"
+    start, teacher_ref = start_model(store, config, job.round), teacher_model(store, config)
+    device = resolve_device(start.device)
+    tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)
+    tokenizer.padding_side = "left"
+    messages = _messages(job, tokenizer, min(start.context, teacher_ref.context))
+    if len(messages) < on_policy.prompts_per_step:
+        raise StageError(
+            f"{job.key.label}: {len(messages)} train prompts do not fill one step; lower "
+            f"`train.on_policy.prompts_per_step` {on_policy.prompts_per_step}"
+        )
+    student = load_model(
+        start.path,
+        dtype="float32",
+        device=str(device),
+        attn_implementation=start.attn_implementation,
+        trust_remote_code=start.trust_remote_code,
+    )
+    teacher = load_ref(dataclasses.replace(teacher_ref, device=str(device)))
+    rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if rows[0] != rows[1]:
+        raise ModelError(
+            f"train.on_policy: the student has {rows[0]} rows of vocabulary and the teacher {rows[1]}; TRL's trainer "
+            "needs as many"
+        )
+    schedule = _schedule(settings, len(messages), on_policy)
+    with store.scratch_folder(job.key) as scratch:
+        trainer = OnPolicyTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=on_policy_arguments(settings, config.generate, str(scratch), config.seed, device),
+            tokenizer=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": messages}),
+            schedule=schedule,
+            settings=settings,
+            # Rows above are padding of the vocabulary.
+            unused_ids=list(range(min(len(tokenizer), start.shared_vocab), rows[0])),
+            callbacks=[_Progress(job)],
+        )
+        trainer.train()
+    last = store.checkpoint(job.key)
+    store.remove(last)
+    with store.writing_folder(last) as folder:
+        write_checkpoint(folder, student, trainer.optimizer, trainer.lr_scheduler, trainer.state, device)
+    metrics = _metrics_table(trainer.state.log_history, trainer.response_tokens, schedule, job.round)
+    store.write_table(store.path(job.key, "metrics.parquet"), metrics, TRAIN_METRICS)
+    job.counters |= {
+        "policy_step": trainer.state.global_step,
+        "start_step": 0,
+        "epochs": schedule.epoch(trainer.state.global_step),
+        "epochs_done": schedule.epoch(trainer.state.global_step),
+        "prompts_per_step": on_policy.prompts_per_step,
+        "response_tokens": sum(trainer.response_tokens),
+        "generated_tokens": sum(trainer.response_tokens),
+        "sampling_seconds": round(trainer.sampling_seconds, 3),
+        "tokens": trainer.state.num_input_tokens_seen,
+    }
+
+
+class OnPolicyTrainer(DistillationTrainer):
+    """TRL's DistillationTrainer on this project's prompts, schedule and counts.
+
+    Args:
+        schedule: Where a step lies in the run.
+        settings: Learning rates.
+        unused_ids: Tokens that must not be sampled.
+        tokenizer: The student's.
+        arguments: The others of DistillationTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        schedule: RoundSchedule,
+        settings: TrainConfig,
+        unused_ids: list[int],
+        **arguments: Any,
+    ) -> None:
+        self.schedule, self.settings, self.tokenizer = schedule, settings, tokenizer
+        self.response_tokens: list[int] = []
+        self.sampling_seconds = 0.0
+        super().__init__(processing_class=tokenizer, **arguments)
+        if unused_ids:
+            self.generation_config.suppress_tokens = unused_ids
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Return the prompts as every other stage tokenises them."""
+        return [ids.tolist() for ids in encode_prompts(self.tokenizer, prompts)], None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Sample, and count: the batch of one optimizer step is sampled at once."""
+        started = time.perf_counter()
+        sample: Callable[..., list[list[int]]] = super()._generate_single_turn
+        responses = sample(*args, **kwargs)
+        self.sampling_seconds += time.perf_counter() - started
+        self.response_tokens.append(sum(map(len, responses)))
+        return responses
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the same cosine that near-policy training takes."""
+        if self.lr_scheduler is None:
+            settings, optimizer = self.settings, optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = cosine_scheduler(
+                optimizer, self.schedule, settings.learning_rate, settings.min_learning_rate, settings.warmup_ratio
+            )
+            self._created_lr_scheduler = True
+        scheduler: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
+        return scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss.
+
+        Raises:
+            StageError: it is not finite.
+        """
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        value: Tensor = loss[0] if return_outputs else loss
+        if not math.isfinite(value.item()):
+            raise StageError(
+                f"train: the loss of optimizer step {self.state.global_step + 1} is not finite; lower "
+                "`train.learning_rate` or set `train.precision: fp32`"
+            )
+        return loss
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, job: StageJob) -> None:
+        self.job = job
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.job.progress(state.global_step, state.max_steps, "steps")
+
+
+def on_policy_arguments(
+    settings: TrainConfig, sampling: GenerateConfig, folder: str, seed: int, device: torch.device
+) -> DistillationConfig:
+    """Return TRL's settings: the same optimizer as near-policy training, sampling as stage generate samples.
+
+    Args:
+        settings: Section `train`, with `on_policy`.
+        sampling: Section `generate`.
+        folder: For what TRL writes; nothing is kept of it.
+        seed: The run's.
+        device: Where everything computes.
+    """
+    on_policy = settings.on_policy
+    assert on_policy is not None, "the config says so"
+    assert settings.steps_per_round is not None, "the config says so"
+    batch = on_policy.batch_prompts or on_policy.prompts_per_step
+    return DistillationConfig(
+        output_dir=folder,
+        max_steps=settings.steps_per_round,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=on_policy.prompts_per_step // batch,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        seed=seed,
+        data_seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=settings.report_to or "none",
+        disable_tqdm=True,
+        max_completion_length=sampling.max_new_tokens,
+        beta=on_policy.beta,
+        # Of the divergence too, so the sampler's goes in beside it.
+        temperature=1.0,
+        generation_kwargs={"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.temperature > 0
+        else {"do_sample": False},
+    )
+
+
+def _messages(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: int) -> list[list[dict[str, str]]]:
+    """Return the train prompts that leave room for a reply."""
+    train = of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train")
+    fits = prompts_that_fit(
+        encode_messages(tokenizer, train.column("messages")).lengths,
+        context,
+        too_long=job.config.prompts.too_long,
+        sources=train.column("source"),
+        source_rows=train.column("source_row"),
+    )
+    job.counters["dropped_prompts"] = int((~fits).sum())
+    messages: list[list[dict[str, str]]] = train.filter(pa.array(fits)).column("messages").to_pylist()
+    return messages
+
+
+def _schedule(settings: TrainConfig, prompts: int, on_policy: OnPolicyConfig) -> RoundSchedule:
+    """Return the schedule, with a prompt in place of a pack."""
+    assert settings.steps_per_round is not None
+    prompts -= prompts % on_policy.prompts_per_step
+    epochs = settings.steps_per_round * on_policy.prompts_per_step / prompts
+    steps = settings.steps_per_round
+    return RoundSchedule(0, prompts, on_policy.prompts_per_step, 0.0, epochs, math.ceil(epochs), steps)
+
+
+def _metrics_table(
+    log_history: list[dict[str, float]], response_tokens: list[int], schedule: RoundSchedule, round_index: int
+) -> pa.Table:
+    """Return the logged steps as the train metrics table: TRL's loss is a distillation loss alone, without a CE."""
+    steps = [entry for entry in log_history if "grad_norm" in entry]
+    return pa.table(
+        {
+            "step": [int(entry["step"]) for entry in steps],
+            "epoch": [schedule.epoch(int(entry["step"])) for entry in steps],
+            "round": [round_index] * len(steps),
+            "loss": [float(entry["loss"]) for entry in steps],
+            "ce": [None] * len(steps),
+            "kd": [float(entry["loss"]) for entry in steps],
+            "learning_rate": [entry["learning_rate"] for entry in steps],
+            "grad_norm": [float(entry["grad_norm"]) for entry in steps],
+            "response_tokens": response_tokens,
+            "tokens_per_second": [None] * len(steps),
+            "policy_kl": [None] * len(steps),
+            "policy_lag": [None] * len(steps),
+        },
+        schema=TRAIN_METRICS.columns,
+    )

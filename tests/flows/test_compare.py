@@ -1,0 +1,163 @@
+"""A whole comparison of tiny models: made, resumed, and changed in one method."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.compare import npd_compare
+from flows.comparison_progress import RunsDisplay, listening_to_runs
+from flows.terminal import Terminal
+from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
+from schemas.config import load_comparison
+from schemas.errors import ConfigError, StageError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.table_files import read_parquet
+from tasks.audit.verify import verify
+from tests.tiny_models import make_model, save_model
+
+METHODS: dict[str, Any] = {
+    "npd": {"role": "npd", "title": "NPD"},
+    "sft": {
+        "role": "baseline",
+        "rate_of": "npd",
+        "seeds": 1,
+        "set": {"generate.policy": "answers", "train.kd_weight": 0.0},
+    },
+    "on-policy": {"role": "baseline", "trainer": "on_policy", "rate_of": "npd", "seeds": 1},
+}
+
+
+def write_comparison(folder: Path, **changes: Any) -> Path:
+    """Write models, a run's config and a comparison of METHODS; ``changes`` go to its top level."""
+    if not (folder / "teacher").is_dir():
+        # On-policy training wants vocabularies of one size.
+        save_model(folder / "teacher", make_model(seed=1, layers=3))
+        save_model(folder / "student", make_model(seed=2, layers=1))
+        rows = [{"prompt": f"Say {n} twice.", "answer": f"{n} {n}"} for n in range(18)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    training = {"precision": "fp32", "gradient_checkpointing": False}
+    run = {
+        "name": "run",
+        "teacher": {"model": "teacher"},
+        "student": {"model": "student"},
+        "prompts": {"sources": [{"type": "jsonl", "path": "prompts.jsonl", "verifier": "exact"}], "held_out": 6},
+        "warmup": {**training, "prompts": 4},
+        "generate": {"max_new_tokens": 6},
+        "pack": {"max_tokens": 128},
+        "filter": {"min_delta_ifd": None, "max_delta_ifd": None},
+        "train": {**training, "steps_per_round": 2, "guard": {"window_steps": 2}},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    values = {
+        "name": "tiny",
+        "root": str(folder / "runs"),
+        "run": "run.yaml",
+        "set": {"rounds": 1},
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-4],
+        "validation": 0.5,
+        "methods": METHODS,
+    }
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+    return path
+
+
+def made_runs(config: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
+    """Run a comparison; return which of its runs were made, not found done."""
+    capsys.readouterr()
+    with RunsDisplay(Terminal()) as display, listening_to_runs(display):
+        npd_compare(str(config), **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": done in " in line]
+    return [line.partition(":")[0] for line in lines]
+
+
+@pytest.mark.e2e
+def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_comparison(tmp_path)
+    made = made_runs(config, capsys)
+    folder = tmp_path / "runs" / "tiny"
+    table = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison")
+    rows = {row["method"]: row for row in table.to_pylist()}
+    rate = rows["npd"]["learning_rate"]
+    assert sorted(made) == sorted(
+        [
+            "base",
+            "npd · lr 0.001 · seed 0",
+            "npd · lr 0.0001 · seed 0",
+            f"npd · lr {rate:g} · seed 1",
+            f"sft · lr {rate:g} · seed 0",
+            f"on-policy · lr {rate:g} · seed 0",
+        ]
+    )
+    assert list(rows) == ["teacher", "start", "warm-up", "npd", "on-policy", "sft"]
+    for name in METHODS:
+        assert rows[name]["steps"] == 2, name
+        assert rows[name]["learning_rate"] == rate, name
+        assert rows[name]["test_prompts"] == 3, name
+        assert rows[name]["seconds"] > 0, name
+    assert rows["npd"]["policy_kl"] is not None
+    assert rows["sft"]["policy_kl"] is rows["on-policy"]["policy_kl"] is None
+    assert rows["sft"]["generated_tokens"] == 0
+    assert min(rows["npd"]["generated_tokens"], rows["on-policy"]["generated_tokens"]) > 0
+    runs = read_parquet(folder / "comparison_runs.parquet", COMPARISON_RUNS, "runs")
+    assert runs.num_rows == 5
+    assert (folder / "comparison.md").read_text(encoding="utf-8").startswith("# tiny")
+
+    # One run's samples are taken over by others that would draw the same: their manifests are then the same.
+    stores = [RunStore(folder / "npd" / f"lr={lr}" / "seed-0") for lr in ("0.001", "0.0001")]
+    for key in (StageKey("reference"), StageKey("generate", 0), StageKey("score", 0)):
+        assert stores[0].finished(key) == stores[1].finished(key)
+    for path in sorted(folder.glob("*/lr=*/seed-*")):
+        report = verify(RunStore(path))
+        assert not report.breaks, (path, report.breaks)
+    assert {RunStore(path).record().run_id for path in folder.glob("*/lr=*/seed-*")} == {  # type: ignore[union-attr]
+        RunStore(folder / "base").record().run_id  # type: ignore[union-attr]
+    }
+
+    # A run that fails leaves the others alone, and is named with its log.
+    sft = METHODS["sft"]
+    broken = {**METHODS, "sft": {**sft, "set": {"filter.min_delta_ifd": 1e6, "filter.max_delta_ifd": None}}}
+    config = write_comparison(tmp_path, methods=broken)
+    with pytest.raises(StageError, match=r"(?s)1 run.* failed.*sft · lr .*none of 12 samples is kept.*run\.log"):
+        made_runs(config, capsys)
+    assert ": done in " not in capsys.readouterr().out
+    left = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison").column("method").to_pylist()
+    assert left == ["teacher", "start", "warm-up", "npd", "on-policy"]
+
+    changed = {**METHODS, "sft": {**sft, "set": {**sft["set"], "train.weight_decay": 0.1}}}
+    config = write_comparison(tmp_path, methods=changed)
+    assert made_runs(config, capsys, only=["sft"]) == [f"sft · lr {rate:g} · seed 0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metods": {}}, "metods: unknown key; did you mean `methods`"),
+        ({"methods": {"npd": {"role": "npd", "titel": "x"}}}, "titel: unknown key; did you mean `title`"),
+        ({"methods": {"sft": {"role": "baseline"}}}, "one of `methods` has `role: npd`"),
+        ({"methods": {"base": {"role": "npd"}}}, "methods.base"),
+        ({"methods": {"npd": {"role": "npd", "rate_of": "sft"}}}, "methods.npd.rate_of"),
+        ({"methods": {"npd": {"role": "npd", "set": {"train.kd_wieght": 1}}}}, "did you mean `kd_weight`"),
+        ({"set": {"evaluate.generate": False}}, "evaluate.generate: true"),
+        ({"set": {"train.steps_per_round": None}}, "needs `train.steps_per_round`"),
+        ({"seeds": [1, 1]}, "each value once"),
+        ({"run": "nowhere.yaml"}, "no such config file"),
+    ],
+)
+def test_a_wrong_comparison_names_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_comparison(write_comparison(tmp_path, **changes))
+
+
+def test_only_brings_what_a_method_needs(tmp_path: Path) -> None:
+    comparison, _ = load_comparison(write_comparison(tmp_path))
+    assert comparison.methods_for(["sft"]) == ["npd", "sft"]
+    assert comparison.methods_for(["npd"]) == ["npd"]
+    assert comparison.methods_for(None) == list(comparison.methods)
+    with pytest.raises(ConfigError, match="--only sgd: the methods are"):
+        comparison.methods_for(["sgd"])

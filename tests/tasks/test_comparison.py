@@ -1,0 +1,171 @@
+"""What a comparison makes of its runs: rates, intervals, differences, and the table."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
+from schemas.config import ComparisonConfig
+from tasks.comparison.intervals import crossed_interval, t_quantile
+from tasks.comparison.outcome import Outcome, Scores, validation_prompts
+from tasks.comparison.table import (
+    Landmark,
+    MethodRuns,
+    best_rate,
+    comparison_markdown,
+    comparison_table,
+    difference,
+    runs_table,
+)
+
+PROMPTS = tuple(f"p{index:02d}" for index in range(20))
+
+
+def outcome(values: Any, *, kl: float = 1.0, seconds: float = 1.0) -> Outcome:
+    return Outcome(Scores(PROMPTS, np.asarray(values, float)), kl, 0.1, None, seconds, 100, 10)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062047), (2, 4.3026527), (4, 2.7764451), (30, 2.0422725), (399, 1.9659273)]
+)
+def test_t_quantiles_are_those_of_the_tables(freedom: float, quantile: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-6)
+
+
+def test_a_fractional_degree_of_freedom_gives_the_probability_back() -> None:
+    freedom = 2.5
+    quantile = t_quantile(0.9, freedom)
+    # The density itself, integrated by the midpoint rule.
+    width = quantile / 200_000
+    places = (np.arange(200_000) + 0.5) * width
+    constant = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    inside = (constant * (1 + places**2 / freedom) ** (-(freedom + 1) / 2)).sum() * width
+    assert inside == pytest.approx(0.4, abs=1e-8)
+
+
+def test_one_seed_has_the_t_interval_of_its_prompts() -> None:
+    values = np.random.default_rng(0).random((1, 30))
+    found = crossed_interval(values, share=True)
+    half = 2.0452296 * values.std(ddof=1) / math.sqrt(30)
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-6)
+
+
+def test_variance_is_that_of_the_two_way_analysis() -> None:
+    random = np.random.default_rng(1)
+    values = 0.3 * random.normal(size=(4, 1)) + 0.2 * random.normal(size=(1, 25)) + 0.1 * random.normal(size=(4, 25))
+    values /= 10
+    mean = values.mean()
+    # Sums of squares by loops, as textbooks have them.
+    of_seeds = sum(25 * (values[s].mean() - mean) ** 2 for s in range(4)) / 3
+    of_prompts = sum(4 * (values[:, p].mean() - mean) ** 2 for p in range(25)) / 24
+    rest = 0.0
+    for s in range(4):
+        for p in range(25):
+            rest += (values[s, p] - values[s].mean() - values[:, p].mean() + mean) ** 2
+    rest /= 3 * 24
+    assert min(of_seeds, of_prompts) > rest
+    variance = (of_seeds + of_prompts - rest) / 100
+    freedom = variance**2 / ((of_seeds / 100) ** 2 / 3 + (of_prompts / 100) ** 2 / 24 + (rest / 100) ** 2 / 72)
+    half = t_quantile(0.975, freedom) * math.sqrt(variance)
+    found = crossed_interval(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    random = np.random.default_rng(2)
+    draws, held = 400, 0
+    for _ in range(draws):
+        values = (
+            0.05 * random.normal(size=(5, 1)) + 0.2 * random.normal(size=(1, 40)) + 0.2 * random.normal(size=(5, 40))
+        )
+        found = crossed_interval(values / 4)
+        held += found.low <= 0.0 <= found.high
+    # 95 % of 400 is 380, with a standard error of 4.4.
+    assert 362 <= held <= 396
+
+
+def test_equal_values_still_have_an_interval() -> None:
+    every = crossed_interval(np.ones((3, 50)), share=True)
+    assert (every.mean, every.high) == (1.0, 1.0)
+    assert every.low == pytest.approx(1 - 3.8414588 / 53.8414588)
+    none = crossed_interval(np.zeros((2, 50)))
+    assert none.low == pytest.approx(-3.8414588 / 53.8414588)
+    assert none.high == -none.low
+
+
+def test_validation_prompts_are_a_share_that_does_not_depend_on_order() -> None:
+    chosen = validation_prompts(PROMPTS, 0.3)
+    assert len(chosen) == 6
+    assert validation_prompts(PROMPTS[::-1], 0.3) == chosen
+
+
+def test_the_rate_is_chosen_on_validation_prompts_alone_and_ties_by_kl() -> None:
+    validation = frozenset(PROMPTS[:5])
+    good_there = outcome([1] * 5 + [0] * 15)
+    good_elsewhere = outcome([0] * 5 + [1] * 15)
+    assert best_rate({1e-3: good_elsewhere, 1e-4: good_there}, validation) == 1e-4
+    tied = {1e-3: outcome([1] * 20, kl=0.5), 1e-4: outcome([1] * 5 + [0] * 15, kl=0.4)}
+    assert best_rate(tied, validation) == 1e-4
+    diverged = {1e-3: outcome([0] * 20, kl=math.nan), 1e-4: outcome([0] * 20, kl=3.0)}
+    assert best_rate(diverged, validation) == 1e-4
+
+
+def test_a_difference_is_paired_by_seed_and_prompt() -> None:
+    random = np.random.default_rng(3)
+    left = {s: outcome(random.integers(0, 2, 20)) for s in range(3)}
+    right = {s: outcome(random.integers(0, 2, 20)) for s in range(1, 4)}
+    validation = frozenset(PROMPTS[:4])
+    found = difference(left, right, validation)
+    assert found is not None
+    paired = np.stack([left[s].scores.values[4:] - right[s].scores.values[4:] for s in (1, 2)])
+    assert found == crossed_interval(paired)
+    assert difference({0: left[0]}, {5: right[1]}, validation) is None
+
+
+def test_the_tables_hold_every_method_and_run() -> None:
+    comparison = ComparisonConfig.model_validate(
+        {
+            "name": "c",
+            "run": "run.yaml",
+            "seeds": [0, 1],
+            "methods": {
+                "npd": {"role": "npd", "title": "N|PD"},
+                "sft": {"role": "baseline"},
+                "late": {"role": "baseline"},
+            },
+        }
+    )
+    validation = frozenset(PROMPTS[:4])
+    npd = {s: outcome([1] * 4 + [1] * (12 + s) + [0] * (4 - s), kl=0.5 + s, seconds=2.0 + s) for s in (0, 1)}
+    sft = {0: outcome([0] * 4 + [1] * 8 + [0] * 8, seconds=5.0)}
+    runs = {
+        "npd": MethodRuns(1e-3, npd, {(1e-3, 0): npd[0], (1e-3, 1): npd[1], (1e-4, 0): outcome([0] * 20)}),
+        "sft": MethodRuns(1e-4, sft, {(1e-4, 0): sft[0]}),
+    }
+    teacher = Landmark("teacher", "teacher", "teacher", Scores(PROMPTS, np.ones(20)))
+    table = COMPARISON.validate(comparison_table(comparison, runs, [teacher], validation), "comparison")
+    rows = {row["method"]: row for row in table.to_pylist()}
+    assert list(rows) == ["teacher", "npd", "sft"]
+    assert rows["npd"]["accuracy"] == pytest.approx((12 + 13) / 32)
+    assert rows["npd"]["seconds"] == 2.5
+    assert (rows["npd"]["seconds_min"], rows["npd"]["seconds_max"], rows["npd"]["seeds"]) == (2.0, 3.0, 2)
+    assert rows["npd"]["kl_teacher_student"] == 1.0
+    assert rows["npd"]["kl_stderr"] == pytest.approx(math.sqrt(0.5 / 2 + 0.01))
+    assert rows["npd"]["difference"] is None
+    assert rows["sft"]["difference"] == pytest.approx(12 / 16 - 8 / 16)
+    assert rows["sft"]["seconds_ratio"] == 2.0
+    assert rows["teacher"]["seconds"] is None
+    found = COMPARISON_RUNS.validate(runs_table(comparison, runs, validation), "runs").to_pylist()
+    assert [(row["method"], row["learning_rate"], row["seed"], row["chosen"]) for row in found] == [
+        ("npd", 1e-4, 0, False),
+        ("npd", 1e-3, 0, True),
+        ("npd", 1e-3, 1, True),
+        ("sft", 1e-4, 0, True),
+    ]
+    assert found[1]["validation_accuracy"] == 1.0
+    markdown = comparison_markdown(table)
+    cells = [line.count(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    assert len(cells) == 4
+    assert len(set(cells)) == 1
