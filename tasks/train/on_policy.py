@@ -18,6 +18,7 @@ from schemas.config import GenerateConfig, OnPolicyConfig, TrainConfig
 from schemas.errors import ModelError, StageError
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from schemas.tables import TRAIN_METRICS
+from tasks.checkpoint import write_checkpoint
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_model, load_ref, load_tokenizer, resolve_device
@@ -25,7 +26,6 @@ from tasks.language_model.sources import start_model, teacher_model
 from tasks.rollout.context import prompts_that_fit
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
-from tasks.checkpoint import write_checkpoint
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
 
 
