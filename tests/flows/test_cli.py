@@ -106,7 +106,7 @@ def test_a_run_ends_with_a_table_of_its_rounds_and_where_its_files_are(finished_
 def test_status_shows_stages_and_rounds(finished_run: FinishedRun) -> None:
     code, output = invoke("status", str(finished_run.folder))
     assert code == 0
-    assert output.count(" complete ") == 18
+    assert output.count(" complete ") == 19
     assert "start" in output
     assert "round 1 (2 of 2)" in output
 

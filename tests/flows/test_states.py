@@ -27,7 +27,7 @@ def labels_in(store: RunStore, state: StageState, *overrides: str) -> list[str]:
 
 def test_every_stage_of_a_finished_run_is_complete(store: RunStore) -> None:
     states = stage_states(store, store.config)
-    assert len(states) == 3 + 1 + 2 * 7
+    assert len(states) == 4 + 1 + 2 * 7
     assert set(states.values()) == {StageState.COMPLETE}
 
 

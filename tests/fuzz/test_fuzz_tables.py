@@ -18,6 +18,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import (
     EVALUATE_METRICS,
+    EVALUATE_RESPONSES,
     FILTER,
     GENERATE,
     PROMPTS,
@@ -49,9 +50,11 @@ SCHEMAS = {
         pack_schema(None),
         TRAIN_METRICS,
         EVALUATE_METRICS,
+        EVALUATE_RESPONSES,
     )
 }
-CHOICES = {"split": "train", "finish_reason": "stop", "zone": "learnable"}
+CHOICES = {"split": "train", "finish_reason": "stop", "zone": "learnable", "model": "student"}
+SHARES = ("score", "repetition")
 TOKENS = (b"\x00", b"\xff" * 4, b"PAR1", b"\xff\xff\xff\xff\x07", b"\x80\x80\x80\x80\x08", b"\x15\xfe\xff\xff\xff\x0f")
 
 
@@ -67,6 +70,8 @@ def _values(name: str, kind: pa.DataType, rows: int) -> list[Any]:
         return [CHOICES.get(name, f"{name} {row}") for row in range(rows)]
     if pa.types.is_boolean(kind):
         return [row % 2 == 0 for row in range(rows)]
+    if name in SHARES:
+        return [row / rows for row in range(rows)]
     return [np.float16(row) for row in range(rows)] if kind == pa.float16() else list(range(rows))
 
 
