@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
 from flows.compare import npd_compare
 from flows.comparison_progress import RunsDisplay, listening_to_runs
@@ -70,7 +71,9 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
 def made_runs(config: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
     """Run a comparison; return which of its runs were made, not found done."""
     capsys.readouterr()
-    with RunsDisplay(Terminal()) as display, listening_to_runs(display):
+    # A busy machine takes longer to start Prefect's server than its usual limit.
+    patient = temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180})
+    with patient, RunsDisplay(Terminal()) as display, listening_to_runs(display):
         npd_compare(str(config), **options)
     lines = [line for line in capsys.readouterr().out.splitlines() if ": done in " in line]
     return [line.partition(":")[0] for line in lines]
