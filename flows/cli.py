@@ -1,4 +1,4 @@
-"""The command line: `npd run`, `status`, `rerun`, `inspect`, `verify`, `trace`, `diff`, `gc`, `config`."""
+"""The command line: `npd run`, `status`, `rerun`, `inspect`, `verify`, `trace`, `diff`, `report`, `gc`, `config`."""
 
 import os
 import signal
@@ -269,7 +269,7 @@ def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
             ) from error
 
 
-for _command in (audit_commands.verify, audit_commands.trace, audit_commands.diff):
+for _command in (audit_commands.verify, audit_commands.trace, audit_commands.diff, audit_commands.report):
     app.command(epilog=_EPILOG)(_command)
 
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from schemas.config import RunConfig
 from schemas.manifest import Manifest
-from schemas.run_store import RunStore
+from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
@@ -75,6 +75,7 @@ class RunSummary:
         rounds: The warm-up, then the rounds that have begun.
         seconds: Seconds of the stages that belong to no round.
         student: The newest exported model's folder.
+        report: The report to look at, if it has been written.
     """
 
     name: str
@@ -82,6 +83,7 @@ class RunSummary:
     rounds: list[RoundSummary]
     seconds: dict[str, float]
     student: str | None
+    report: str | None = None
 
     @property
     def metric_names(self) -> list[str]:
@@ -106,6 +108,7 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
         rounds=[_round(store, config, manifests, index) for index in indices],
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
         student=student,
+        report=f"{display_place(store)}/{REPORT_NAME}" if store.has_report() else None,
     )
 
 
@@ -212,7 +215,7 @@ def samples_table(summary: RunSummary) -> TextTable:
 
 def files_table(summary: RunSummary) -> list[tuple[str, str]]:
     """Return what lies where: description and path."""
-    files = [("student", summary.student)] if summary.student is not None else []
+    files = [("student", summary.student), ("report", summary.report)]
     return [
         *((what, path) for what, path in files if path is not None),
         ("tables", f"{summary.folder}/round=*/stage=*/*.parquet"),

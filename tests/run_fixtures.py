@@ -32,8 +32,10 @@ def make_store(tmp_path: Path, config: RunConfig) -> RunStore:
     return RunStore.create(config.model_copy(update={"root": str(tmp_path)}))
 
 
-def finish_stage(store: RunStore, key: StageKey, schema: TableSchema, shards: Sequence[pa.Table]) -> Manifest:
-    """Write ``shards`` as the stage's table and complete it; what was there before goes."""
+def finish_stage(
+    store: RunStore, key: StageKey, schema: TableSchema, shards: Sequence[pa.Table], **counters: Any
+) -> Manifest:
+    """Write ``shards`` as the stage's table and complete it with ``counters``; what was there before goes."""
     store.supersede(key)
     store.begin(key, "test")
     for index, shard in enumerate(shards):
@@ -50,7 +52,7 @@ def finish_stage(store: RunStore, key: StageKey, schema: TableSchema, shards: Se
         finished=now_iso(),
         host="test",
         packages={},
-        counters={},
+        counters=counters,
     )
     store.finish(key, manifest)
     return manifest
