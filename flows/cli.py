@@ -83,8 +83,8 @@ def run(
 ) -> None:
     """Run the loop of CONFIG, or continue it: what is up to date is not done again.
 
-    Prompts, models, reference, warm-up; then generate, score, filter, pack, train, export and evaluate, round after
-    round. Files go to ROOT/NAME of the config. With PREFECT_API_URL set, the run shows up on that Prefect server.
+    Prompts, models, reference, baseline, warm-up; then generate, score, filter, pack, train, export and evaluate, round
+    after round. Files go to ROOT/NAME of the config. With PREFECT_API_URL set, the run shows up on that Prefect server.
     """
     from flows.configs import read_config
     from flows.states import check_sources
@@ -136,7 +136,7 @@ def rerun(
         str,
         typer.Option(
             "--stage",
-            help="prompts, models, reference, generate, score, filter, pack, train, export or evaluate.",
+            help="prompts, models, reference, baseline, generate, score, filter, pack, train, export or evaluate.",
         ),
     ],
     round_index: Round = None,
@@ -209,8 +209,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Delete what RUN keeps of stages that ran again: their earlier results, under superseded/."""
-    from flows.inspection import bytes_text
     from schemas.run_store import RunStore
+    from tasks.report.text import bytes_text
 
     store = RunStore.open(run)
     with store.lock.held():

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from flows.progress import Rate, StageListener, describe
 from flows.states import StageState
-from flows.summary import RunSummary, agreement_table, display_place, duration_text, files_table, samples_table
+from flows.summary import RunSummary, display_place, files_table, held_out_tables, samples_table
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.untrusted_text import one_line, visible
+from tasks.report.text import duration_text
 
 LINE_SECONDS = 10.0
 """Least time between two plain progress lines of a stage."""
@@ -164,7 +165,7 @@ def make_table(title: str, titles: list[str], numeric: Collection[str] = ()) -> 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Print the tables of rounds and where the files are."""
-    for title, titles, rows in (agreement_table(summary), samples_table(summary)):
+    for title, titles, rows in (*held_out_tables(summary), samples_table(summary)):
         table = make_table(title, titles, set(titles) - {"round", "why"})
         for row in rows:
             table.add_row(*(Text(one_line(cell)) for cell in row))

@@ -13,7 +13,19 @@ from prefect.futures import PrefectFuture
 from flows.configs import read_config
 from flows.process import cancelling
 from flows.progress import artifact_key, if_server_answers
-from flows.stage_tasks import evaluate, export, filter, generate, models, pack, prompts, reference, score, train
+from flows.stage_tasks import (
+    baseline,
+    evaluate,
+    export,
+    filter,
+    generate,
+    models,
+    pack,
+    prompts,
+    reference,
+    score,
+    train,
+)
 from flows.summary import round_rows, summarize, summary_dict, summary_markdown
 from schemas.config import RunConfig
 from schemas.errors import NPDError
@@ -61,6 +73,7 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
         prompts(*run)
         models(*run)
         reference(*run)
+        baseline(*run)
 
         if settings.warmup is not None:
             pack(*run, round=WARMUP)

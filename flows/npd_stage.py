@@ -29,8 +29,9 @@ def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[st
 
     Args:
         run: The run's folder or URL, for example `runs/quickstart`.
-        stage: Which stage: prompts, models, reference, generate, score, filter, pack, train, export or evaluate.
-        round: Which round, from 0; -1 is the warm-up; none for prompts, models and reference.
+        stage: Which stage: prompts, models, reference, baseline, generate, score, filter, pack, train, export or
+            evaluate.
+        round: Which round, from 0; -1 is the warm-up; none for prompts, models, reference and baseline.
         overrides: Changes to the config the run last ran with, each `key.sub=value`; the run keeps them.
 
     Returns:

@@ -91,10 +91,11 @@ filter = _stage_task("filter", "Keep what is learnable; the ledger says why the 
 pack = _stage_task("pack", "Whole sequences into bins.")
 train = _stage_task("train", "Train the student on the packs, continuing the run's one optimizer and schedule.")
 export = _stage_task("export", "Write the student as a Hugging Face model directory.")
-evaluate = _stage_task("evaluate", "Held-out agreement of student and teacher.")
+baseline = _stage_task("baseline", "Evaluate the teacher, and the student that the run starts from.")
+evaluate = _stage_task("evaluate", "Held-out prompts: agreement with the teacher, and the student's own responses.")
 
 TASKS: dict[str, StageTask] = {
     stage_task.name: stage_task
-    for stage_task in (prompts, models, reference, generate, score, filter, pack, train, export, evaluate)
+    for stage_task in (prompts, models, reference, baseline, generate, score, filter, pack, train, export, evaluate)
 }
 """Every stage's task by the stage's name."""

@@ -10,18 +10,22 @@ from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import EVALUATE_METRICS, FILTER
+from schemas.tables import EVALUATE_METRICS, FILTER, METRICS_FILE, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
-from tasks.graph import loop
+from tasks.graph import BASELINE, loop
+from tasks.report.text import duration_text
 
 METRIC_TITLES = {
     "kl_teacher_student": "KL(teacher‖student)",
     "kl_student_teacher": "KL(student‖teacher)",
     "top1_agreement": "top-1 agreement",
+    "accuracy": "accuracy",
+    "response_tokens": "tokens",
+    "truncation_rate": "cut off",
+    "repetition": "repetition",
 }
 """Column titles of the metrics that have one; another metric goes by its name."""
 
-_COUNTS = ("response_tokens",)
 KEPT = "kept"
 
 
@@ -73,6 +77,8 @@ class RunSummary:
         name: The run's name.
         folder: Where it is.
         rounds: The warm-up, then the rounds that have begun.
+        baseline: Held-out metrics of the models that do not train, by model: `teacher` and `start`.
+        resolution: Which difference in accuracy the held-out prompts can tell; empty where none is verified.
         seconds: Seconds of the stages that belong to no round.
         student: The newest exported model's folder.
         report: The report to look at, if it has been written.
@@ -81,14 +87,18 @@ class RunSummary:
     name: str
     folder: str
     rounds: list[RoundSummary]
+    baseline: dict[str, dict[str, Metric]]
+    resolution: str
     seconds: dict[str, float]
     student: str | None
     report: str | None = None
 
     @property
     def metric_names(self) -> list[str]:
-        """Metrics that any round has, those with a title first; plain counts left out."""
-        found = {name for row in self.rounds for name in row.metrics} - set(_COUNTS)
+        """Metrics that anything has, those with a title first."""
+        found = {
+            name for metrics in (*self.baseline.values(), *(row.metrics for row in self.rounds)) for name in metrics
+        }
         return [name for name in METRIC_TITLES if name in found] + sorted(found - set(METRIC_TITLES))
 
 
@@ -106,6 +116,8 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
         name=config.name,
         folder=display_place(store),
         rounds=[_round(store, config, manifests, index) for index in indices],
+        baseline=_metrics(store, BASELINE) if BASELINE in manifests else {},
+        resolution=_resolution(manifests[BASELINE]) if BASELINE in manifests else "",
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
         student=student,
         report=f"{display_place(store)}/{REPORT_NAME}" if store.has_report() else None,
@@ -117,16 +129,29 @@ def _round(store: RunStore, config: RunConfig, manifests: dict[StageKey, Manifes
     return RoundSummary(
         round=index,
         label=round_label(config, index),
-        metrics=_metrics(store, index) if "evaluate" in own else {},
+        metrics=_metrics(store, StageKey("evaluate", index))["student"] if "evaluate" in own else {},
         reasons=_reasons(store, index) if "filter" in own else {},
         tokens={stage: int(m.counters["tokens"]) for stage, m in own.items() if "tokens" in m.counters},
         seconds={stage: _seconds(manifest) for stage, manifest in own.items()},
     )
 
 
-def _metrics(store: RunStore, index: int) -> dict[str, Metric]:
-    table = store.read_table(StageKey("evaluate", index), EVALUATE_METRICS)
-    return {row["metric"]: Metric(row["value"], row["stderr"], row["n"]) for row in table.to_pylist()}
+def _metrics(store: RunStore, key: StageKey) -> dict[str, dict[str, Metric]]:
+    table = store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS)
+    found: dict[str, dict[str, Metric]] = {}
+    for row in table.to_pylist():
+        found.setdefault(row["model"], {})[row["metric"]] = Metric(row["value"], row["stderr"], row["n"])
+    return found
+
+
+def _resolution(manifest: Manifest) -> str:
+    difference, prompts, needed = (
+        manifest.counters.get(name) for name in ("detectable_difference", "verified_prompts", "prompts_for_two_points")
+    )
+    if difference is None or prompts is None or needed is None:
+        return ""
+    told = f"{prompts:,} verified held-out prompts tell differences in accuracy from {100 * difference:.1f} points on"
+    return told if difference <= 0.02 else f"{told}; 2 points take about {needed:,}"
 
 
 def _reasons(store: RunStore, index: int) -> dict[str, int]:
@@ -170,31 +195,41 @@ def why_text(row: RoundSummary) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in row.reasons.items() if reason != KEPT)
 
 
-def duration_text(seconds: float) -> str:
-    """Return seconds as people say them.
-
-    >>> duration_text(4.21), duration_text(75), duration_text(7260)
-    ('4.2 s', '1 min 15 s', '2 h 01 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 TextTable = tuple[str, list[str], list[list[str]]]
 """A title, column titles, and rows of cells."""
 
 
-def agreement_table(summary: RunSummary) -> TextTable:
-    """Return the held-out metrics by round, as text."""
-    names = summary.metric_names
-    rows = [[row.label, *(metric_text(row.metrics.get(name)) for name in names)] for row in summary.rounds]
-    return (
-        "Held-out agreement: mean ± standard error over response tokens; KL in nats",
-        ["round", *(METRIC_TITLES.get(name, name) for name in names)],
-        rows,
-    )
+def held_out_tables(summary: RunSummary) -> list[TextTable]:
+    """Return the held-out metrics by model, as text: agreement with the teacher, then the models' own responses."""
+    agreement = [name for name in summary.metric_names if not _of_responses(name)]
+    responses = [name for name in summary.metric_names if _of_responses(name)]
+    models = [
+        *((model, metrics) for model, metrics in summary.baseline.items()),
+        *((row.label, row.metrics) for row in summary.rounds),
+    ]
+    told = f" ({summary.resolution})" if summary.resolution else ""
+    titles = {
+        "Held-out agreement: mean ± standard error over response tokens; KL in nats": agreement,
+        f"Own responses to held-out prompts: mean ± standard error{told}": responses,
+    }
+    return [
+        (
+            title,
+            ["round", *(METRIC_TITLES.get(name, name) for name in names)],
+            [
+                [label, *(metric_text(metrics.get(name)) for name in names)]
+                for label, metrics in models
+                # The teacher has no agreement with itself; the start without a warm-up is told with the rounds.
+                if metrics.keys() & set(names) or label not in summary.baseline
+            ],
+        )
+        for title, names in titles.items()
+        if names or title.startswith("Held-out")
+    ]
+
+
+def _of_responses(metric: str) -> bool:
+    return metric in RESPONSE_METRICS or metric.startswith("lm_eval/")
 
 
 def samples_table(summary: RunSummary) -> TextTable:
@@ -240,11 +275,11 @@ def round_rows(summary: RunSummary, index: int) -> list[dict[str, Any]]:
 def summary_markdown(summary: RunSummary) -> str:
     """Return the run so far as Markdown."""
     lines = [f"# {escape_markdown(summary.name)}"]
-    for title, header, rows in (agreement_table(summary), samples_table(summary)):
+    for title, header, rows in (*held_out_tables(summary), samples_table(summary)):
         lines += ["", f"## {escape_markdown(title)}", ""]
         lines += [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
         lines.insert(len(lines) - len(rows), f"|{'---|' * len(header)}")
-    lines += ["", f"Prompts, models and reference: {duration_text(sum(summary.seconds.values()))}.", ""]
+    lines += ["", f"Prompts, models, reference and baseline: {duration_text(sum(summary.seconds.values()))}.", ""]
     lines += [f"- {what}: {code_markdown(path)}" for what, path in files_table(summary)]
     return "\n".join(lines) + "\n"
 

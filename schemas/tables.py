@@ -29,6 +29,7 @@ class TableSchema:
         checks: pandera checks of single columns.
         parallel: Groups of list columns that must have equal list lengths in every row.
         unique: Columns whose values may not repeat within one table.
+        unique_together: Columns whose values together may not repeat within one table.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TableSchema:
     checks: dict[str, list[pandera.Check]] = field(default_factory=dict)
     parallel: tuple[tuple[str, ...], ...] = ()
     unique: tuple[str, ...] = ()
+    unique_together: tuple[str, ...] = ()
 
     def validate_columns(self, found: pa.Schema, where: str) -> None:
         """Check names and types of a table's columns; see ``validate``."""
@@ -81,6 +83,9 @@ class TableSchema:
             contract.validate(table.select(flat), lazy=True)
         except pandera.errors.SchemaErrors as error:
             raise ArtifactError(f"{where}: table `{self.name}`: {_failures(error)}") from None
+        together = list(self.unique_together)
+        if together and table.group_by(together).aggregate([]).num_rows != table.num_rows:
+            raise ArtifactError(f"{where}: table `{self.name}`: rows repeat in {', '.join(together)}")
         nested = [column for column in self.columns if pa.types.is_nested(column.type)]
         with_null = [
             c.name for c in nested if any(_has_null(chunk, c.nullable) for chunk in table.column(c.name).chunks)
@@ -125,12 +130,14 @@ _LIST_INT32 = pa.list_(pa.int32())
 
 PROMPTS = TableSchema(
     name="prompts",
-    version=1,
+    version=2,
     columns=pa.schema(
         [
             _required("prompt_id", pa.string()),
             _required("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
             pa.field("answer", pa.string()),
+            # JSON: what a response is checked with (tasks/verification); null where it cannot be.
+            pa.field("verification", pa.string()),
             _required("source", pa.string()),
             _required("source_row", pa.int64()),
             _required("split", pa.string()),
@@ -314,9 +321,21 @@ TRAIN_METRICS = TableSchema(
     unique=("step",),
 )
 
+METRICS_FILE, RESPONSES_FILE = "metrics.parquet", "responses.parquet"
+"""The files of stages evaluate and baseline."""
+
+AGREEMENT_METRICS = ("kl_teacher_student", "kl_student_teacher", "top1_agreement")
+"""Metrics of a student against the teacher, on the teacher's responses to held-out prompts."""
+
+RESPONSE_METRICS = ("accuracy", "response_tokens", "truncation_rate", "repetition")
+"""Metrics of a model's own responses to held-out prompts."""
+
+EVALUATED_MODELS = ("student", "teacher", "start")
+"""`student` is the one a round ends with, `start` the one the run begins with."""
+
 EVALUATE_METRICS = TableSchema(
     name="evaluate_metrics",
-    version=1,
+    version=2,
     columns=pa.schema(
         [
             _required("round", pa.int32()),
@@ -324,8 +343,38 @@ EVALUATE_METRICS = TableSchema(
             _required("value", pa.float64()),
             _required("n", pa.int64()),
             _required("stderr", pa.float64()),
+            _required("model", pa.string()),
         ]
     ),
-    checks={"n": _AT_LEAST_0, "stderr": _AT_LEAST_0},
-    unique=("metric",),
+    checks={"n": _AT_LEAST_0, "stderr": _AT_LEAST_0, "model": [pandera.Check.isin(list(EVALUATED_MODELS))]},
+    unique_together=("model", "metric"),
+)
+
+EVALUATE_RESPONSES = TableSchema(
+    name="evaluate_responses",
+    version=1,
+    columns=pa.schema(
+        [
+            _required("model", pa.string()),
+            _required("round", pa.int32()),
+            _required("prompt_id", pa.string()),
+            _required("sample_index", pa.int32()),
+            _required("response", pa.string()),
+            _required("response_tokens", pa.int32()),
+            _required("finish_reason", pa.string()),
+            # In [0, 1], 1 is right; null where the prompt has nothing to check against.
+            pa.field("score", pa.float64()),
+            # Share of the response's token 4-grams that stood in it before.
+            _required("repetition", pa.float64()),
+        ]
+    ),
+    checks={
+        "model": [pandera.Check.isin(list(EVALUATED_MODELS))],
+        "sample_index": _AT_LEAST_0,
+        "response_tokens": _AT_LEAST_0,
+        "finish_reason": [pandera.Check.isin(["stop", "length"])],
+        "score": [pandera.Check.in_range(0, 1)],
+        "repetition": [pandera.Check.in_range(0, 1)],
+    },
+    unique_together=("model", "prompt_id", "sample_index"),
 )

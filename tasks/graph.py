@@ -8,6 +8,7 @@ from schemas.config import RunConfig
 from schemas.stage_key import WARMUP, StageKey
 
 PROMPTS, MODELS, REFERENCE = StageKey("prompts"), StageKey("models"), StageKey("reference")
+BASELINE = StageKey("baseline")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,16 @@ def _reference_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     return values
 
 
+def _evaluate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
+    """With how models answer, if they do: not how the student samples for training."""
+    if not config.evaluate.generate:
+        return _sections("evaluate")(config, key)
+    values = _sections("evaluate", "generate")(config, key)
+    for name in ("temperature", "top_p", "samples_per_prompt"):
+        del values["generate"][name]
+    return values
+
+
 def _pack_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
     index = _round(key)
     if index == WARMUP:
@@ -148,7 +159,7 @@ def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
 
 
 STAGES: dict[str, Stage] = {
-    "prompts": Stage("tasks.prompts", 1, _sections("prompts"), lambda c, k: [], own_process=False),
+    "prompts": Stage("tasks.prompts", 2, _sections("prompts"), lambda c, k: [], own_process=False),
     "models": Stage("tasks.models", 2, _models_config, lambda c, k: [PROMPTS]),
     "reference": Stage("tasks.reference", 3, _reference_config, lambda c, k: [PROMPTS, MODELS]),
     "generate": Stage(
@@ -173,10 +184,11 @@ STAGES: dict[str, Stage] = {
     "pack": Stage("tasks.pack", 1, _pack_config, _pack_inputs, own_process=False),
     "train": Stage("tasks.train", 3, _train_config, _train_inputs),
     "export": Stage("tasks.export", 2, _sections("export"), _export_inputs),
+    "baseline": Stage("tasks.evaluate", 1, _evaluate_config, lambda c, k: [PROMPTS, MODELS, REFERENCE]),
     "evaluate": Stage(
         "tasks.evaluate",
-        2,
-        _sections("evaluate"),
+        3,
+        _evaluate_config,
         lambda c, k: [PROMPTS, REFERENCE, MODELS, result_policy(c, _round(k))],
     ),
 }
@@ -188,7 +200,7 @@ TRAINING_STAGES = ("train", "export", "evaluate")
 
 def loop(config: RunConfig) -> list[StageKey]:
     """Return every stage of the run in the order of the loop."""
-    keys = [PROMPTS, MODELS, REFERENCE]
+    keys = [PROMPTS, MODELS, REFERENCE, BASELINE]
     if config.warmup is not None:
         keys += [StageKey(stage, WARMUP) for stage in WARMUP_STAGES]
     keys.append(StageKey("evaluate", WARMUP))

@@ -32,7 +32,8 @@ MEMORY_SETTINGS = {
     "train": "lower `pack.max_tokens` or `train.loss_chunk`, keep `train.gradient_checkpointing: true`, "
     "or set `train.lora`",
     "export": "set `export.dtype: bfloat16`, or give the machine more memory",
-    "evaluate": "lower `evaluate.batch_tokens`",
+    "baseline": "lower `evaluate.batch_tokens` or `generate.batch_size`",
+    "evaluate": "lower `evaluate.batch_tokens` or `generate.batch_size`",
 }
 """What to change where a stage's memory runs out."""
 

@@ -12,7 +12,7 @@ from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import GENERATE, PROMPTS, TableSchema, score_schema, targets_type
+from schemas.tables import GENERATE, METRICS_FILE, PROMPTS, TableSchema, score_schema, targets_type
 
 
 def make_config(root: Path, **sections: Any) -> RunConfig:
@@ -39,7 +39,8 @@ def finish_stage(
     store.supersede(key)
     store.begin(key, "test")
     for index, shard in enumerate(shards):
-        store.write_table(store.part(key, index), shard, schema)
+        metrics = key.stage in ("evaluate", "baseline")
+        store.write_table(store.path(key, METRICS_FILE) if metrics else store.part(key, index), shard, schema)
     manifest = Manifest(
         stage=key.stage,
         round=key.round,
@@ -138,6 +139,7 @@ def prompts_table(splits: dict[str, str]) -> pa.Table:
             "prompt_id": list(splits),
             "messages": [[{"role": "user", "content": name}] for name in splits],
             "answer": [None] * len(splits),
+            "verification": [None] * len(splits),
             "source": ["test"] * len(splits),
             "source_row": list(range(len(splits))),
             "split": list(splits.values()),

@@ -197,5 +197,13 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
                 }
             ),
             "prompts": config.prompts.model_copy(update={"sources": [beside(s) for s in config.prompts.sources]}),
+            "evaluate": config.evaluate.model_copy(
+                update={
+                    "lm_eval": config.evaluate.lm_eval
+                    and config.evaluate.lm_eval.model_copy(
+                        update={"include_path": resolved(config.evaluate.lm_eval.include_path)}
+                    )
+                }
+            ),
         }
     )

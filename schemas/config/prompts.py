@@ -17,6 +17,10 @@ class _Rows(Section):
     answer: str | None = "answer"
     """Column holding the reference answer, if rows have one; null: ignore it."""
 
+    verifier: Literal["math", "exact"] | None = "math"
+    """How a response is checked where a row has an answer: `math`, equal as mathematics (`math-verify`) or as text;
+    `exact`, the same text after the last `####`, else in `<answer>` tags, else in the last line; null: not at all."""
+
     system: str | None = None
     """System message put before every prompt that does not bring its own."""
 

@@ -127,11 +127,45 @@ class PackConfig(Section):
     """Bins per file."""
 
 
+class LmEvalConfig(Section):
+    """Benchmarks of `lm-eval` (EleutherAI), run on every model that is evaluated; extra `lm-eval`."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of its tasks or groups (`gsm8k`, `arc_easy`, ...). Their data come from the Hub, or from its cache."""
+
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Worked examples before each question; null: as the task says."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Take the first so many questions of each task; null: all."""
+
+    include_path: str | None = None
+    """Folder with tasks of your own (YAML); a relative path starts at the config file's folder."""
+
+    apply_chat_template: bool = False
+    """Whether questions are put as a user's message."""
+
+    batch_size: int = Field(default=8, ge=1, json_schema_extra=PLACEMENT)
+    """Questions in one forward pass."""
+
+
 class EvaluateConfig(Section):
-    """Stage evaluate: held-out agreement with the teacher."""
+    """Stages evaluate and baseline: held-out agreement with the teacher, and what models say to held-out prompts."""
 
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Length of the teacher's held-out responses; null: as `generate.max_new_tokens`."""
+    """Longest held-out response, in tokens, of teacher and student; null: as `generate.max_new_tokens`."""
+
+    generate: bool = True
+    """Whether models answer the held-out prompts: accuracy, length, truncation and repetition of their responses."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature of these responses; 0 is greedy."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses of a model to each held-out prompt."""
+
+    lm_eval: LmEvalConfig | None = None
+    """Benchmarks by name; null: none."""
 
     batch_tokens: int = Field(default=4096, ge=16, json_schema_extra=PLACEMENT)
     """Tokens in one packed prefill."""

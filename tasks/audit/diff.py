@@ -164,7 +164,7 @@ def _side(record: FileRecord | None) -> dict[str, Any] | None:
 def _first(
     stores: tuple[RunStore, RunStore], configs: tuple[RunConfig, RunConfig], key: StageKey, path: str
 ) -> str | None:
-    schemas = [stage_schema(config, key) for config in configs]
+    schemas = [stage_schema(config, key, path.rpartition("/")[2]) for config in configs]
     if schemas[0] is None or schemas[1] is None:
         return None
     if schemas[0].columns != schemas[1].columns:

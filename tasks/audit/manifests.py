@@ -11,10 +11,10 @@ from schemas.run_store import PARTIAL_NAME, REPORT_NAME, SUPERSEDED
 from schemas.stage_key import StageKey
 from tasks.audit.findings import Audit
 from tasks.audit.run_files import RunFiles
-from tasks.graph import MODELS, PROMPTS, REFERENCE, STAGES, loop
+from tasks.graph import BASELINE, MODELS, PROMPTS, REFERENCE, STAGES, loop
 from tasks.stage import plan
 
-_SHARED = (PROMPTS, MODELS, REFERENCE)
+_SHARED = (PROMPTS, MODELS, REFERENCE, BASELINE)
 _OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME, REPORT_NAME)
 
 

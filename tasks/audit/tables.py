@@ -11,9 +11,12 @@ from schemas.errors import ArtifactError
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import (
     EVALUATE_METRICS,
+    EVALUATE_RESPONSES,
     FILTER,
     GENERATE,
+    METRICS_FILE,
     PROMPTS,
+    RESPONSES_FILE,
     RUN_KEY,
     TRAIN_METRICS,
     TableSchema,
@@ -23,8 +26,11 @@ from schemas.tables import (
 from tasks.audit.findings import Audit
 
 
-def stage_schema(config: RunConfig, key: StageKey) -> TableSchema | None:
-    """Return the schema of a stage's table; None for stages that write models."""
+def stage_schema(config: RunConfig, key: StageKey, name: str | None = None) -> TableSchema | None:
+    """Return the schema of a stage's table; None for stages that write models.
+
+    Where a stage has several tables, each in a file of its own, the file's ``name`` says which.
+    """
     targets = (config.score.top_k, config.score.topk_dtype)
     match key.stage:
         case "prompts":
@@ -39,8 +45,8 @@ def stage_schema(config: RunConfig, key: StageKey) -> TableSchema | None:
             return pack_schema(None) if key.round == WARMUP else pack_schema(*targets)
         case "train":
             return TRAIN_METRICS
-        case "evaluate":
-            return EVALUATE_METRICS
+        case "evaluate" | "baseline":
+            return EVALUATE_RESPONSES if name == RESPONSES_FILE else EVALUATE_METRICS
     return None
 
 
@@ -51,16 +57,30 @@ def check_tables(audit: Audit, key: StageKey) -> None:
         return
     rows = {record.path: record.rows for record in audit.manifests[key].outputs}
     paths = audit.store.table_files(key)
-    if not paths or (key.stage in ("train", "evaluate") and len(paths) > 1):
-        audit.broken(key.folder, f"has {len(paths)} files of table `{schema.name}`")
+    expected = _expected_files(audit.config, key)
+    if not paths or (expected is not None and [path.name for path in paths] != expected):
+        names = ", ".join(path.name for path in paths) or "none"
+        wanted = "" if expected is None else f", should be {', '.join(expected)}"
+        audit.broken(key.folder, f"has {len(paths)} files of table `{schema.name}`: {names}{wanted}")
         audit.sound.discard(key)
+        return
     for number, path in enumerate(paths):
         name = audit.store.relative(path)
         audit.watch(f"{key.label}: table", number, len(paths), "files")
-        damage = _damage(audit, path, name, schema, rows[name])
+        damage = _damage(audit, path, name, stage_schema(audit.config, key, path.name) or schema, rows[name])
         if damage is not None:
             audit.sound.discard(key)
             audit.broken(name, damage)
+
+
+def _expected_files(config: RunConfig, key: StageKey) -> list[str] | None:
+    """Return the names of a stage's tables where they are fixed; None where it may have any number of parts."""
+    match key.stage:
+        case "train":
+            return [METRICS_FILE]
+        case "evaluate" | "baseline":
+            return [METRICS_FILE, RESPONSES_FILE] if config.evaluate.generate else [METRICS_FILE]
+    return None
 
 
 def _damage(audit: Audit, path: Path, name: str, schema: TableSchema, recorded_rows: int | None) -> str | None:
@@ -80,13 +100,16 @@ def _damage(audit: Audit, path: Path, name: str, schema: TableSchema, recorded_r
     return None
 
 
-def shards(audit: Audit, key: StageKey, columns: list[str]) -> Iterator[tuple[str, int, pa.Table]]:
+def shards(
+    audit: Audit, key: StageKey, columns: list[str], only: str | None = None
+) -> Iterator[tuple[str, int, pa.Table]]:
     """Yield each shard of a sound stage's table: its file, the rows before it, and these columns of it.
 
-    They are not validated again: ``check_tables`` has done so.
+    Where the stage has several tables, ``only`` names the file of one. They are not validated again: ``check_tables``
+    has done so.
     """
     before = 0
-    paths = audit.store.table_files(key)
+    paths = [path for path in audit.store.table_files(key) if only in (None, path.name)]
     for number, path in enumerate(paths):
         audit.watch(f"{key.label}: rows", number, len(paths), "files")
         table = pq.read_table(audit.store.fetch(path), columns=columns, partitioning=None)

@@ -12,10 +12,8 @@ from tasks.audit.epochs import Epochs, epochs_of, pack_costs, pack_key, student_
 from tasks.audit.findings import Audit
 from tasks.audit.rollouts import policy_steps, require_models
 from tasks.audit.tables import shards
-from tasks.graph import MODELS, REFERENCE, sampled_round, sampling_policy
+from tasks.graph import MODELS, sampled_round, sampling_policy
 from tasks.language_model.ragged import Ragged
-
-_METRICS = {"kl_teacher_student", "kl_student_teacher", "top1_agreement"}
 
 
 def check_training(audit: Audit, key: StageKey) -> None:
@@ -137,23 +135,3 @@ def check_export(audit: Audit, key: StageKey) -> None:
     steps = policy_steps(audit, key)
     if steps is not None:
         audit.expect_counter(key, "policy_step", steps)
-
-
-def check_evaluation(audit: Audit, key: StageKey) -> None:
-    """Check that an evaluation has its metrics, of its round, over the held-out references."""
-    if not audit.needs(key, key, REFERENCE) or REFERENCE not in audit.rollouts:
-        return
-    references = audit.rollouts[REFERENCE]
-    tokens = int(references.response_tokens[references.held_out].sum())
-    ((name, _, table),) = shards(audit, key, ["round", "metric", "value", "n", "stderr"])
-    ids = table.column("metric")
-    rounds, counts = table.column("round").to_numpy(), table.column("n").to_numpy()
-    audit.expect_rows(name, 0, ids, "round", rounds == key.round, lambda i: f"{rounds[i]}, should be {key.round}")
-    audit.expect_rows(
-        name, 0, ids, "n", counts == tokens, lambda i: f"{counts[i]}, the held-out references have {tokens} tokens"
-    )
-    finite = np.isfinite(table.column("value").to_numpy()) & np.isfinite(table.column("stderr").to_numpy())
-    audit.expect_rows(name, 0, ids, "value", finite, lambda i: "is not finite")
-    missing = _METRICS - set(ids.to_pylist())
-    if missing:
-        audit.broken(name, f"lacks {', '.join(sorted(missing))}")

@@ -6,6 +6,7 @@ from schemas.errors import ArtifactError, ConfigError, RunNotFoundError
 from schemas.manifest import RUN_NAME, hash_json
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from tasks.audit.evaluation import check_evaluation
 from tasks.audit.findings import Audit, Break, Report, Watch
 from tasks.audit.manifests import check_chain, check_files, check_other_files, read_manifests
 from tasks.audit.packs import check_packs
@@ -13,7 +14,7 @@ from tasks.audit.rollouts import check_prompts, check_rollouts, require_models
 from tasks.audit.run_files import RunFiles
 from tasks.audit.scores import check_ledger, check_scores
 from tasks.audit.tables import check_tables
-from tasks.audit.training import check_evaluation, check_export, check_training
+from tasks.audit.training import check_export, check_training
 from tasks.graph import loop
 
 _ROWS: dict[str, Callable[[Audit, StageKey], None]] = {
@@ -26,6 +27,7 @@ _ROWS: dict[str, Callable[[Audit, StageKey], None]] = {
     "pack": check_packs,
     "train": check_training,
     "export": check_export,
+    "baseline": check_evaluation,
     "evaluate": check_evaluation,
 }
 

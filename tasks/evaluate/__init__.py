@@ -1,10 +1,14 @@
-"""Stage evaluate: how far the student is from the teacher on prompts it never trained on."""
+"""Stages evaluate and baseline: how good models are on prompts that never reach training, and how near the teacher."""
 
 from tasks.stage import StageJob
 
 
 def run(job: StageJob) -> None:
-    """Compare student and teacher on the teacher's held-out responses and write the metrics table."""
-    from tasks.evaluate.stage import evaluate_student
+    """Write the metrics table, and the table of the models' own responses unless `evaluate.generate` is off.
 
-    evaluate_student(job)
+    Stage evaluate looks at the student that its round ends with; stage baseline at the teacher and at the student that
+    the run starts from, once.
+    """
+    from tasks.evaluate.stage import evaluate
+
+    evaluate(job)

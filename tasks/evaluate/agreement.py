@@ -1,53 +1,17 @@
 """Token-level agreement of two models on the same text."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from schemas.tables import AGREEMENT_METRICS
+from tasks.evaluate.means import Mean, grouped_mean
 from tasks.language_model.head import OutputHead, hidden_states, input_device
 from tasks.language_model.prefill import prefill_batches
 from tasks.language_model.ragged import Ragged
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over response tokens with the standard error that prompts, not tokens, give it.
-
-    Args:
-        value: Token-weighted mean.
-        stderr: Standard error, prompts as the independent units.
-        tokens: Response tokens in the mean.
-    """
-
-    value: float
-    stderr: float
-    tokens: int
-
-
-def token_weighted_mean(values: NDArray[np.float64], offsets: NDArray[np.int64]) -> Mean:
-    """Return the mean of flat per-token ``values`` [tokens] in responses given by ``offsets``.
-
-    The standard error is that of a ratio estimator over responses (Cochran 1977, 6.4), since tokens of one response
-    are not independent; NaN-free: 0 for fewer than two responses.
-    """
-    lengths = np.diff(offsets)
-    filled = lengths > 0
-    sums = np.add.reduceat(values, offsets[:-1][filled]) if filled.any() else np.empty(0)
-    counts = lengths[filled].astype(np.float64)
-    if not len(sums):
-        return Mean(float("nan"), 0.0, 0)
-    mean = float(sums.sum() / counts.sum())
-    if len(sums) < 2:
-        return Mean(mean, 0.0, int(counts.sum()))
-    residuals = sums - mean * counts
-    n = len(sums)
-    stderr = float(np.sqrt((residuals**2).sum() * n / (n - 1)) / counts.sum())
-    return Mean(mean, stderr, int(counts.sum()))
 
 
 def agreement(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,8 +56,7 @@ def compare_models(
         logits_chunk: Positions projected at a time.
         on_tokens: Told the tokens of each pass.
     """
-    names = ("kl_teacher_student", "kl_student_teacher", "top1_agreement")
-    flat = np.zeros((len(names), len(responses.values)))
+    flat = np.zeros((len(AGREEMENT_METRICS), len(responses.values)))
     models = (teacher, student)
     heads = [OutputHead.of(model) for model in models]
     devices = [input_device(model) for model in models]
@@ -115,4 +78,4 @@ def compare_models(
             values = agreement(*logits)
             flat[:, batch.targets[start : start + logits_chunk]] = torch.stack(values).cpu().numpy()
         on_tokens(batch.input_ids.size)
-    return {name: token_weighted_mean(flat[index], responses.offsets) for index, name in enumerate(names)}
+    return {name: grouped_mean(flat[index], responses.offsets) for index, name in enumerate(AGREEMENT_METRICS)}

@@ -1,28 +1,85 @@
-"""Evaluating one exported student."""
+"""Evaluating models: the one a round ends with, or the two that a run starts from."""
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.errors import ArtifactError, StageError
-from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_METRICS, GENERATE, PROMPTS
-from tasks.evaluate.agreement import Mean, compare_models
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import (
+    EVALUATE_METRICS,
+    EVALUATE_RESPONSES,
+    GENERATE,
+    METRICS_FILE,
+    PROMPTS,
+    RESPONSES_FILE,
+)
+from tasks.evaluate.agreement import compare_models
+from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
+from tasks.evaluate.means import Mean, response_means
+from tasks.evaluate.resolution import TARGET, detectable_difference, prompts_needed
+from tasks.evaluate.responses import HeldOut, own_responses
+from tasks.graph import BASELINE
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_ref
 from tasks.language_model.ragged import Ragged
-from tasks.language_model.sources import result_model, teacher_model
+from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
 from tasks.stage import StageJob
 
 _LOGITS_CHUNK = 512
 
 
-def evaluate_student(job: StageJob) -> None:
+@dataclass(frozen=True)
+class _Subject:
+    """A model to evaluate; the ``teacher`` is not compared with itself."""
+
+    name: str
+    model: ModelRef
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.name == "teacher"
+
+
+def evaluate(job: StageJob) -> None:
     """See ``tasks.evaluate.run``."""
     store, config = job.store, job.config
+    round_index = WARMUP if job.key == BASELINE else job.round
+    teacher = teacher_model(store, config)
+    if job.key == BASELINE:
+        subjects = [_Subject("teacher", teacher), _Subject("start", _on_sampler(job))]
+    else:
+        subjects = [_Subject("student", result_model(store, config, round_index))]
+    if config.evaluate.lm_eval is not None:
+        require_lm_eval()
+    metrics: dict[str, dict[str, Mean]] = {subject.name: {} for subject in subjects}
+    if config.evaluate.generate:
+        held_out = HeldOut(job, teacher)
+        tables = [own_responses(job, held_out, each.model, each.name, round_index) for each in subjects]
+        store.write_table(store.path(job.key, RESPONSES_FILE), pa.concat_tables(tables), EVALUATE_RESPONSES)
+        for subject, table in zip(subjects, tables, strict=True):
+            metrics[subject.name] |= response_means(table)
+        _tell_resolution(job, metrics)
+    for subject in subjects:
+        if not subject.is_teacher:
+            metrics[subject.name] = _agreement(job, teacher, subject.model) | metrics[subject.name]
+        if config.evaluate.lm_eval is not None:
+            metrics[subject.name] |= benchmark_means(job, config.evaluate.lm_eval, subject.model)
+    table = metrics_table(metrics, round_index)
+    store.write_table(store.path(job.key, METRICS_FILE), table, EVALUATE_METRICS)
+
+
+def _on_sampler(job: StageJob) -> ModelRef:
+    return replace(start_model(job.store, job.config, WARMUP), device=job.config.devices.sampler)
+
+
+def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> dict[str, Mean]:
+    """Compare student and teacher token by token on the teacher's responses to the held-out prompts."""
     prompts, responses = held_out_references(job)
-    teacher = load_ref(teacher_model(store, config), packed=True)
-    student = load_ref(result_model(store, config, job.round), packed=True)
+    teacher = load_ref(teacher_ref, packed=True)
+    student = load_ref(student_ref, packed=True)
     check_head(teacher)
     check_head(student)
     total, done = len(prompts.values) + len(responses.values), 0
@@ -37,15 +94,40 @@ def evaluate_student(job: StageJob) -> None:
         student,
         prompts,
         responses,
-        batch_tokens=config.evaluate.batch_tokens,
+        batch_tokens=job.config.evaluate.batch_tokens,
         logits_chunk=_LOGITS_CHUNK,
         on_tokens=on_tokens,
     )
     for name, mean in metrics.items():
         if not np.isfinite(mean.value):
-            raise StageError(f"evaluate: {name} is not finite; the student's weights of round {job.round} are damaged")
-    store.write_table(store.path(job.key, "metrics.parquet"), metrics_table(metrics, job.round), EVALUATE_METRICS)
+            raise StageError(f"{job.key.label}: {name} is not finite; the student's weights are damaged")
     job.counters |= {"tokens": done, "held_out_responses": len(responses)}
+    return metrics
+
+
+def _tell_resolution(job: StageJob, metrics: dict[str, dict[str, Mean]]) -> None:
+    """Count which difference in accuracy the held-out prompts can tell; warn once a run if it is above 2 points."""
+    checked = [
+        (found["accuracy"].value, found["accuracy"].n // job.config.evaluate.samples_per_prompt)
+        for found in metrics.values()
+        if "accuracy" in found
+    ]
+    if not checked:
+        return
+    difference = max(detectable_difference(*each) for each in checked)
+    needed = max(prompts_needed(*each) for each in checked)
+    prompts = checked[0][1]
+    job.counters |= {
+        "verified_prompts": prompts,
+        "detectable_difference": round(difference, 4),
+        "prompts_for_two_points": needed,
+    }
+    if job.key == BASELINE and difference > TARGET:
+        job.warn(
+            f"{prompts} held-out prompts can be verified: differences in accuracy below {100 * difference:.1f} points "
+            f"cannot be told from noise (95%, two-sided); telling {100 * TARGET:.0f} points takes about {needed:,} "
+            "prompts (`prompts.held_out`)"
+        )
 
 
 def held_out_references(job: StageJob) -> tuple[Ragged, Ragged]:
@@ -64,15 +146,17 @@ def held_out_references(job: StageJob) -> tuple[Ragged, Ragged]:
     return Ragged.from_arrow(table["prompt_ids"]), Ragged.from_arrow(table["response_ids"])
 
 
-def metrics_table(metrics: dict[str, Mean], round_index: int) -> pa.Table:
-    """Return the evaluate metrics table; ``n`` counts response tokens."""
+def metrics_table(metrics: dict[str, dict[str, Mean]], round_index: int) -> pa.Table:
+    """Return the evaluate metrics table of these models' metrics; ``n`` counts response tokens, or responses."""
+    rows = [(model, name, mean) for model, means in metrics.items() for name, mean in means.items()]
     return pa.table(
         {
-            "round": [round_index] * len(metrics),
-            "metric": list(metrics),
-            "value": [mean.value for mean in metrics.values()],
-            "n": [mean.tokens for mean in metrics.values()],
-            "stderr": [mean.stderr for mean in metrics.values()],
+            "round": [round_index] * len(rows),
+            "metric": [name for _, name, _ in rows],
+            "value": [mean.value for _, _, mean in rows],
+            "n": [mean.n for _, _, mean in rows],
+            "stderr": [mean.stderr for _, _, mean in rows],
+            "model": [model for model, _, _ in rows],
         },
         schema=EVALUATE_METRICS.columns,
     )

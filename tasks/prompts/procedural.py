@@ -5,7 +5,8 @@ with PYTHONHASHSEED set repeats them, so ``tasks.prompts.sources`` starts this f
 this project.
 
 Input: one JSON object on stdin, ``{"tasks": [...], "size": n, "seed": s, "options": {task: {...}}}``. Output: JSON
-lines ``{"task", "row", "question", "answer"}``, rows from 1 within each task, or one last ``{"error"}``.
+lines ``{"task", "row", "question", "answer", "entry"}``, rows from 1 within each task, or one last ``{"error"}``.
+``entry`` is what the task's verifier needs; null if it is not plain JSON.
 """
 
 import difflib
@@ -37,7 +38,40 @@ def rows(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for task, dataset in made:
         for index in range(request["size"]):
             entry = dataset[index]
-            yield {"task": task, "row": index + 1, "question": entry["question"], "answer": entry["answer"]}
+            yield {
+                "task": task,
+                "row": index + 1,
+                "question": entry["question"],
+                "answer": entry["answer"],
+                "entry": plain_entry(entry),
+            }
+
+
+def plain_entry(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Return question, answer and metadata as ``tagged``, or None if JSON cannot hold them."""
+    kept = {name: tagged(entry[name]) for name in ("question", "answer", "metadata")}
+    try:
+        json.dumps(kept)
+    except (TypeError, ValueError):
+        return None
+    return kept
+
+
+def tagged(value: Any) -> Any:
+    """Mark what JSON would change and a verifier may look at; ``tasks/verification/worker.py`` undoes it.
+
+    >>> tagged([(1, 2), {3: "c"}])
+    [{'__tuple__': [1, 2]}, {'__pairs__': [[3, 'c']]}]
+    """
+    if isinstance(value, tuple):
+        return {"__tuple__": [tagged(each) for each in value]}
+    if isinstance(value, list):
+        return [tagged(each) for each in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: tagged(each) for key, each in value.items()}
+        return {"__pairs__": [[tagged(key), tagged(each)] for key, each in value.items()]}
+    return value
 
 
 def main() -> int:

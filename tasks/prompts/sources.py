@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -23,6 +23,7 @@ from schemas.table_files import UNREADABLE
 from schemas.untrusted_text import readable
 from tasks.prompts import procedural
 from tasks.prompts.messages import RowColumns, RowProblem, quoted
+from tasks.verification.answers import verification_of_row, verification_of_task
 
 Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
 """Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
@@ -41,6 +42,7 @@ class SourceRows:
         label: Value of the table's `source` column.
         where: What errors call it: the whole path or id.
         columns: Where its rows keep what.
+        verification: From a row and its answer, what a response is checked with; None: nothing.
         total: Rows there will be at most, for progress.
         rows: The rows, read once.
     """
@@ -48,6 +50,7 @@ class SourceRows:
     label: str
     where: str
     columns: RowColumns
+    verification: Callable[[dict[str, Any], str | None], str | None]
     total: int
     rows: Rows
 
@@ -97,7 +100,9 @@ def _open_jsonl(source: JsonlSource, label: str) -> SourceRows:
     if lines == 0:
         raise PromptError(f"{path}: is empty; it needs at least one prompt")
     rows = islice(_jsonl_rows(path), source.limit)
-    return SourceRows(label, str(path), _row_columns(source), min(lines, source.limit or lines), rows)
+    return SourceRows(
+        label, str(path), _row_columns(source), _row_verification(source), min(lines, source.limit or lines), rows
+    )
 
 
 def _count_lines(path: Path) -> int:
@@ -168,7 +173,7 @@ def _open_parquet(source: ParquetSource, label: str) -> SourceRows:
     names = _needed_columns(str(path), found, columns)
     rows = islice(_arrow_rows(_parquet_batches(path, file, names)), source.limit)
     total = min(file.metadata.num_rows, source.limit or file.metadata.num_rows)
-    return SourceRows(label, str(path), columns, total, rows)
+    return SourceRows(label, str(path), columns, _row_verification(source), total, rows)
 
 
 def _parquet_batches(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -187,7 +192,8 @@ def _open_dataset(source: DatasetSource) -> SourceRows:
     total = min(len(dataset), source.limit or len(dataset))
     folder = _dataset_folder(source)
     label = source.dataset if folder is None else folder.name
-    return SourceRows(label, source.dataset, columns, total, islice(_arrow_rows(batches), source.limit))
+    rows = islice(_arrow_rows(batches), source.limit)
+    return SourceRows(label, source.dataset, columns, _row_verification(source), total, rows)
 
 
 def _load_dataset(source: DatasetSource) -> Any:
@@ -294,12 +300,20 @@ def _open_reasoning_gym(source: ReasoningGymSource) -> list[SourceRows]:
             f"reasoning_gym:{task}",
             f"reasoning_gym:{task}",
             columns,
+            _task_verification(task, source.options.get(task, {})),
             source.size,
             # All tasks share one process: each takes its rows from the same stream, in order.
             ((entry["row"], entry) for entry in islice(entries, source.size)),
         )
         for task in tasks
     ]
+
+
+def _task_verification(task: str, options: dict[str, Any]) -> Callable[[dict[str, Any], str | None], str | None]:
+    def verification(row: dict[str, Any], answer: str | None) -> str | None:
+        return None if row["entry"] is None else verification_of_task(task, options, row["entry"])
+
+    return verification
 
 
 def _reasoning_gym_entries(source: ReasoningGymSource, tasks: list[str]) -> Iterator[dict[str, Any]]:
@@ -344,6 +358,10 @@ def _reasoning_gym_version() -> str:
 
 def _row_columns(source: JsonlSource | ParquetSource | DatasetSource) -> RowColumns:
     return RowColumns(source.messages, source.prompt, source.answer, source.system)
+
+
+def _row_verification(source: JsonlSource | ParquetSource | DatasetSource) -> Callable[[Any, str | None], str | None]:
+    return lambda row, answer: verification_of_row(answer, source.verifier)
 
 
 def _existing_file(text: str) -> Path:

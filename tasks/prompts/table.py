@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.config import PromptsConfig
 from schemas.errors import PromptError
@@ -30,7 +31,8 @@ def prompts_table(config: PromptsConfig, seed: int, progress: Progress) -> tuple
 
     Returns:
         The table of schema ``PROMPTS``, in reading order, and what was counted: `rows`, `duplicates`,
-        `left_out_by_limit`, `held_out`, `train`, and under `sources` the rows of each.
+        `left_out_by_limit`, `held_out`, `train`, `not_verifiable` (prompts with nothing to check a response against),
+        and under `sources` the rows of each.
 
     Raises:
         PromptError: a source cannot be read, has rows that cannot be used, or nothing is left to train on.
@@ -63,6 +65,7 @@ def prompts_table(config: PromptsConfig, seed: int, progress: Progress) -> tuple
         "left_out_by_limit": int(table.num_rows - taken.sum()),
         "held_out": int(held_out.sum()),
         "train": int(taken.sum() - held_out.sum()),
+        "not_verifiable": int(pc.sum(pc.is_null(table.column("verification").filter(pa.array(taken)))).as_py() or 0),
         "sources": counts,
     }
     table = table.append_column(PROMPTS.columns.field("split"), split.cast(pa.string())).filter(pa.array(taken))
@@ -98,7 +101,9 @@ def _read_source(
         name = prompt_id(messages)
         if name not in seen:
             seen.add(name)
-            for values, value in zip(columns.values(), (name, messages, answer, source.label, number), strict=True):
+            check = source.verification(row, answer)
+            found = (name, messages, answer, check, source.label, number)
+            for values, value in zip(columns.values(), found, strict=True):
                 values.append(value)
         if read % BATCH_ROWS == 0:
             flush()

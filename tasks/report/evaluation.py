@@ -7,12 +7,8 @@ import pyarrow as pa
 
 from schemas.config import RunConfig
 from schemas.run_store import RunStore
-from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_METRICS
-from tasks.graph import loop
-
-BASELINE = "baseline"
-"""The stage that measures the teacher and the untouched student, in runs that have it."""
+from schemas.tables import EVALUATE_METRICS, METRICS_FILE
+from tasks.graph import BASELINE, loop
 
 STUDENT, TEACHER, START = "student", "teacher", "start"
 
@@ -67,34 +63,23 @@ def read_metrics(store: RunStore, config: RunConfig) -> list[Metric]:
     """
     found: list[Metric] = []
     for key in loop(config):
-        if key.stage in ("evaluate", BASELINE) and store.manifest(key) is not None:
-            found += metrics_of(_metrics_table(store, key))
+        if key.stage in ("evaluate", BASELINE.stage) and store.manifest(key) is not None:
+            found += metrics_of(store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS))
     return found
 
 
-def _metrics_table(store: RunStore, key: StageKey) -> pa.Table:
-    """Read the one table of the stage that holds metrics."""
-    tables = [store.read_part(p, EVALUATE_METRICS) for p in store.table_files(key) if p.stem == "metrics"]
-    return pa.concat_tables(tables) if tables else EVALUATE_METRICS.columns.empty_table()
-
-
 def metrics_of(table: pa.Table) -> list[Metric]:
-    """Return a metrics table's rows with finite values; without a column `model` all are the student's."""
+    """Return a metrics table's rows with finite values."""
     return [
-        Metric(row["metric"], row.get("model", STUDENT), row["round"], row["value"], row["stderr"], row["n"])
+        Metric(row["metric"], row["model"], row["round"], row["value"], row["stderr"], row["n"])
         for row in table.to_pylist()
         if math.isfinite(row["value"])
     ]
 
 
 def shown_names(metrics: list[Metric]) -> list[str]:
-    """Return the metrics to draw: those of KINDS, then others by name.
-
-    Without a column `model`, `response_tokens` counts what was compared and says nothing of the student.
-    """
+    """Return the metrics to draw: those of KINDS, then others by name."""
     found = {metric.name for metric in metrics}
-    if not any(metric.model != STUDENT for metric in metrics):
-        found -= {"response_tokens"}
     return [name for name in KINDS if name in found] + sorted(found - set(KINDS))
 
 

@@ -15,7 +15,8 @@ from schemas.run_store import RunStore
 from tests.faults.object_server import ObjectServer
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"prompts", "models", "reference", "generate", "score", "filter", "pack", "train", "export", "evaluate"}
+STAGES = {"prompts", "models", "reference", "baseline"}
+STAGES |= {"generate", "score", "filter", "pack", "train", "export", "evaluate"}
 SAVE_EVERY_STEPS = 2
 Record = Callable[[str, object], None]
 

@@ -44,6 +44,7 @@ def test_npd_round_runs_as_a_deployment(server: Server, tmp_path: Path, teacher_
         "prompts",
         "models",
         "reference",
+        "baseline",
         *(f"warm-up · {stage}" for stage in ("pack", "train", "export", "evaluate")),
         *(f"round 0 · {stage}" for stage in ("generate", "score", "filter", "pack", "train", "export", "evaluate")),
     ]

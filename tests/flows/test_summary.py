@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from flows.display import print_summary
-from flows.summary import RunSummary, round_rows, summarize, summary_dict, summary_markdown
+from flows.summary import RunSummary, held_out_tables, round_rows, summarize, summary_dict, summary_markdown
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
@@ -16,11 +16,12 @@ from schemas.untrusted_text import escape_markdown
 from tests.run_fixtures import finish_stage, make_config, make_store
 
 
-def evaluate_table(index: int, kl: float) -> pa.Table:
+def evaluate_table(index: int, kl: float, *models: str) -> pa.Table:
     rows = [
-        {"round": index, "metric": "kl_teacher_student", "value": kl, "n": 90, "stderr": 0.01},
-        {"round": index, "metric": "response_tokens", "value": 90.0, "n": 90, "stderr": 0.0},
-        {"round": index, "metric": "rouge|2", "value": 0.5, "n": 90, "stderr": 0.02},
+        {"round": index, "metric": metric, "value": value, "n": 90, "stderr": 0.01, "model": model}
+        for model in models or ("student",)
+        for metric, value in {"kl_teacher_student": kl, "response_tokens": 90.25, "rouge|2": 0.5}.items()
+        if model != "teacher" or metric == "response_tokens"
     ]
     return pa.Table.from_pylist(rows, schema=EVALUATE_METRICS.columns)
 
@@ -47,6 +48,9 @@ def run(tmp_path: Path) -> tuple[RunStore, RunConfig]:
     """A run that has finished its warm-up and the first of two rounds."""
     config = make_config(tmp_path, warmup={})
     store = make_store(tmp_path, config)
+    counters = {"detectable_difference": 0.25, "verified_prompts": 30, "prompts_for_two_points": 4802}
+    table = evaluate_table(WARMUP, 7.0, "teacher", "start")
+    finish_stage(store, StageKey("baseline"), EVALUATE_METRICS, [table], **counters)
     finish_stage(store, StageKey("evaluate", WARMUP), EVALUATE_METRICS, [evaluate_table(WARMUP, 2.0)])
     reasons = ["too_long", "kept", "kept", "above_max_delta_ifd", "above_max_delta_ifd", "kept"]
     ledger = filter_table(reasons)
@@ -66,7 +70,20 @@ def test_rounds_follow_the_warm_up_with_their_metrics_and_reasons(run: tuple[Run
     first = summary.rounds[1]
     assert list(first.reasons.items()) == [("kept", 3), ("above_max_delta_ifd", 2), ("too_long", 1)]
     assert (first.kept, first.dropped) == (3, 3)
-    assert summary.metric_names == ["kl_teacher_student", "rouge|2"]
+    assert summary.metric_names == ["kl_teacher_student", "response_tokens", "rouge|2"]
+    assert summary.baseline["start"]["kl_teacher_student"].value == 7.0
+    assert list(summary.baseline["teacher"]) == ["response_tokens"]
+
+
+def test_models_that_do_not_train_lead_the_tables_they_have_metrics_for(run: tuple[RunStore, RunConfig]) -> None:
+    agreement, responses = held_out_tables(summary_of(run))
+    assert [row[0] for row in agreement[2]] == ["start", "warm-up", "round 0 (1 of 2)"]
+    assert [row[0] for row in responses[2]] == ["teacher", "start", "warm-up", "round 0 (1 of 2)"]
+    assert responses[1] == ["round", "tokens"]
+    assert (
+        "30 verified held-out prompts tell differences in accuracy from 25.0 points on; 2 points take about 4,802"
+        in (responses[0])
+    )
 
 
 def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig]) -> None:
@@ -76,6 +93,7 @@ def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig])
     for text in (output.getvalue(), summary_markdown(summary)):
         assert "2.0000 ± 0.0100" in text
         assert "1.5000 ± 0.0100" in text
+        assert "90.2500 ± 0.0100" in text
         assert "max" in text
     rows = round_rows(summary, 0)
     assert {"what": "kl_teacher_student", "value": 1.5, "stderr": 0.01, "n": 90} in rows
@@ -86,7 +104,7 @@ def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig])
 def test_markdown_tables_keep_their_columns_whatever_the_names_hold(run: tuple[RunStore, RunConfig]) -> None:
     markdown = summary_markdown(summary_of(run))
     tables = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 2
+    assert len(tables) == 3
     for table in tables:
         # A cell's own bars are escaped, so unescaped ones count the columns.
         assert len({line.replace("\\|", "").count("|") for line in table}) == 1

@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> RunStore:
     rows = prompts_table({"a": "train", "b": "held_out"}).to_pylist()
     rows[0] |= {"messages": [{"role": "user", "content": HOSTILE}], "source": HOSTILE, "answer": f"{HOSTILE}\nnext"}
     finish_stage(store, StageKey("prompts"), PROMPTS, [pa.Table.from_pylist(rows, PROMPTS.columns)])
-    metrics = [{"round": 0, "metric": f"kl{HOSTILE}", "value": 1.0, "n": 9, "stderr": 0.1}]
+    metrics = [{"round": 0, "metric": f"kl{HOSTILE}", "value": 1.0, "n": 9, "stderr": 0.1, "model": "student"}]
     table = pa.Table.from_pylist(metrics, schema=EVALUATE_METRICS.columns)
     finish_stage(store, StageKey("evaluate", 0), EVALUATE_METRICS, [table])
     return RunStore.open(store.folder.rename(tmp_path / f"{TITLE}[red]x"))

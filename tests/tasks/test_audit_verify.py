@@ -60,9 +60,9 @@ def reseal(run: Finished) -> None:
 
 def forge(run: Finished, key: StageKey, change: Change, shard: int = 0) -> None:
     """Replace a shard of a table by what ``change`` makes of it; to be resealed."""
-    schema = stage_schema(run.config, key)
-    assert schema is not None
     path = run.store.table_files(key)[shard]
+    schema = stage_schema(run.config, key, path.name)
+    assert schema is not None
     run.store.write_table(path, change(run.store.read_part(path, schema)), schema)
 
 
@@ -238,7 +238,14 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
     StageKey("evaluate", 1): [
         (0, put("round", 0), "`round`: 0, should be 1"),
         (0, put("n", 3, 1), "`n`: 3, the held-out references have"),
-        (0, put("metric", "other"), "lacks kl_teacher_student"),
+        (0, put("metric", "other"), "lacks kl_teacher_student of the student"),
+        (1, put("prompt_id", "nowhere"), "`prompt_id`: is no held-out prompt"),
+        (1, put("response_tokens", 3), "`value`: .*the student's responses make it"),
+    ],
+    StageKey("baseline"): [
+        (0, put("model", "student"), "lacks response_tokens of the teacher"),
+        (0, put("value", 1.5, 1), "`value`: .*the teacher's responses make it"),
+        (1, put("model", "student", 3), "`model`: student is not evaluated by this stage"),
     ],
 }
 

@@ -1,6 +1,7 @@
 """The prompts stage, run whole: real files in, the table and the manifest out."""
 
 import hashlib
+import json
 import random
 import subprocess
 import sys
@@ -94,6 +95,18 @@ def test_other_column_names_and_a_row_limit(tmp_path: Path) -> None:
     assert manifest.counters["rows"] == 3
 
 
+@pytest.mark.parametrize(
+    ("verifier", "check"), [({}, "math"), ({"verifier": "exact"}, "exact"), ({"verifier": None}, None)]
+)
+def test_a_row_with_an_answer_says_how_it_is_checked(
+    tmp_path: Path, verifier: dict[str, str | None], check: str | None
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b"}])
+    rows, manifest = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path), **verifier}]))
+    assert [row["verification"] for row in rows] == [None if check is None else json.dumps({"type": check}), None]
+    assert manifest.counters["not_verifiable"] == 1 + (check is None)
+
+
 def test_jsonl_line_numbers_hold_over_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "Gr\xc3\xbc\xc3\x9fe"}\r\n\r\n{"prompt": "b"}')
@@ -171,7 +184,7 @@ def test_a_local_dataset(tmp_path: Path, kind: str) -> None:
 
 
 def test_reasoning_gym_prompts_carry_answers(tmp_path: Path) -> None:
-    source = {
+    source: dict[str, Any] = {
         "type": "reasoning_gym",
         "tasks": ["chain_sum", "letter_counting"],
         "size": 5,
@@ -185,7 +198,15 @@ def test_reasoning_gym_prompts_carry_answers(tmp_path: Path) -> None:
         ("reasoning_gym:letter_counting", 1),
     ]
     assert manifest.counters["sources"] == {"reasoning_gym:chain_sum": 5, "reasoning_gym:letter_counting": 5}
+    assert manifest.counters["not_verifiable"] == 0
     for row in rows[:5]:
+        check = json.loads(row["verification"])
+        assert (check["type"], check["task"], check["options"]) == (
+            "reasoning_gym",
+            "chain_sum",
+            source["options"]["chain_sum"],
+        )
+        assert (check["entry"]["question"], check["entry"]["answer"]) == (prompt_of(row), row["answer"])
         assert row["messages"][0] == {"role": "system", "content": "Answer with a number."}
         expression = prompt_of(row).split(":")[1].strip(" =")
         left, sign, right = expression.split()

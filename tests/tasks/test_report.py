@@ -148,11 +148,9 @@ def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore, f
     assert read_figures(store).samples == figures.samples
 
 
-def test_metrics_of_tables_with_and_without_a_model() -> None:
+def test_metrics_are_of_a_model_and_finite() -> None:
     rows = [metric(0, "accuracy", 0.5, 0.01), metric(-1, "accuracy", 0.9, 0.01, "teacher")]
-    old = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "model"} for row in rows])
     assert [found.model for found in metrics_of(pa.Table.from_pylist(rows))] == ["student", "teacher"]
-    assert [found.model for found in metrics_of(old)] == ["student", "student"]
     assert metrics_of(pa.Table.from_pylist([metric(0, "accuracy", float("nan"), 0.1)])) == []
     named = [Metric(name, "student", 0, 1.0, 0.1, 5) for name in ("zebra", "top1_agreement", "accuracy")]
     assert shown_names(named) == ["accuracy", "top1_agreement", "zebra"]
@@ -226,7 +224,7 @@ def test_markdown_shows_the_same_numbers_and_no_markup_of_ours(store: RunStore, 
 
 def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     store = synthetic_run(tmp_path, 40, prompt=HOSTILE, rounds=1, done=1)
-    write_metrics(store, 0, [metric(0, HOSTILE, 1.0, 0.1)])
+    write_metrics(store, StageKey("evaluate", 0), [metric(0, HOSTILE, 1.0, 0.1)])
     page = run_report(store)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script" not in page

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from schemas.stage_key import StageKey
 from tasks.report import run_report
 from tasks.report.comparison import COMPARISON_COLUMNS, comparison_html
 from tests.browser import Browser, chromium
@@ -48,7 +49,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = synthetic_run(
         folder, 60, prompt=HOSTILE, words=[f"{HOSTILE}{place}" for place in range(len(WORDS))], rounds=1, done=1
     )
-    write_metrics(store, 0, [metric(0, "kl_teacher_student", 0.9, 0.1), metric(0, HOSTILE, 1.0, 0.1)])
+    metrics = [metric(0, "kl_teacher_student", 0.9, 0.1), metric(0, HOSTILE, 1.0, 0.1)]
+    write_metrics(store, StageKey("evaluate", 0), metrics)
     path = folder / "report.html"
     path.write_text(run_report(store), encoding="utf-8")
     return path

@@ -1,0 +1,101 @@
+"""Benchmarks of `lm-eval`, by the names it gives them."""
+
+import math
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from schemas.config import LmEvalConfig
+from schemas.errors import ConfigError
+from tasks.evaluate.means import Mean
+from tasks.language_model.loading import load_ref, load_tokenizer
+from tasks.language_model.sources import ModelRef
+from tasks.stage import StageJob
+
+PREFIX = "lm_eval"
+"""Begins the names of the metrics: `lm_eval/<task>/<metric>`."""
+
+
+def require_lm_eval() -> None:
+    """Check that `lm-eval` is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "evaluate.lm_eval: the package `lm-eval` is not installed; install the extra: "
+            "pip install 'near-policy-distillation[lm-eval]', or set `evaluate.lm_eval: null`"
+        )
+
+
+def benchmark_means(job: StageJob, settings: LmEvalConfig, model: ModelRef) -> dict[str, Mean]:
+    """Run the tasks on a model and return their metrics, as `lm-eval` computes them.
+
+    Args:
+        job: The stage, for the run's seed.
+        settings: Which tasks, and how they are asked.
+        model: Loaded here.
+
+    Returns:
+        By `lm_eval/<task>/<metric>`; a filter other than `none` is named after a comma. ``n`` counts questions; the
+        standard error is 0 where `lm-eval` gives none.
+
+    Raises:
+        ConfigError: a task is unknown.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = _task_manager(settings.include_path)
+    if unknown := [name for name in settings.tasks if name not in tasks.all_tasks]:
+        raise ConfigError(f"evaluate.lm_eval.tasks: `lm-eval` has no task `{unknown[0]}`")
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=load_ref(model), tokenizer=tokenizer, batch_size=settings.batch_size),
+        tasks=settings.tasks,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        task_manager=tasks,
+        apply_chat_template=settings.apply_chat_template,
+        log_samples=False,
+        random_seed=job.config.seed,
+        numpy_random_seed=job.config.seed,
+        torch_random_seed=job.config.seed,
+        fewshot_random_seed=job.config.seed,
+    )
+    counts = found["n-samples"]
+    return {
+        f"{PREFIX}/{task}/{_metric_name(name)}": Mean(float(value), _stderr(values, name), _questions(counts, task))
+        for task, values in found["results"].items()
+        for name, value in values.items()
+        if "," in name and "_stderr," not in name and isinstance(value, int | float)
+    }
+
+
+@cache
+def _task_manager(include_path: str | None) -> Any:
+    """Return what knows the tasks: it reads thousands of files, once for all models of a stage."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _metric_name(name: str) -> str:
+    """Return a metric's name without the filter that filters nothing.
+
+    >>> _metric_name("acc,none"), _metric_name("exact_match,strict-match")
+    ('acc', 'exact_match,strict-match')
+    """
+    return name.removesuffix(",none")
+
+
+def _stderr(values: dict[str, Any], name: str) -> float:
+    metric, _, kind = name.partition(",")
+    stderr = values.get(f"{metric}_stderr,{kind}")
+    return float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else 0.0
+
+
+def _questions(counts: dict[str, Any], task: str) -> int:
+    """Return the questions of a task; 0 for a group, whose tasks have their own."""
+    return int(counts[task]["effective"]) if task in counts else 0

@@ -1,0 +1,67 @@
+"""Benchmarks by name: what happens without `lm-eval`, and a real task of one's own with it."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from schemas.config import load_config
+from schemas.errors import ConfigError
+from schemas.run_store import RunStore
+from schemas.tables import EVALUATE_METRICS, METRICS_FILE
+from tasks.evaluate.benchmarks import require_lm_eval
+from tasks.graph import BASELINE, loop
+from tasks.stage import execute
+from tests.test_loop import ROOT, smoke_config
+
+INSTALLED = find_spec("lm_eval") is not None
+
+
+@pytest.mark.skipif(INSTALLED, reason="the package is there")
+def test_a_missing_package_says_how_to_install_it() -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval: .*\[lm-eval\]"):
+        require_lm_eval()
+
+
+def test_a_folder_of_tasks_is_found_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    text = (ROOT / "configs" / "smoke.yaml").read_text(encoding="utf-8").replace("prompts/everyday", "everyday")
+    path = tmp_path / "a.yaml"
+    path.write_text(text + "evaluate: {lm_eval: {tasks: [own], include_path: own}}\n", encoding="utf-8")
+    settings = load_config(path).evaluate.lm_eval
+    assert settings is not None
+    assert settings.include_path == str(tmp_path / "own")
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lm-eval is an option with two dozen packages of its own")
+def test_a_task_of_ones_own_is_run_on_every_model(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    rows = [{"question": f"{n} + 1 =", "choices": [f"{n + 1}", f"{n + 2}"], "label": n % 2} for n in range(6)]
+    data = tmp_path / "sums.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "sums.yaml").write_text(
+        f"""
+task: own_sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""",
+        encoding="utf-8",
+    )
+    settings = f"evaluate.lm_eval={{tasks: [own_sums], include_path: {tmp_path}, limit: 5}}"
+    config = smoke_config(tmp_path / "runs", teacher_dir, student_dir, "evaluate.generate=false", settings)
+    store = RunStore.create(config)
+    for key in loop(config)[:4]:
+        execute(store, config, key)
+    table = store.read_part(store.path(BASELINE, METRICS_FILE), EVALUATE_METRICS).to_pylist()
+    found = {row["model"]: row for row in table if row["metric"] == "lm_eval/own_sums/acc"}
+    assert set(found) == {"teacher", "start"}
+    for row in found.values():
+        assert row["n"] == 5
+        assert row["value"] * 5 == pytest.approx(round(row["value"] * 5))
+        assert row["stderr"] > 0 or row["value"] in (0, 1)

@@ -1,0 +1,205 @@
+"""Evaluation on held-out prompts: means against plain references, and the stages on real tiny models."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from schemas.errors import ArtifactError
+from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import (
+    EVALUATE_METRICS,
+    EVALUATE_RESPONSES,
+    GENERATE,
+    METRICS_FILE,
+    PROMPTS,
+    RESPONSES_FILE,
+    pack_schema,
+)
+from tasks.evaluate.means import grouped_mean, repetition, response_means
+from tasks.evaluate.resolution import detectable_difference, prompts_needed
+from tasks.graph import BASELINE, loop
+from tasks.prompts.messages import prompt_id
+from tasks.stage import execute
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
+from tests.test_loop import run_loop, smoke_config
+
+
+def evaluated(store: RunStore, key: StageKey) -> dict[tuple[str, str], dict[str, Any]]:
+    table = store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS)
+    return {(row["model"], row["metric"]): row for row in table.to_pylist()}
+
+
+def responses_of(store: RunStore, key: StageKey) -> pa.Table:
+    return store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path) -> RunStore:
+    """A finished run of one round on prompts with answers, two sampled responses to each held-out prompt."""
+    root = tmp_path_factory.mktemp("evaluated")
+    path = root / "asks.jsonl"
+    rows = [{"prompt": f"What is {n} + {n}?", **({"answer": str(2 * n)} if n % 3 else {})} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = [
+        f"prompts.sources=[{{type: jsonl, path: {path}}}]",
+        "rounds=1",
+        "evaluate.temperature=1",
+        "evaluate.samples_per_prompt=2",
+        "generate.shard_prompts=4",
+    ]
+    return run_loop(smoke_config(root, teacher_dir, student_dir, *settings))[0]
+
+
+def test_a_grouped_mean_is_the_ratio_estimator() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 5, 40)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    values = rng.normal(size=offsets[-1])
+    groups = [values[a:b] for a, b in pairwise(offsets) if b > a]
+    mean = sum(float(g.sum()) for g in groups) / sum(len(g) for g in groups)
+    squares = sum((float(g.sum()) - mean * len(g)) ** 2 for g in groups)
+    stderr = math.sqrt(len(groups) / (len(groups) - 1) * squares) / len(values)
+    found = grouped_mean(values, offsets)
+    assert found.value == pytest.approx(mean)
+    assert found.stderr == pytest.approx(stderr)
+    assert found.n == len(values)
+    # Groups of one: the plain standard error of a mean.
+    plain = grouped_mean(values, np.arange(len(values) + 1))
+    assert plain.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def test_repetition_counts_four_grams_again() -> None:
+    rng = np.random.default_rng(1)
+    for length in (0, 3, 4, 5, 40, 300):
+        tokens = rng.integers(0, 3, length).astype(np.int32)
+        grams = [tuple(tokens[i : i + 4]) for i in range(length - 3)]
+        expected = 1 - len(set(grams)) / len(grams) if grams else 0.0
+        assert repetition(tokens) == pytest.approx(expected)
+
+
+def test_response_means_count_what_is_checked() -> None:
+    table = pa.table(
+        {
+            "model": ["student"] * 6,
+            "round": pa.array([0] * 6, pa.int32()),
+            "prompt_id": ["a", "a", "b", "b", "c", "c"],
+            "sample_index": pa.array([0, 1] * 3, pa.int32()),
+            "response": [""] * 6,
+            "response_tokens": pa.array([1, 3, 5, 7, 9, 11], pa.int32()),
+            "finish_reason": ["stop", "length", "stop", "stop", "length", "length"],
+            "score": [1.0, 0.5, None, None, 1.0, 1.0],
+            "repetition": [0.0, 0.5, 0.0, 0.0, 0.0, 0.25],
+        },
+        schema=EVALUATE_RESPONSES.columns,
+    )
+    found = response_means(table)
+    # Part of a point is not right; prompts "a" and "c" have means 1/2 and 1.
+    assert (found["accuracy"].value, found["accuracy"].n) == (0.75, 4)
+    assert found["accuracy"].stderr == pytest.approx(np.std([0.5, 1.0], ddof=1) / math.sqrt(2))
+    assert (found["response_tokens"].value, found["truncation_rate"].value) == (6.0, 0.5)
+    assert (found["repetition"].value, found["repetition"].n) == (0.125, 6)
+    unchecked = table.set_column(7, "score", pa.nulls(6, pa.float64()))
+    assert "accuracy" not in response_means(unchecked)
+
+
+def test_the_detectable_difference_is_where_the_interval_begins_to_leave_out_zero() -> None:
+    rng = np.random.default_rng(2)
+    accuracy, prompts = 0.4, 500
+    difference = detectable_difference(accuracy, prompts)
+    # Two models that are equally good differ by more than that in one comparison of twenty.
+    pairs = rng.binomial(prompts, accuracy, (200_000, 2)) / prompts
+    assert np.mean(np.abs(pairs[:, 0] - pairs[:, 1]) > difference) == pytest.approx(0.05, abs=0.01)
+    needed = prompts_needed(accuracy, prompts)
+    assert detectable_difference(accuracy, needed) == pytest.approx(0.02, rel=0.01)
+    assert detectable_difference(0.0, 32) > 0.02
+
+
+def test_the_baseline_has_teacher_and_start_and_a_round_its_student(run: RunStore) -> None:
+    own = {"accuracy", "response_tokens", "truncation_rate", "repetition"}
+    kl = {"kl_teacher_student", "kl_student_teacher", "top1_agreement"}
+    baseline = evaluated(run, BASELINE)
+    assert {metric for model, metric in baseline if model == "teacher"} == own
+    assert {metric for model, metric in baseline if model == "start"} == own | kl
+    for index in (WARMUP, 0):
+        found = evaluated(run, StageKey("evaluate", index))
+        assert set(found) == {("student", metric) for metric in own | kl}
+        assert {row["round"] for row in found.values()} == {index}
+    # The warm-up moved the student, so its distance from the teacher is another.
+    start = baseline["start", "kl_teacher_student"]["value"]
+    assert evaluated(run, StageKey("evaluate", WARMUP))["student", "kl_teacher_student"]["value"] != start
+
+
+def test_every_held_out_prompt_is_answered_and_only_what_has_an_answer_is_checked(run: RunStore) -> None:
+    prompts = run.read_table(StageKey("prompts"), PROMPTS).to_pylist()
+    held_out = {row["prompt_id"]: row["answer"] for row in prompts if row["split"] == "held_out"}
+    assert None in held_out.values()
+    for key, models in ((BASELINE, ("teacher", "start")), (StageKey("evaluate", 0), ("student",))):
+        rows = responses_of(run, key).to_pylist()
+        for model in models:
+            own = [row for row in rows if row["model"] == model]
+            assert [(row["prompt_id"], row["sample_index"]) for row in own] == [
+                (p, i) for p in held_out for i in (0, 1)
+            ]
+        assert all((row["score"] is None) == (held_out[row["prompt_id"]] is None) for row in rows)
+        assert len({row["response"] for row in rows}) > len(held_out)
+        checked = [row for row in rows if row["score"] is not None and row["model"] == models[0]]
+        assert evaluated(run, key)[models[0], "accuracy"]["n"] == len(checked)
+
+
+def test_few_prompts_say_what_they_cannot_tell(run: RunStore) -> None:
+    counters = run.finished(BASELINE).counters
+    assert counters["verified_prompts"] < 6
+    assert counters["prompts_for_two_points"] > 1000
+    (warning,) = counters["warnings"]
+    assert "cannot be told from noise" in warning
+    assert "warnings" not in run.finished(StageKey("evaluate", 0)).counters
+
+
+def test_held_out_prompts_reach_no_training_data(run: RunStore) -> None:
+    prompts = run.read_table(StageKey("prompts"), PROMPTS).to_pylist()
+    held_out = {row["prompt_id"] for row in prompts if row["split"] == "held_out"}
+    texts = [row["messages"][-1]["content"] for row in prompts if row["split"] == "held_out"]
+    assert {prompt_id(row["messages"]) for row in prompts if row["split"] == "train"}.isdisjoint(held_out)
+    generated = run.read_table(StageKey("generate", 0), GENERATE)
+    assert held_out.isdisjoint(generated.column("prompt_id").to_pylist())
+    tokenizer = _tokenizer(run)
+    packs = {StageKey("pack", WARMUP): pack_schema(None), StageKey("pack", 0): pack_schema(5)}
+    for key, schema in packs.items():
+        table = run.read_table(key, schema, ["input_ids", "sample_ids"])
+        named = [name.split("-")[1] for row in table.column("sample_ids").to_pylist() for name in row]
+        assert named
+        assert held_out.isdisjoint(named)
+        words = " ".join(tokenizer.batch_decode(table.column("input_ids").to_pylist()))
+        # What can be found so: the text of a train prompt.
+        assert "What is" in words
+        assert not [text for text in texts if text in words]
+
+
+def _tokenizer(run: RunStore) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(run.path(StageKey("export", 0), "model"))
+
+
+def test_a_split_that_overlaps_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    both = pa.concat_tables([prompts_table({"a": "train", "b": "train"}), prompts_table({"b": "held_out"})])
+    with pytest.raises(ArtifactError, match="prompt_id"):
+        finish_stage(store, StageKey("prompts"), PROMPTS, [both])
+
+
+def test_without_responses_there_is_agreement_only(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    config = smoke_config(tmp_path, teacher_dir, student_dir, "warmup=null", "evaluate.generate=false")
+    store = RunStore.create(config)
+    for key in loop(config)[:5]:
+        execute(store, config, key)
+    for key, models in ((BASELINE, {"start"}), (StageKey("evaluate", WARMUP), {"student"})):
+        assert {model for model, _ in evaluated(store, key)} == models
+        assert not store.path(key, RESPONSES_FILE).exists()
