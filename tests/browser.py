@@ -25,6 +25,8 @@ FLAGS = (
     "--hide-scrollbars",
 )
 
+_END = "end of the log"
+
 
 class Browser:
     """One Chromium for many pages.
@@ -57,7 +59,12 @@ class Browser:
 
     def console(self) -> list[str]:
         """Return what the console has said since the last call."""
-        return [entry["message"] for entry in self._driver.get_log("browser")]
+        # Logs arrive when they like: what the page said has come once this has.
+        self.value(f"console.info('{_END}')")
+        messages: list[str] = []
+        while not messages or _END not in messages[-1]:
+            messages += [entry["message"] for entry in self._driver.get_log("browser")]
+        return messages[:-1]
 
     def requests(self) -> list[str]:
         """Return the addresses asked for since the last call."""
