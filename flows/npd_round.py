@@ -156,7 +156,7 @@ def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
         )
         create_markdown_artifact(
             figures_markdown(config.name, sections),
-            key=artifact_key(config.name, "figures"),
+            key=artifact_key(config.name, name, "figures"),
             description=f"{config.name} up to {name}: the numbers of its figures",
         )
         figures = [figure for section in sections for figure in section.figures]

@@ -64,7 +64,7 @@ def test_npd_round_runs_as_a_deployment(server: Server, tmp_path: Path, teacher_
         figure = artifacts[f"smoke-figure-{name}"]
         assert figure["type"] == "image"
         assert figure["data"].startswith("data:image/svg+xml;base64,")
-    assert "| Δ-IFD |" in artifacts["smoke-figures"]["data"]
+    assert "| Δ-IFD |" in artifacts["smoke-round-0-figures"]["data"]
     kept = [row for row in json.loads(artifacts["smoke-round-0-table"]["data"]) if row["what"] == "kept"]
     assert kept[0]["value"] > 0
 
