@@ -8,12 +8,12 @@ CONFIG ?= configs/quickstart.yaml
 
 BENCHMARKS := end_to_end train_step loss scoring packing overlap growth overhead
 
-.PHONY: round test test-quick lint docs bench clean
+.PHONY: round test test-quick lint docs bench browser clean
 
 round: .venv/.run-ready
 	$(BIN)/npd run $(CONFIG)
 
-test: .venv/.test-ready lint
+test: .venv/.test-ready browser lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 test-quick: .venv/.test-ready
@@ -30,6 +30,16 @@ docs: .venv/.run-ready
 bench: .venv/.test-ready round
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.storage --run runs/quickstart
+
+# The report's tests look at it in a real Chromium.
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "make test needs Chromium: install what brings the commands chromium and chromedriver" >&2; exit 1; \
+	fi; \
+	root=; test "$$(id -u)" = 0 || root=sudo; \
+	$$root apt-get update -qq && \
+	$$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -9,11 +9,11 @@ from rich.status import Status
 from rich.text import Text
 
 from flows.display import LINE_SECONDS
-from flows.inspection import bytes_text
 from schemas.untrusted_text import one_line
 from tasks.audit.diff import RunDifference, StageDifference
 from tasks.audit.findings import Report
 from tasks.audit.trace import Life
+from tasks.report.text import bytes_text
 
 _TEXT_LENGTH = 300
 _SHOWN_FILES = 3

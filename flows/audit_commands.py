@@ -1,11 +1,13 @@
-"""The commands that look at a run without changing it: `npd verify`, `trace`, `diff`."""
+"""The commands that look at a run without changing its results: `npd verify`, `trace`, `diff`, `report`."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flows.terminal import Terminal
+from schemas.untrusted_text import one_line
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunPlace = Annotated[
@@ -99,6 +101,36 @@ def diff(
         print_difference(Terminal(), display_place(left), display_place(right), found)
     if not found.equal:
         raise typer.Exit(1)
+
+
+def report(
+    run: RunPlace,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="Write there instead of RUN/report.html.")
+    ] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write what RUN has come to as one page to look at, RUN/report.html, and print where it lies.
+
+    Held-out metrics, delta-IFD and its zones, samples to read, packs, training, cost and lineage, of what is there so
+    far. The page holds everything it shows, loads nothing and runs no script. `npd run` writes it at its end.
+    """
+    import webbrowser
+
+    from schemas.local_files import storage_errors, writing_file
+    from schemas.run_store import REPORT_NAME, RunStore
+    from tasks.report import run_report, write_report
+
+    store = RunStore.open(run)
+    if output is None:
+        place, local = write_report(store), store.folder / REPORT_NAME
+    else:
+        place, local = str(output), output.absolute()
+        with storage_errors(place), writing_file(local) as temporary:
+            temporary.write_text(run_report(store), encoding="utf-8")
+    typer.echo(one_line(place))
+    if open_it:
+        webbrowser.open(local.as_uri())
 
 
 def _print_json(values: Any) -> None:

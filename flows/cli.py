@@ -246,8 +246,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Delete what RUN keeps of stages that ran again: their earlier results, under superseded/."""
-    from flows.inspection import bytes_text
     from schemas.run_store import RunStore
+    from tasks.report.text import bytes_text
 
     store = RunStore.open(run)
     with store.lock.held():
@@ -283,7 +283,13 @@ def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
         run_flow(flow, verbose)
 
 
-for _command in (compare, audit_commands.verify, audit_commands.trace, audit_commands.diff):
+for _command in (
+    compare,
+    audit_commands.verify,
+    audit_commands.trace,
+    audit_commands.diff,
+    audit_commands.report,
+):
     app.command(epilog=_EPILOG)(_command)
 
 

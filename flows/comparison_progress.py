@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from flows.summary import duration_text
 from schemas.stage_key import StageKey
 from schemas.untrusted_text import visible
+from tasks.report.text import duration_text
 
 
 class RunsListener(Protocol):

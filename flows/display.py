@@ -18,7 +18,6 @@ from flows.summary import (
     RunSummary,
     TextTable,
     display_place,
-    duration_text,
     files_table,
     held_out_tables,
     samples_table,
@@ -27,6 +26,7 @@ from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.untrusted_text import one_line, visible
+from tasks.report.text import duration_text
 
 LINE_SECONDS = 10.0
 """Least time between two plain progress lines of a stage."""

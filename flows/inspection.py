@@ -8,26 +8,13 @@ from rich.console import Console
 from rich.text import Text
 
 from flows.display import make_table, print_pairs, short_text
-from flows.summary import display_place, duration_text
+from flows.summary import display_place
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.table_files import reading
 from schemas.untrusted_text import one_line
 from tasks.graph import loop
-
-
-def bytes_text(count: int) -> str:
-    """Return a size as people say it.
-
-    >>> bytes_text(512), bytes_text(3_500_000)
-    ('512 B', '3.5 MB')
-    """
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+from tasks.report.text import bytes_text, duration_text
 
 
 def print_tree(console: Console, store: RunStore) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 
@@ -33,6 +33,10 @@ from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP
 from tasks.graph import samples
+from tasks.report import write_report
+from tasks.report.figures import read_figures
+from tasks.report.images import figures_markdown, image_url
+from tasks.report.page import sections_of
 
 
 def _run_name() -> str:
@@ -92,6 +96,7 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
                 evaluate(*run, round=index)
                 publish_round(store, settings, index)
 
+        write_report(store)
         return summary_dict(summarize(store, settings))
 
 
@@ -135,8 +140,8 @@ def sampling_ahead(store: RunStore, config: RunConfig) -> Iterator[SamplingAhead
 
 
 def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
-    """Publish a round's table, and the run so far as Markdown, where Prefect's UI shows them."""
-    summary = summarize(store, config)
+    """Publish a round's table, and the run so far as Markdown and figures, where Prefect's UI shows them."""
+    summary, sections = summarize(store, config), sections_of(read_figures(store))
     name = "warm-up" if index == WARMUP else f"round-{index}"
     with if_server_answers(get_run_logger()):
         create_table_artifact(
@@ -149,3 +154,16 @@ def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
             key=artifact_key(config.name, name, "summary"),
             description=f"{config.name} up to {name}",
         )
+        create_markdown_artifact(
+            figures_markdown(config.name, sections),
+            key=artifact_key(config.name, name, "figures"),
+            description=f"{config.name} up to {name}: the numbers of its figures",
+        )
+        figures = [figure for section in sections for figure in section.figures]
+        if index < config.rounds - 1:
+            # Those of the run so far would be replaced by the next round's.
+            figures = [figure for figure in figures if figure.round == index]
+        for figure in figures:
+            create_image_artifact(
+                image_url(figure), key=artifact_key(config.name, "figure", figure.key), description=figure.title
+            )

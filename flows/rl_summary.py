@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from flows.summary import Metric, TextTable, display_place, duration_text, metric_text
+from flows.summary import Metric, TextTable, display_place, metric_text
 from schemas.rl_tables import RL_EVALUATE_METRICS, RL_METRICS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.untrusted_text import code_markdown, escape_markdown
+from tasks.report.text import duration_text
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
 
 _TITLES = {"accuracy": "accuracy", "response_tokens": "response tokens", "truncation_rate": "truncated"}

@@ -8,11 +8,12 @@ import pyarrow.compute as pc
 
 from schemas.config import RunConfig
 from schemas.manifest import Manifest
-from schemas.run_store import RunStore
+from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER, METRICS_FILE, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.graph import BASELINE, loop
+from tasks.report.text import duration_text
 
 METRIC_TITLES = {
     "kl_teacher_student": "KL(teacher‖student)",
@@ -80,6 +81,7 @@ class RunSummary:
         resolution: Which difference in accuracy the held-out prompts can tell; empty where none is verified.
         seconds: Seconds of the stages that belong to no round.
         student: The newest exported model's folder.
+        report: The report to look at, if it has been written.
     """
 
     name: str
@@ -89,6 +91,7 @@ class RunSummary:
     resolution: str
     seconds: dict[str, float]
     student: str | None
+    report: str | None = None
 
     @property
     def metric_names(self) -> list[str]:
@@ -117,6 +120,7 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
         resolution=_resolution(manifests[BASELINE]) if BASELINE in manifests else "",
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
         student=student,
+        report=f"{display_place(store)}/{REPORT_NAME}" if store.has_report() else None,
     )
 
 
@@ -191,18 +195,6 @@ def why_text(row: RoundSummary) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in row.reasons.items() if reason != KEPT)
 
 
-def duration_text(seconds: float) -> str:
-    """Return seconds as people say them.
-
-    >>> duration_text(4.21), duration_text(75), duration_text(7260)
-    ('4.2 s', '1 min 15 s', '2 h 01 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 TextTable = tuple[str, list[str], list[list[str]]]
 """A title, column titles, and rows of cells."""
 
@@ -258,7 +250,7 @@ def samples_table(summary: RunSummary) -> TextTable:
 
 def files_table(summary: RunSummary) -> list[tuple[str, str]]:
     """Return what lies where: description and path."""
-    files = [("student", summary.student)] if summary.student is not None else []
+    files = [("student", summary.student), ("report", summary.report)]
     return [
         *((what, path) for what, path in files if path is not None),
         ("tables", f"{summary.folder}/round=*/stage=*/*.parquet"),

@@ -33,6 +33,9 @@ from schemas.stage_key import StageKey
 from schemas.table_files import read_parquet, write_parquet
 from schemas.tables import TableSchema
 
+REPORT_NAME = "report.html"
+"""The run as a page to look at; made from the rest, so nothing reads it."""
+
 SUPERSEDED = "superseded"
 """Folder of a run that keeps the earlier results of stages that ran again, until `npd gc`."""
 
@@ -350,6 +353,22 @@ class RunStore:
         with local_files.writing_file(path) as temporary:
             temporary.write_bytes(data)
         self._upload(path)
+
+    def write_report(self, html: str) -> str:
+        """Write the run's report, whole or not at all, and return where it lies.
+
+        Raises:
+            StorageError: the place cannot be written to.
+        """
+        with storage_errors(self.url):
+            self.write_bytes(self.folder / REPORT_NAME, html.encode())
+        return f"{self.url}/{REPORT_NAME}"
+
+    def has_report(self) -> bool:
+        """Say whether the run has a report."""
+        if self.objects is None:
+            return (self.folder / REPORT_NAME).is_file()
+        return self.objects.read(REPORT_NAME) is not None
 
     @contextmanager
     def writing_folder(self, path: Path) -> Iterator[Path]:

@@ -35,7 +35,7 @@ def make_store(tmp_path: Path, config: RunConfig) -> RunStore:
 def finish_stage(
     store: RunStore, key: StageKey, schema: TableSchema, shards: Sequence[pa.Table], **counters: Any
 ) -> Manifest:
-    """Write ``shards`` as the stage's table and complete it; what was there before goes."""
+    """Write ``shards`` as the stage's table and complete it with ``counters``; what was there before goes."""
     store.supersede(key)
     store.begin(key, "test")
     for index, shard in enumerate(shards):

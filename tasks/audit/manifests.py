@@ -7,7 +7,7 @@ from schemas.errors import ArtifactError, NPDError
 from schemas.local_files import TEMPORARY
 from schemas.manifest import MANIFEST_NAME, RUN_NAME, FileRecord, Manifest, hash_json, parse_record
 from schemas.run_lock import LOCK_NAME, STAGES_LOCK_NAME
-from schemas.run_store import PARTIAL_NAME, SUPERSEDED
+from schemas.run_store import PARTIAL_NAME, REPORT_NAME, SUPERSEDED
 from schemas.stage_key import StageKey
 from tasks.audit.findings import Audit
 from tasks.audit.run_files import RunFiles
@@ -15,7 +15,7 @@ from tasks.graph import BASELINE, MODELS, PROMPTS, REFERENCE, STAGES, loop
 from tasks.stage import plan
 
 _SHARED = (PROMPTS, MODELS, REFERENCE, BASELINE)
-_OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME)
+_OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME, REPORT_NAME)
 
 
 def _stage_of(name: str) -> StageKey | None:

@@ -45,13 +45,14 @@ def test_a_whole_run_lives_in_a_bucket(
             return result.output
 
         output = npd("run", str(config))
-        assert place in output
+        assert f"{place}/report.html" in output
         first = RunStore(place).finished(StageKey("evaluate", 0))
 
         # Another machine: nothing of the run on its disk.
         shutil.rmtree(tmp_path / "cache")
         assert "round=000/stage=score" in look("inspect", place)
         look("verify", place)
+        assert look("report", place).strip() == f"{place}/report.html"
 
         output = npd("rerun", place, "--stage", "filter", "--round", "0", "--set", "filter.max_delta_ifd=0.5")
         assert "finished stages that read it: round 0 · pack" in output

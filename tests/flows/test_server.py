@@ -62,6 +62,11 @@ def test_npd_round_runs_as_a_deployment(server: Server, tmp_path: Path, teacher_
         rows = json.loads(artifacts[f"smoke-{name}-table"]["data"])
         assert any(row["what"] == "kl_teacher_student" and row["value"] > 0 for row in rows)
         assert "KL(teacher‖student)" in artifacts[f"smoke-{name}-summary"]["data"]
+    for name in ("delta-ifd-0", "loss", "time", "metric-kl-teacher-student"):
+        figure = artifacts[f"smoke-figure-{name}"]
+        assert figure["type"] == "image"
+        assert figure["data"].startswith("data:image/svg+xml;base64,")
+    assert "| Δ-IFD |" in artifacts["smoke-round-0-figures"]["data"]
     kept = [row for row in json.loads(artifacts["smoke-round-0-table"]["data"]) if row["what"] == "kept"]
     assert kept[0]["value"] > 0
 

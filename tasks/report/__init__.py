@@ -1,0 +1,24 @@
+"""The report: a run's tables and manifests as one page to look at, and as figures for Prefect."""
+
+from schemas.run_store import RunStore
+from tasks.report.figures import read_figures
+from tasks.report.page import report_html
+
+
+def run_report(store: RunStore) -> str:
+    """Return the run's report as HTML.
+
+    Raises:
+        ArtifactError: there is no run, or a manifest or table is damaged.
+    """
+    return report_html(read_figures(store))
+
+
+def write_report(store: RunStore) -> str:
+    """Write the run's `report.html`, whole or not at all, and return where it lies.
+
+    Raises:
+        ArtifactError: there is no run, or a manifest or table is damaged.
+        StorageError: the place cannot be written to.
+    """
+    return store.write_report(run_report(store))

@@ -1,0 +1,93 @@
+"""Held-out metrics of the student after each round, of the teacher, and of the student before all training."""
+
+import math
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from schemas.config import RunConfig
+from schemas.run_store import RunStore
+from schemas.tables import EVALUATE_METRICS, METRICS_FILE
+from tasks.graph import BASELINE, loop
+
+STUDENT, TEACHER, START = "student", "teacher", "start"
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """How a metric is shown: its title, the axis's words, and whether the teacher's value is 0 or 1 by definition."""
+
+    title: str
+    unit: str
+    of_teacher: float | None = None
+
+
+KINDS = {
+    "kl_teacher_student": MetricKind("KL(teacher‖student)", "nats per token", 0.0),
+    "accuracy": MetricKind("Verified accuracy", "share of answers"),
+    "top1_agreement": MetricKind("Top-1 agreement", "share of tokens", 1.0),
+    "kl_student_teacher": MetricKind("KL(student‖teacher)", "nats per token", 0.0),
+    "response_tokens": MetricKind("Response length", "tokens"),
+    "truncation_rate": MetricKind("Responses cut at the limit", "share of responses"),
+    "repetition": MetricKind("Repetition", "share"),
+}
+"""Metrics in the order to show them; others follow by name."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over held-out prompts.
+
+    Args:
+        name: Which metric.
+        model: `student` after ``round``, `teacher`, or `start`: the student before all training.
+        round: The round, WARMUP for what the rounds start from.
+        value: The mean.
+        stderr: Its standard error.
+        n: Observations.
+    """
+
+    name: str
+    model: str
+    round: int
+    value: float
+    stderr: float
+    n: int
+
+
+def read_metrics(store: RunStore, config: RunConfig) -> list[Metric]:
+    """Return every metric of the finished evaluations, in the order of the loop.
+
+    Raises:
+        ArtifactError: a table is damaged.
+    """
+    found: list[Metric] = []
+    for key in loop(config):
+        if key.stage in ("evaluate", BASELINE.stage) and store.manifest(key) is not None:
+            found += metrics_of(store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS))
+    return found
+
+
+def metrics_of(table: pa.Table) -> list[Metric]:
+    """Return a metrics table's rows with finite values."""
+    return [
+        Metric(row["metric"], row["model"], row["round"], row["value"], row["stderr"], row["n"])
+        for row in table.to_pylist()
+        if math.isfinite(row["value"])
+    ]
+
+
+def shown_names(metrics: list[Metric]) -> list[str]:
+    """Return the metrics to draw: those of KINDS, then others by name."""
+    found = {metric.name for metric in metrics}
+    return [name for name in KINDS if name in found] + sorted(found - set(KINDS))
+
+
+def kind_of(name: str) -> MetricKind:
+    """Return how a metric is shown."""
+    return KINDS.get(name, MetricKind(name, "mean"))
+
+
+def told_apart(first: Metric, last: Metric) -> float:
+    """Return the smallest difference of two means that is beyond noise: 1.96 standard errors of it, taken unpaired."""
+    return 1.96 * math.hypot(first.stderr, last.stderr)

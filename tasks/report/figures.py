@@ -1,0 +1,103 @@
+"""Everything the report shows of a run, read from its finished stages."""
+
+from dataclasses import dataclass
+
+from schemas.config import RunConfig
+from schemas.errors import ArtifactError
+from schemas.manifest import RunRecord
+from schemas.run_store import RunStore
+from tasks.graph import loop
+from tasks.report.evaluation import Metric, read_metrics
+from tasks.report.histograms import Counts
+from tasks.report.ledger import Ledger, read_ifd, read_ledger
+from tasks.report.samples import ShownSample, read_samples
+from tasks.report.stages import StageCost, read_stages, sampler_of
+from tasks.report.training import Curves, PackFill, read_curves, read_packs
+
+SHOWN_ROUNDS = 12
+"""Rounds that get drawings of their own; of more, as many from first to last."""
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A run as far as it has come; a list holds what its finished stages have, in the order of the loop.
+
+    Args:
+        record: The run's record.
+        config: The config it last ran with.
+        ledgers: Of each round that sampled.
+        ifd: By round, samples by both models' IFD; see ``read_ifd``. Rounds that are shown only.
+        samples: By round, samples to read: of the first and last round that sampled.
+        packs: Of the warm-up and each round that packed.
+        curves: Of the warm-up and each round that trained.
+        metrics: Held-out metrics.
+        stages: Every stage, finished or not.
+        samplers: By round, the policy version that sampled and its optimizer steps.
+    """
+
+    record: RunRecord
+    config: RunConfig
+    ledgers: list[Ledger]
+    ifd: dict[int, Counts]
+    samples: dict[int, list[ShownSample]]
+    packs: list[PackFill]
+    curves: list[Curves]
+    metrics: list[Metric]
+    stages: list[StageCost]
+    samplers: dict[int, tuple[str, int]]
+
+    @property
+    def unfinished(self) -> list[StageCost]:
+        """Stages that are still to come."""
+        return [stage for stage in self.stages if not stage.finished]
+
+    @property
+    def shown_rounds(self) -> list[int]:
+        """Rounds whose samples get drawings of their own."""
+        return spread([ledger.round for ledger in self.ledgers], SHOWN_ROUNDS)
+
+
+def read_figures(store: RunStore) -> RunFigures:
+    """Read a run, shard by shard: memory holds one shard of one table, and counts.
+
+    Raises:
+        ArtifactError: there is no run, or a manifest or table is damaged.
+    """
+    record = store.record()
+    if record is None:
+        raise ArtifactError(f"{store.url}: no run.json; start a run with `npd run CONFIG`")
+    config = store.config
+    done = [key for key in loop(config) if store.manifest(key) is not None]
+
+    def rounds(stage: str) -> list[int]:
+        return [key.round for key in done if key.stage == stage and key.round is not None]
+
+    filtered, window = rounds("filter"), config.train.guard.window_steps
+    return RunFigures(
+        record=record,
+        config=config,
+        ledgers=[read_ledger(store, index) for index in filtered],
+        ifd={index: read_ifd(store, config, index) for index in spread(filtered, SHOWN_ROUNDS)},
+        samples={index: read_samples(store, config, index) for index in spread(filtered, 2)},
+        packs=[read_packs(store, config, index) for index in rounds("pack")],
+        curves=[found for index in rounds("train") if (found := read_curves(store, index, window)) is not None],
+        metrics=read_metrics(store, config),
+        stages=read_stages(store, config),
+        samplers={index: sampler for index in rounds("generate") if (sampler := sampler_of(store, index)) is not None},
+    )
+
+
+def spread(rounds: list[int], count: int) -> list[int]:
+    """Return at most ``count`` of ``rounds``, evenly from the first to the last.
+
+    >>> spread([0, 1, 2, 3, 4], 3), spread([0, 1], 3)
+    ([0, 2, 4], [0, 1])
+    """
+    if len(rounds) <= count:
+        return rounds
+    return [rounds[round(place * (len(rounds) - 1) / (count - 1))] for place in range(count)]
+
+
+def start_name(config: RunConfig) -> str:
+    """Return what the model that the rounds start from is called."""
+    return "warm-up" if config.warmup is not None else "start"

@@ -1,0 +1,187 @@
+"""Drawings of what came out and what it cost: held-out metrics round by round, and time by stage."""
+
+import numpy as np
+from markupsafe import Markup
+
+from schemas.config import RunConfig
+from schemas.stage_key import WARMUP
+from tasks.graph import STAGES
+from tasks.report.drawing import LEFT, RIGHT, TOP, WIDTH, Axes, Figure, Scale, around, drawing, element, text, tip
+from tasks.report.evaluation import START, STUDENT, TEACHER, Metric, kind_of, told_apart
+from tasks.report.figures import start_name
+from tasks.report.stages import StageCost
+from tasks.report.text import bytes_text, count_text, duration_text, number_text, round_name
+
+_NAMED_ROUNDS = 6
+"""Rounds named along an axis at most."""
+
+
+def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure:
+    """Return a metric of the student from where the rounds start to the last, beside the teacher's and the start's.
+
+    Args:
+        name: The metric.
+        metrics: All metrics of the run.
+        config: The run's config.
+    """
+    kind = kind_of(name)
+    own = [metric for metric in metrics if metric.name == name]
+    student = [metric for metric in own if metric.model == STUDENT]
+    others = [metric for metric in own if metric.model in (TEACHER, START)]
+    values = np.array([metric.value + sign * metric.stderr for metric in own for sign in (-1.96, 1.96)])
+    if kind.of_teacher is not None:
+        values = np.append(values, kind.of_teacher)
+    rounds = [metric.round for metric in student] or [WARMUP]
+    low, high = around(values, margin=0.12)
+    axes = Axes.of((min(rounds) - 0.35, max(rounds) + 0.35), (low, high), "after", kind.unit)
+    step = max(1, -(-len(rounds) // _NAMED_ROUNDS))
+    ticks = [(float(index), student_name(index, config)) for index in rounds[::step]]
+    levels = [
+        axes.across(metric.value, "teacher" if metric.model == TEACHER else "start", other_name(metric.model))
+        for metric in others
+    ]
+    if kind.of_teacher is not None and not any(metric.model == TEACHER for metric in others):
+        levels.append(axes.across(kind.of_teacher, "teacher", "teacher", above=kind.of_teacher == 0.0))
+    xs = np.array([metric.round for metric in student], np.float64)
+    line = axes.line(xs, np.array([metric.value for metric in student]), "line-student")
+    points = [
+        axes.point(
+            metric.round,
+            metric.value,
+            metric.value - 1.96 * metric.stderr,
+            metric.value + 1.96 * metric.stderr,
+            "student",
+            f"{student_name(metric.round, config)}: {number_text(metric.value)} ± {number_text(metric.stderr, 2)}",
+        )
+        for metric in student
+    ]
+    legend = [("student", "student, with 95 % interval"), ("teacher", "teacher")]
+    if any(metric.model == START for metric in others):
+        legend.append(("start", "student before all training"))
+    rows = [
+        [
+            student_name(metric.round, config) if metric.model == STUDENT else other_name(metric.model),
+            number_text(metric.value, 5),
+            number_text(metric.stderr, 2),
+            f"{metric.n:,}",
+        ]
+        for metric in [*student, *others]
+    ]
+    return Figure(
+        key=f"metric-{''.join(c if c.isascii() and c.isalnum() else '-' for c in name)}",
+        title=kind.title,
+        caption=noise_text(name, student),
+        svg=drawing(kind.title, axes.frame(ticks), *levels, line, *points),
+        legend=legend,
+        header=["model", kind.unit, "standard error", "n"],
+        rows=rows,
+    )
+
+
+def noise_text(name: str, student: list[Metric]) -> str:
+    """Return whether the change over the rounds can be told from noise, in words."""
+    if len(student) < 2:
+        return "Held-out prompts only."
+    first, last = student[0], student[-1]
+    change, least = last.value - first.value, told_apart(first, last)
+    if name == "accuracy":
+        said = f"Differences below {100 * least:.1f} points cannot be told from noise here"
+        if least > 0.02:
+            said += " (2 points cannot: more held-out prompts would tell)"
+    else:
+        said = f"Differences below {number_text(least, 2)} cannot be told from noise"
+    verdict = "beyond" if abs(change) > least else "within"
+    return f"Change over the rounds {change:+.4f}: {verdict} noise. {said}."
+
+
+def student_name(index: int, config: RunConfig) -> str:
+    """Return what the student after a round is called."""
+    return start_name(config) if index == WARMUP else round_name(index)
+
+
+def other_name(model: str) -> str:
+    """Return what a model that is no round's student is called."""
+    return {TEACHER: "teacher", START: "untouched student"}.get(model, model)
+
+
+def time_figure(stages: list[StageCost]) -> Figure:
+    """Return seconds by kind of stage over the whole run; its table has every stage."""
+    names = stage_names(stages)
+    totals = {name: sum(stage.seconds for stage in stages if stage.key.stage == name) for name in names}
+    x = Scale(0.0, max([*totals.values(), 1e-9]), LEFT + 24, WIDTH - RIGHT - 70)
+    parts: list[Markup] = []
+    for row, (name, seconds) in enumerate(totals.items()):
+        top = float(TOP + 25 * row)
+        words = f"{name}: {duration_text(seconds)} in all"
+        width = max(x(seconds) - x.start, 1.0)
+        parts += [
+            text(x.start - 8, top + 13, name, "end", "tick"),
+            element("rect", tip(words), x=x.start, y=top, width=width, height=18.0, class_="student"),
+            text(x.start + width + 6, top + 13, duration_text(seconds), "start", "label"),
+        ]
+    title = "Time by stage"
+    return Figure(
+        key="time",
+        title=title,
+        caption=f"{duration_text(sum(totals.values()))} of work; stages that ran side by side count each.",
+        svg=drawing(title, *parts, height=TOP + 25.0 * len(totals) + 4),
+        legend=[],
+        header=["stage", "time", "tokens", "tokens/s", "written", "rows", "peak memory"],
+        rows=[
+            [
+                stage.key.label,
+                duration_text(stage.seconds),
+                "" if stage.tokens is None else f"{stage.tokens:,}",
+                "" if stage.tokens_per_second is None else f"{stage.tokens_per_second:,.0f}",
+                bytes_text(stage.bytes),
+                f"{stage.rows:,}" if stage.rows else "",
+                "" if stage.peak_memory is None else bytes_text(stage.peak_memory),
+            ]
+            for stage in stages
+            if stage.finished
+        ],
+    )
+
+
+def stage_names(stages: list[StageCost]) -> list[str]:
+    """Return the kinds of stages that have finished, in the order of a round."""
+    finished = {stage.key.stage for stage in stages if stage.finished}
+    return [name for name in STAGES if name in finished]
+
+
+def rate_figures(stages: list[StageCost]) -> list[Figure]:
+    """Return tokens a second, and bytes written, by kind of stage."""
+    finished = [stage for stage in stages if stage.finished]
+    names = stage_names(stages)
+    rates, sizes = {}, {}
+    for name in names:
+        own = [stage for stage in finished if stage.key.stage == name]
+        counted = [stage for stage in own if stage.tokens is not None and stage.seconds > 0]
+        if counted:
+            rates[name] = sum(stage.tokens or 0 for stage in counted) / sum(stage.seconds for stage in counted)
+        sizes[name] = float(sum(stage.bytes for stage in own))
+    rated = {name: f"{count_text(value)}/s" for name, value in rates.items()}
+    sized = {name: bytes_text(int(value)) for name, value in sizes.items()}
+    figures = []
+    if rates:
+        figures.append(_bars("rates", "Tokens per second by stage", "Means over the run.", rates, rated))
+    figures.append(_bars("bytes", "Bytes written by stage", "On disk, compressed.", sizes, sized))
+    return figures
+
+
+def _bars(key: str, title: str, caption: str, values: dict[str, float], words: dict[str, str]) -> Figure:
+    """Return one bar for each name, by logarithm: stages differ by orders of magnitude."""
+    positive = [value for value in values.values() if value > 0] or [1.0]
+    x = Scale(min(positive) / 3, max(positive) * 1.001, LEFT + 24, WIDTH - RIGHT - 70, log=True)
+    parts: list[Markup] = []
+    for row, (name, value) in enumerate(values.items()):
+        top = float(TOP + 25 * row)
+        width = max(x(value) - x.start, 1.0)
+        parts += [
+            text(x.start - 8, top + 13, name, "end", "tick"),
+            element("rect", tip(words[name]), x=x.start, y=top, width=width, height=18.0, class_="muted"),
+            text(x.start + width + 6, top + 13, words[name], "start", "label"),
+        ]
+    caption = f"{caption} Bars by logarithm."
+    svg = drawing(title, *parts, height=TOP + 25.0 * len(values) + 4)
+    return Figure(key, title, caption, svg, [], ["stage", title], [[name, words[name]] for name in values])

@@ -1,0 +1,240 @@
+"""A run's figures as one page of HTML that needs nothing else: no script, no file, no network."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from schemas.stage_key import WARMUP
+from schemas.untrusted_text import visible
+from tasks.graph import sampling_policy
+from tasks.report.drawing import Figure
+from tasks.report.evaluation import shown_names
+from tasks.report.figures import RunFigures
+from tasks.report.outcome_plots import metric_figure, rate_figures, time_figure
+from tasks.report.sample_plots import (
+    ZONE_CLASSES,
+    ZONE_NAMES,
+    delta_ifd_figure,
+    ifd_figure,
+    reason_name,
+    reasons_figure,
+)
+from tasks.report.samples import SHOWN_TOKENS, ShownSample, ShownToken
+from tasks.report.stages import StageCost
+from tasks.report.text import count_text, number_text, round_name, safe
+from tasks.report.tiles import tiles_of
+from tasks.report.training_plots import fill_figure, training_figures
+
+LEVELS = (0.01, 0.1, 0.3, 0.5, 0.8, 0.95)
+"""Probabilities from which a token gets the next deeper shade."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures that belong together: their anchor, title, an explaining sentence."""
+
+    key: str
+    title: str
+    words: str
+    figures: list[Figure]
+
+
+def sections_of(figures: RunFigures) -> list[Section]:
+    """Return every figure that the run has something for, in the order to show them."""
+    config, ledgers = figures.config, {ledger.round: ledger for ledger in figures.ledgers}
+    shown = [ledgers[index] for index in figures.shown_rounds]
+    finished = [stage for stage in figures.stages if stage.finished]
+    left_out = "" if len(shown) == len(ledgers) else f" {len(shown)} of {len(ledgers)} rounds are drawn."
+    found = [
+        Section(
+            "outcome",
+            "Outcome",
+            "The student on held-out prompts, from where the rounds start, beside the teacher.",
+            [metric_figure(name, figures.metrics, config) for name in shown_names(figures.metrics)],
+        ),
+        Section(
+            "delta-ifd",
+            "Δ-IFD",
+            "How much more the prompt helps the student than the teacher. Below the lower bound the student is less "
+            "sure than the teacher of its own words; above the upper it is sure of what the teacher finds "
+            f"improbable.{left_out}",
+            [delta_ifd_figure(ledger) for ledger in shown],
+        ),
+        Section(
+            "ifd",
+            "IFD",
+            f"Each model's loss on a response with its prompt, over that without.{left_out}",
+            [ifd_figure(ledger, figures.ifd[ledger.round]) for ledger in shown],
+        ),
+        Section(
+            "filter",
+            "Filter and packs",
+            "What went into training, and how tightly.",
+            ([reasons_figure(figures.ledgers)] if ledgers else [])
+            + ([fill_figure(figures.packs)] if figures.packs else []),
+        ),
+        Section(
+            "training",
+            "Training",
+            "One run over all rounds: optimizer and schedule go on where the round before left them.",
+            training_figures(figures.curves, config.train.guard.max_policy_kl),
+        ),
+        Section(
+            "cost",
+            "Cost",
+            "Time, throughput and bytes of every stage, from its manifest.",
+            [time_figure(figures.stages), *rate_figures(figures.stages)] if finished else [],
+        ),
+    ]
+    return [section for section in found if section.figures]
+
+
+def report_html(figures: RunFigures) -> str:
+    """Return the report. Whatever comes from prompts, models or settings is escaped; nothing in it runs or loads."""
+    config, left = figures.config, figures.unfinished
+    samples = [
+        (round_name(index), [_sample(sample, first=_is_first(sample, shown)) for sample in shown])
+        for index, shown in figures.samples.items()
+        if shown
+    ]
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=config.name,
+            unfinished=bool(left),
+            state="finished" if not left else f"{len(figures.stages) - len(left)} of {len(figures.stages)} stages done",
+            lead=f"Near-Policy Distillation of {config.teacher.model} into {config.student.model}: {config.rounds} "
+            f"round{'s' if config.rounds > 1 else ''}, top {config.score.top_k} targets, "
+            f"λ = {config.train.kd_weight:g}, seed {config.seed}.",
+            tiles=tiles_of(figures),
+            sections=sections_of(figures),
+            samples=samples,
+            level_names=["", *(f"≥ {low:g}" for low in LEVELS)],
+            top_k=config.score.top_k,
+            chains=_chains(figures),
+            lineage=[_lineage(stage) for stage in figures.stages if stage.finished],
+            settings=list(_flat(figures.record.config)),
+            packages=sorted(figures.record.packages.items()),
+            warnings=[(stage.key.label, warning) for stage in figures.stages for warning in stage.warnings],
+            footer=f"Run {figures.record.run_id[:12]}, config {figures.record.config_hash[:12]}, started "
+            f"{figures.record.created[:10]}. Made by npd report.",
+        )
+    )
+
+
+@cache
+def environment() -> Environment:
+    """Return the templates' environment: everything escaped unless it is markup already."""
+    made = Environment(
+        loader=PackageLoader("tasks.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["seen"] = lambda value: safe(str(value))
+    made.filters["text"] = text_html
+    return made
+
+
+def text_html(text: str) -> Markup:
+    """Return text of several lines for HTML: escaped, and what cannot be seen made visible."""
+    return escape(visible(text))
+
+
+def _is_first(sample: ShownSample, shown: list[ShownSample]) -> bool:
+    return next(other for other in shown if other.zone == sample.zone) is sample
+
+
+def _sample(sample: ShownSample, *, first: bool) -> dict[str, Any]:
+    more = sample.response_tokens - len(sample.tokens)
+    left = f"{more:,} more tokens; the first {SHOWN_TOKENS} are shown. " if more > 0 else ""
+    return {
+        "zone": ZONE_NAMES[sample.zone],
+        "zone_class": ZONE_CLASSES[sample.zone],
+        "open": first,
+        "sample_id": sample.sample_id,
+        "delta_ifd": number_text(sample.delta_ifd, 3),
+        "student_ifd": number_text(sample.student_ifd, 3),
+        "teacher_ifd": number_text(sample.teacher_ifd, 3),
+        "fate": reason_name(sample.reason) if sample.keep else f"dropped: {reason_name(sample.reason)}",
+        "prompt": sample.prompt,
+        "sides": [
+            ("student", [(f"p{level(t.student)}", number_text(t.student, 3), _shown(t.text)) for t in sample.tokens]),
+            ("teacher", [_teacher_token(token) for token in sample.tokens]),
+        ],
+        "left": left + ("Cut at the length limit." if sample.finish_reason == "length" else ""),
+    }
+
+
+def _teacher_token(token: ShownToken) -> tuple[str, str, str]:
+    if token.teacher is None:
+        return "none", f"not among the top k: at most {number_text(token.teacher_least, 2)}", _shown(token.text)
+    return f"p{level(token.teacher)}", number_text(token.teacher, 3), _shown(token.text)
+
+
+def _shown(text: str) -> str:
+    """Return a token's text with a mark for what has no ink: an empty text and a line's end."""
+    return "∅" if not text else text.replace("\r\n", "\n").replace("\n", "⏎\n")
+
+
+def level(probability: float) -> int:
+    """Return a probability's shade, 0 to 6.
+
+    >>> level(0.005), level(0.01), level(0.97)
+    (0, 1, 6)
+    """
+    return sum(probability >= low for low in LEVELS)
+
+
+def _chains(figures: RunFigures) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Return for the run's shared stages, the warm-up and each round: its name, who sampled, and its stages."""
+    rounds = dict.fromkeys(stage.key.round for stage in figures.stages)
+    chains = []
+    for index in rounds:
+        links = [
+            {"stage": stage.key.stage, "finished": stage.finished, "words": _link_words(stage)}
+            for stage in figures.stages
+            if stage.key.round == index
+        ]
+        words = ""
+        if index is not None and index in figures.samplers:
+            version, step = figures.samplers[index]
+            source = sampling_policy(figures.config, index)
+            words = f"sampled by policy {version[:12]} of {source.label}, after {step:,} optimizer steps"
+            lag = next((ledger.policy_lag for ledger in figures.ledgers if ledger.round == index), None)
+            words += f"; lag when training begins: {lag:,} steps" if lag is not None else ""
+        elif index not in (None, WARMUP):
+            words = "trains on the packs of the round before" if links[0]["stage"] == "train" else ""
+        chains.append(("shared" if index is None else round_name(index), words, links))
+    return chains
+
+
+def _link_words(stage: StageCost) -> str:
+    if not stage.finished:
+        return "not yet"
+    return f"{count_text(stage.rows)} rows" if stage.rows else f"{stage.files} file{'s' * (stage.files != 1)}"
+
+
+def _lineage(stage: StageCost) -> list[str]:
+    reads = ", ".join(stage.inputs) or "sources outside the run"
+    hashes = (stage.fingerprint[:12], stage.outputs[:12])
+    return [stage.key.label, reads, *hashes, f"{stage.files:,}", stage.when, stage.host]
+
+
+def _flat(values: Any, prefix: str = "") -> Iterable[list[str]]:
+    """Yield every setting as its dotted key and value."""
+    if isinstance(values, dict | list) and values:
+        entries = values.items() if isinstance(values, dict) else enumerate(values)
+        for name, value in entries:
+            yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(values, float) and math.isfinite(values):
+        yield [prefix, f"{values:g}"]
+    else:
+        yield [prefix, "null" if values is None else str(values)]

@@ -1,0 +1,95 @@
+"""What each stage cost and wrote, and what it was made from: read from the manifests."""
+
+from dataclasses import dataclass
+
+from schemas.config import RunConfig
+from schemas.manifest import Manifest
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import GENERATE
+from tasks.graph import loop
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A stage of the loop.
+
+    Args:
+        key: Which.
+        finished: Whether it has a manifest; without one the other values are empty.
+        seconds: Its work.
+        tokens: Tokens it went through; None: it counts none.
+        tokens_per_second: Their rate.
+        bytes: What it wrote.
+        rows: Rows of its tables.
+        peak_memory: Bytes; None: not measured.
+        fingerprint: Of its settings, inputs and version.
+        inputs: Labels of the stages it read.
+        files: How many files it wrote.
+        outputs: Hash of their names and contents.
+        when: When it finished, UTC.
+        host: Where.
+        warnings: What it warned of.
+    """
+
+    key: StageKey
+    finished: bool
+    seconds: float = 0.0
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    bytes: int = 0
+    rows: int = 0
+    peak_memory: int | None = None
+    fingerprint: str = ""
+    inputs: tuple[str, ...] = ()
+    files: int = 0
+    outputs: str = ""
+    when: str = ""
+    host: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def read_stages(store: RunStore, config: RunConfig) -> list[StageCost]:
+    """Return every stage of the run in the order of the loop.
+
+    Raises:
+        ArtifactError: a manifest is damaged.
+    """
+    return [_cost(key, store.manifest(key)) for key in loop(config)]
+
+
+def _cost(key: StageKey, manifest: Manifest | None) -> StageCost:
+    if manifest is None:
+        return StageCost(key, finished=False)
+    counters = manifest.counters
+    read = dict.fromkeys(StageKey.of_file(record.path) for record in manifest.inputs)
+    return StageCost(
+        key=key,
+        finished=True,
+        seconds=float(counters.get("seconds", 0.0)),
+        tokens=counters.get("tokens"),
+        tokens_per_second=counters.get("tokens_per_second"),
+        bytes=sum(record.bytes for record in manifest.outputs),
+        rows=sum(record.rows or 0 for record in manifest.outputs),
+        peak_memory=counters.get("peak_memory_bytes"),
+        fingerprint=manifest.fingerprint,
+        inputs=tuple(other.label for other in read if other is not None),
+        files=len(manifest.outputs),
+        outputs=manifest.outputs_fingerprint,
+        when=manifest.finished[:19].replace("T", " "),
+        host=manifest.host,
+        warnings=tuple(str(warning) for warning in counters.get("warnings", [])),
+    )
+
+
+def sampler_of(store: RunStore, index: int) -> tuple[str, int] | None:
+    """Return the policy version that sampled round ``index`` and the optimizer steps it had; None: no sample.
+
+    Raises:
+        ArtifactError: the generate stage has not finished, or its table cannot be read.
+    """
+    for path in store.table_files(StageKey("generate", index)):
+        rows = store.read_part(path, GENERATE, ["policy_version", "policy_step"]).slice(0, 1).to_pylist()
+        if rows:
+            return rows[0]["policy_version"], rows[0]["policy_step"]
+    return None

@@ -1,0 +1,304 @@
+"""What the report counts, against counts made the plain way from the same tables."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from markdown_it import MarkdownIt
+
+from schemas.errors import ArtifactError
+from schemas.run_store import REPORT_NAME, RunStore
+from schemas.stage_key import WARMUP, StageKey
+from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, score_schema
+from tasks.report import run_report, write_report
+from tasks.report.comparison import COMPARISON_COLUMNS, comparison_figures, comparison_html, comparison_rows
+from tasks.report.drawing import Scale, around
+from tasks.report.evaluation import Metric, metrics_of, shown_names, told_apart
+from tasks.report.figures import RunFigures, read_figures
+from tasks.report.histograms import Grid, Values
+from tasks.report.images import figures_markdown, image_svg
+from tasks.report.ledger import DELTA_IFD, IFD
+from tasks.report.outcome_plots import noise_text
+from tasks.report.page import level, sections_of
+from tasks.report.samples import SHOWN_SAMPLES
+from tasks.report.training import curves_of, most_window_mean
+from tasks.train.guard import recent_policy_kl
+from tests.report_runs import TOP_K, WORDS, metric, synthetic_run, write_metrics
+from tests.run_fixtures import make_config, make_store
+
+HOSTILE = "</style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>\u202egnp\x1b[2J"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    return synthetic_run(tmp_path_factory.mktemp("report"), 3000)
+
+
+@pytest.fixture(scope="module")
+def figures(store: RunStore) -> RunFigures:
+    return read_figures(store)
+
+
+def column(store: RunStore, key: StageKey, schema: TableSchema, name: str) -> Values:
+    return np.asarray(store.read_table(key, schema, [name]).column(name), np.float64)
+
+
+def test_the_ledger_is_counted_by_zone_and_reason(store: RunStore, figures: RunFigures) -> None:
+    for ledger in figures.ledgers:
+        table = store.read_table(StageKey("filter", ledger.round), FILTER)
+        assert ledger.samples == table.num_rows == ledger.delta_ifd.sum()
+        assert (ledger.low, ledger.high) == pytest.approx((0.0, 0.8))
+        for place, zone in enumerate(ZONES):
+            of_zone = table.filter(pc.equal(table.column("zone"), zone))
+            assert ledger.zone(zone) == of_zone.num_rows == ledger.delta_ifd[place].sum()
+            values = of_zone.column("delta_ifd").to_numpy().astype(np.float64)
+            edges = np.linspace(DELTA_IFD.low, DELTA_IFD.high, DELTA_IFD.bins + 1)
+            expected, _ = np.histogram(np.clip(values, -7.999, 7.999), edges)
+            # Values on an edge may fall to either side of it.
+            assert np.abs(np.cumsum(ledger.delta_ifd[place] - expected)).max() <= 2
+        assert ledger.kept == pc.sum(table.column("keep")).as_py()
+        reasons = {row["values"]: row["counts"] for row in pc.value_counts(table.column("reason")).to_pylist()}
+        assert ledger.reasons == reasons
+        assert next(iter(ledger.reasons)) == "kept"
+
+
+def test_ifd_is_counted_in_both_directions(store: RunStore, figures: RunFigures) -> None:
+    schema = score_schema(TOP_K, "float16")
+    student = column(store, StageKey("score", 1), schema, "student_ifd")
+    teacher = column(store, StageKey("score", 1), schema, "teacher_ifd")
+    edges = np.linspace(IFD.low, IFD.high, IFD.bins + 1)
+    expected, _, _ = np.histogram2d(np.clip(student, 0, 7.999), np.clip(teacher, 0, 7.999), [edges, edges])
+    assert figures.ifd[1].sum() == expected.sum()
+    assert np.abs(figures.ifd[1] - expected).sum() <= 6
+
+
+def test_a_window_keeps_every_count_and_has_an_edge_on_the_bound() -> None:
+    grid = Grid(-8.0, 8.0, 3200)
+    values = np.random.default_rng(0).normal(0.3, 0.7, 5000)
+    counts = grid.count(values)
+    window = grid.window(counts, 48, (0.0, 0.8))
+    assert window.sum(counts).sum() == 5000
+    assert window.bins <= 50
+    assert np.abs(window.edges).min() < 1e-9
+    # A bound that lies nowhere near the samples does not stretch the drawing.
+    assert grid.window(counts, 48, (7.5,)).edges[-1] < 6
+    inside = slice(1, window.bins - 1)
+    expected, _ = np.histogram(values, window.edges)
+    assert np.abs(window.sum(counts)[inside] - expected[inside]).max() <= 2
+
+
+def test_curves_are_token_weighted_means(store: RunStore) -> None:
+    table = store.read_table(StageKey("train", 1), TRAIN_METRICS)
+    curves = curves_of(table, 1, 10)
+    values = {name: table.column(name).to_numpy() for name in ("loss", "response_tokens", "step", "learning_rate")}
+    starts = [int(np.flatnonzero(values["step"] == step)[0]) for step in curves.values["step"]]
+    first = 0
+    for place, last in enumerate(starts):
+        rows = slice(first, last + 1)
+        expected = np.average(values["loss"][rows], weights=values["response_tokens"][rows])
+        assert curves.values["loss"][place] == pytest.approx(expected)
+        assert curves.values["learning_rate"][place] == values["learning_rate"][last]
+        first = last + 1
+    assert first == table.num_rows == curves.steps
+    assert len(curves.values["step"]) <= 240
+    place = table.schema.get_field_index("kd")
+    warmup = table.slice(0, 3).set_column(place, "kd", pa.nulls(3, pa.float64()))
+    assert np.isnan(curves_of(warmup, WARMUP, 10).values["kd"]).all()
+
+
+def test_the_largest_window_mean_is_what_the_guard_sees() -> None:
+    rng = np.random.default_rng(3)
+    kl, tokens = rng.exponential(0.1, 50), rng.integers(1, 900, 50).astype(np.float64)
+    history = [{"step": step + 1, "policy_kl": kl[step], "response_tokens": tokens[step]} for step in range(len(kl))]
+    seen = [recent_policy_kl(history[:end], 0, 7) for end in range(7, 51)]
+    assert most_window_mean(kl, tokens, 7) == pytest.approx(max(mean for mean in seen if mean is not None))
+
+
+def test_packs_are_counted(figures: RunFigures) -> None:
+    assert [fill.round for fill in figures.packs] == [WARMUP, 0, 1]
+    for fill in figures.packs:
+        assert (fill.packs, fill.sequences, fill.counts.sum()) == (24, 24 * 16, 24)
+        assert 0 < fill.least <= fill.fill <= 1
+
+
+def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore, figures: RunFigures) -> None:
+    table = store.read_table(StageKey("generate", 0), GENERATE)
+    scores = store.read_table(StageKey("score", 0), score_schema(TOP_K, "float16"))
+    ids = table.column("sample_id").to_pylist()
+    shown = figures.samples[0]
+    assert [sample.zone for sample in shown] == [zone for zone in ZONES for _ in range(SHOWN_SAMPLES)]
+    for sample in shown:
+        row = ids.index(sample.sample_id)
+        tokens = table.column("response_ids")[row].as_py()
+        assert [token.text for token in sample.tokens] == [WORDS[token] for token in tokens]
+        logprobs = table.column("sampled_logprobs")[row].as_py()
+        assert [token.student for token in sample.tokens] == pytest.approx(np.exp(logprobs))
+        top, top_logprobs = (scores.column(f"teacher_topk_{what}")[row].as_py() for what in ("ids", "logprobs"))
+        for token, wanted, names, values in zip(sample.tokens, tokens, top, top_logprobs, strict=True):
+            if wanted in names:
+                assert token.teacher == pytest.approx(float(np.exp(float(values[names.index(wanted)]))))
+            else:
+                assert token.teacher is None
+                assert token.teacher_least == pytest.approx(float(np.exp(float(values[-1]))))
+    assert any(token.teacher is None for sample in shown for token in sample.tokens)
+    assert read_figures(store).samples == figures.samples
+
+
+def test_metrics_are_of_a_model_and_finite() -> None:
+    rows = [metric(0, "accuracy", 0.5, 0.01), metric(-1, "accuracy", 0.9, 0.01, "teacher")]
+    assert [found.model for found in metrics_of(pa.Table.from_pylist(rows))] == ["student", "teacher"]
+    assert metrics_of(pa.Table.from_pylist([metric(0, "accuracy", float("nan"), 0.1)])) == []
+    named = [Metric(name, "student", 0, 1.0, 0.1, 5) for name in ("zebra", "top1_agreement", "accuracy")]
+    assert shown_names(named) == ["accuracy", "top1_agreement", "zebra"]
+
+
+def test_the_report_says_what_cannot_be_told_from_noise() -> None:
+    first, last = Metric("accuracy", "student", -1, 0.5, 0.03, 90), Metric("accuracy", "student", 1, 0.52, 0.04, 90)
+    assert told_apart(first, last) == pytest.approx(1.96 * 0.05)
+    said = noise_text("accuracy", [first, last])
+    assert "within noise" in said
+    assert "Differences below 9.8 points cannot be told from noise" in said
+    assert "2 points cannot" in said
+    sure = Metric("accuracy", "student", 1, 0.6, 0.001, 90)
+    assert "beyond noise" in noise_text("accuracy", [Metric("accuracy", "student", 0, 0.5, 0.001, 90), sure])
+
+
+def test_scales_and_ticks() -> None:
+    scale = Scale(0.0, 10.0, 100.0, 200.0)
+    assert (scale(5.0), scale(-1.0), scale(11.0)) == (150.0, 100.0, 200.0)
+    assert Scale(0.0, 1.0, 0.0, 1.0).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Scale(1.0, 1000.0, 0.0, 300.0, log=True)(10.0) == pytest.approx(100.0)
+    assert Scale(1.0, 1000.0, 0.0, 1.0, log=True).ticks() == pytest.approx([1, 10, 100, 1000])
+    low, high = around(np.array([2.0, 2.0, np.nan]))
+    assert low < 2 < high
+    assert around(np.array([])) == pytest.approx((-0.06, 1.06))
+    assert [level(p) for p in (0.0, 0.02, 0.5, 0.96)] == [0, 1, 4, 6]
+
+
+def test_the_page_is_small_repeats_and_needs_nothing_else(store: RunStore) -> None:
+    page = run_report(store)
+    assert page == run_report(store)
+    assert len(page.encode()) < 1_500_000
+    assert "<script" not in page
+    # The only addresses are names of XML's own, and the page's icon, which it carries.
+    addresses = set(re.findall(r"https?://[^\s\"'<>]+", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}
+    assert re.findall(r'(?:src|href)="(?!#|data:image/svg)', page) == []
+
+
+def test_every_drawing_is_well_formed_and_named(figures: RunFigures) -> None:
+    sections = sections_of(figures)
+    drawn = [figure for section in sections for figure in section.figures]
+    assert len({figure.key for figure in drawn}) == len(drawn)
+    keys = {figure.key for figure in drawn}
+    assert {"delta-ifd-0", "delta-ifd-1", "ifd-0", "reasons", "pack-fill", "loss", "policy-kl", "learning-rate"} <= keys
+    assert {"metric-kl-teacher-student", "metric-accuracy", "time", "rates", "bytes"} <= keys
+    for figure in drawn:
+        svg = ElementTree.fromstring(str(figure.svg))
+        assert svg.get("aria-label") == figure.title
+        assert svg[0].tag.endswith("title")
+        assert all(len(row) == len(figure.header) for row in figure.rows), figure.key
+        assert "nan" not in str(figure.svg)
+        ElementTree.fromstring(image_svg(figure))
+
+
+def test_the_budget_is_drawn(figures: RunFigures) -> None:
+    policy_kl = next(f for s in sections_of(figures) for f in s.figures if f.key == "policy-kl")
+    assert "budget 0.1" in policy_kl.svg
+    assert ("budget", "budget") in policy_kl.legend
+
+
+def test_markdown_shows_the_same_numbers_and_no_markup_of_ours(store: RunStore, figures: RunFigures) -> None:
+    sections = sections_of(figures)
+    text = figures_markdown("a|b <i>", sections)
+    html = MarkdownIt("commonmark").enable("table").render(text)
+    assert "<i>" not in html
+    assert html.count("<table>") == sum(len(section.figures) for section in sections)
+    reasons = next(f for s in sections for f in s.figures if f.key == "reasons")
+    assert all(f"<td>{cell}</td>" in html for cell in reasons.rows[0])
+
+
+def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    store = synthetic_run(tmp_path, 40, prompt=HOSTILE, rounds=1, done=1)
+    write_metrics(store, StageKey("evaluate", 0), [metric(0, HOSTILE, 1.0, 0.1)])
+    page = run_report(store)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("</style>") == 1
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
+    for figure in (figure for section in sections_of(read_figures(store)) for figure in section.figures):
+        ElementTree.fromstring(image_svg(figure))
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    page = run_report(store)
+    assert "0 of" in page
+    assert "not yet" in page
+    half = synthetic_run(tmp_path, 60, rounds=3, done=1)
+    page = run_report(half)
+    assert "stages done" in page
+    assert 'id="figure-delta-ifd-0"' in page
+    assert 'id="figure-delta-ifd-1"' not in page
+
+
+def test_no_run_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no run\.json"):
+        run_report(RunStore(tmp_path / "nowhere"))
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    store = synthetic_run(tmp_path, 40, rounds=1, done=1)
+    store.table_files(StageKey("filter", 0))[0].write_bytes(b"PAR1")
+    with pytest.raises(ArtifactError, match=r"round=000/stage=filter/part-00000\.parquet"):
+        run_report(store)
+    assert not store.has_report()
+
+
+def test_the_report_lies_at_the_runs_root(tmp_path: Path) -> None:
+    store = synthetic_run(tmp_path, 40, rounds=1, done=1)
+    assert not store.has_report()
+    assert write_report(store) == f"{store.url}/{REPORT_NAME}"
+    assert store.has_report()
+    assert (store.folder / REPORT_NAME).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert not list(store.folder.glob(".tmp-*"))
+
+
+def method(name: str, accuracy: float | None, seconds: float | None, role: str, **more: float) -> dict[str, object]:
+    known = {"method": name, "title": name, "accuracy": accuracy, "seconds": seconds, "role": role, "seeds": 5}
+    return dict.fromkeys(COMPARISON_COLUMNS) | known | more
+
+
+def comparison(*rows: dict[str, object]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), pa.schema(COMPARISON_COLUMNS))
+
+
+def test_a_comparison_holds_every_method_against_every_baseline() -> None:
+    table = comparison(
+        method("Teacher", 0.97, None, "teacher"),
+        method("SFT", 0.5, 60.0, "baseline", accuracy_low=0.45, accuracy_high=0.55),
+        method("On-policy", 0.8, 800.0, "baseline"),
+        method("NPD", 0.79, 80.0, "npd", kl_teacher_student=0.4, kl_stderr=0.01, rl_accuracy=0.9),
+        method("no <filter>", 0.7, 85.0, "ablation"),
+    )
+    header, rows = comparison_rows(table)
+    assert len(header) == len(rows[0])
+    assert rows[3][-2:] == ["+29.0, ×1.3", "-1.0, ×0.1"]
+    assert rows[1][2] == "0.45 to 0.55"
+    keys = [figure.key for figure in comparison_figures(table)]
+    assert keys == ["time", "bars-accuracy", "bars-rl", "bars-kl"]
+    page = comparison_html(table, "a <title>")
+    assert "no &lt;filter&gt;" in page
+    assert "<title>a &lt;title&gt;</title>" in page
+    assert "<filter>" not in page
+
+
+def test_a_comparison_of_nothing_known_is_a_table() -> None:
+    table = comparison(method("NPD", None, None, "npd"))
+    assert comparison_figures(table) == []
+    assert "NPD" in comparison_html(table, "empty")
