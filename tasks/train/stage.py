@@ -21,7 +21,7 @@ from tasks.language_model.sources import start_model
 from tasks.stage import StageJob
 from tasks.train.checkpoint import checkpoint_step, read_state
 from tasks.train.guard import describe_breach, ends_round, first_breach, is_over_budget
-from tasks.train.loss import Objective
+from tasks.train.loss import Objective, require_kernel
 from tasks.train.packs import PackReader
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
@@ -47,6 +47,7 @@ def train_round(job: StageJob) -> None:
     if not is_over(state, schedule, guard):
         start = start_model(store, config, job.round)
         device = resolve_device(start.device)
+        require_kernel(settings.loss_kernel, device)
         model = load_model(
             start.path,
             dtype="float32",
@@ -66,7 +67,10 @@ def train_round(job: StageJob) -> None:
                 schedule=schedule,
                 optimizer_config=settings,
                 objective=Objective(
-                    0.0 if warmup else config.train.kd_weight, config.train.kd_form, settings.loss_chunk
+                    kd_weight=0.0 if warmup else config.train.kd_weight,
+                    kd_form=config.train.kd_form,
+                    chunk=settings.loss_chunk,
+                    kernel=settings.loss_kernel,
                 ),
                 guard=guard,
                 peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
