@@ -12,7 +12,7 @@ from schemas.stage_key import StageKey
 from tests.flows.conftest import FinishedRun, write_smoke_config
 from tests.flows.prefect_server import Server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("finished_run")]
 
 
 @pytest.fixture(scope="module")
