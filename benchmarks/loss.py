@@ -3,7 +3,8 @@
 Each side begins with hidden states [tokens, width] and the output head [vocabulary, width] and ends with a scalar and
 its gradients with respect to both. Every position has a label. The sides:
 
-- `here`: `tasks.train.loss.loss_sums`, at several numbers of positions a chunk.
+- `here`: `tasks.train.loss.loss_sums`, at several numbers of positions a chunk; on a GPU `here, Triton` too, the same
+  with `loss_kernel: triton`.
 - `naive`: full logits, log_softmax in float32, CE and top-k KL by autograd. What the bars are held against.
 - `naive, compiled`: the same function under `torch.compile`, where a compiler works.
 - `TRL chunked_divergence`: what TRL's DistillationTrainer calls, with beta 0. It takes no stored targets: it projects
@@ -31,9 +32,10 @@ from benchmarks.measure import Measurement, Work, alternate, at_least, at_most, 
 from benchmarks.random_packs import draw_top_k
 from benchmarks.report import BenchmarkParser, main
 from tasks.language_model.head import OutputHead
-from tasks.train.loss import KdForm, Objective, Targets, loss_sums
+from tasks.train.loss import KdForm, Kernel, Objective, Targets, loss_sums
 
 KD_WEIGHT = 0.9
+HERE, HERE_TRITON = "here, ", "here, Triton, "
 NAIVE, COMPILED, TRL, LIGER = "naive", "naive, compiled", "TRL chunked_divergence", "Liger"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest norm of a difference over the norm; bfloat16 has 8 bits, and the naive logits are rounded to it."""
@@ -117,11 +119,11 @@ def with_gradients(inputs: Inputs, loss: Callable[[], Tensor]) -> Work[Result]:
     return work
 
 
-def here(inputs: Inputs, problem: Problem, chunk: int) -> Work[Result]:
+def here(inputs: Inputs, problem: Problem, chunk: int, kernel: Kernel = "torch") -> Work[Result]:
     """The fused loss."""
     projection = nn.Linear(1, 1, bias=False, device="meta")
     projection.weight = nn.Parameter(inputs.weight)
-    head, objective = OutputHead(projection), Objective(KD_WEIGHT, problem.kd_form, chunk)
+    head, objective = OutputHead(projection), Objective(KD_WEIGHT, problem.kd_form, chunk, kernel)
     fused = inputs._replace(weight=projection.weight)
     return with_gradients(fused, lambda: loss_sums(fused.states, head, fused.targets, objective).loss / problem.tokens)
 
@@ -179,9 +181,9 @@ def full_kl(inputs: Inputs, ce_weight: float, kd_weight: float) -> Work[Result]:
     return with_gradients(inputs, loss)
 
 
-def chunk_name(chunk: int) -> str:
-    """Name the fused loss of a chunk size."""
-    return f"here, {chunk:,} a chunk"
+def chunk_name(chunk: int, kernel: Kernel = "torch") -> str:
+    """Name the fused loss of a chunk size and a kernel."""
+    return f"{HERE_TRITON if kernel == 'triton' else HERE}{chunk:,} a chunk"
 
 
 def works(problem: Problem, inputs: Inputs, names: list[str]) -> dict[str, Work[Result]]:
@@ -194,8 +196,9 @@ def works(problem: Problem, inputs: Inputs, names: list[str]) -> dict[str, Work[
     }
     made = {}
     for name in names:
-        chunk = name.removeprefix("here, ").removesuffix(" a chunk").replace(",", "")
-        made[name] = known[name]() if name in known else here(inputs, problem, int(chunk))
+        kernel: Kernel = "triton" if name.startswith(HERE_TRITON) else "torch"
+        chunk = name.removeprefix(HERE_TRITON).removeprefix(HERE).removesuffix(" a chunk").replace(",", "")
+        made[name] = known[name]() if name in known else here(inputs, problem, int(chunk), kernel)
     return made
 
 
@@ -284,7 +287,10 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     chunks = sorted({int(chunk) for chunk in arguments.chunks.split(",")} | {arguments.default_chunk})
     # Compiling takes most of a minute.
     naive_sides = [NAIVE] if arguments.quick else [NAIVE, COMPILED]
-    names, notes = available([*map(chunk_name, chunks), *naive_sides, TRL, LIGER])
+    # Triton comes with PyTorch for CUDA; it has nothing to run on elsewhere.
+    kernels: tuple[Kernel, ...] = ("torch", "triton") if on_gpu else ("torch",)
+    ours = [chunk_name(chunk, kernel) for chunk in chunks for kernel in kernels]
+    names, notes = available([*ours, *naive_sides, TRL, LIGER])
     rows = []
     for dtype in arguments.dtypes.split(","):
         problem = Problem(tokens, hidden, vocab, arguments.top_k, dtype, arguments.device, arguments.kd_form)

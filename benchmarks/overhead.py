@@ -24,7 +24,6 @@ from schemas.stage_key import StageKey
 from tasks.graph import SAMPLING_STAGES, STAGES, TRAINING_STAGES
 
 STAGES_OF_ROUND = (*SAMPLING_STAGES, *TRAINING_STAGES)
-MANY = 3
 ROUND_SECONDS = 600
 
 
@@ -88,7 +87,7 @@ def tables_again(run: Run, index: int) -> None:
 
 def process_seconds(run: Run) -> float:
     """Return what a process of its own adds to a stage: start, plan, hashes, manifest, end."""
-    taken = sample(partial(run_apart, run, StageKey("filter", MANY - 1)))
+    taken = sample(partial(run_apart, run, StageKey("filter", run.config.rounds - 1)))
     own: float = taken.value.counters["seconds"]
     return taken.seconds - own
 
@@ -98,11 +97,13 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = write_models(folder, "micro", "micro", device=arguments.device)
-        sides = {f"{rounds}": partial(run_rounds, folder, models, rounds, arguments) for rounds in (1, MANY)}
+        sides = {
+            f"{rounds}": partial(run_rounds, folder, models, rounds, arguments) for rounds in (1, arguments.rounds)
+        }
         samples = alternate(sides, arguments.repeats, warmup=arguments.warmup)
-        one, many = [taken.value for taken in samples["1"]], [taken.value for taken in samples[f"{MANY}"]]
+        one, many = [taken.value for taken in samples["1"]], [taken.value for taken in samples[f"{arguments.rounds}"]]
         last = many[-1].run
-        run_apart(last, StageKey("filter", MANY - 1))
+        run_apart(last, StageKey("filter", arguments.rounds - 1))
         again = {
             "hashing of what a round writes": [sample(partial(hash_again, last, 1)).seconds for _ in many],
             "reading and writing a round's tables": [sample(partial(tables_again, last, 1)).seconds for _ in many],
@@ -121,11 +122,12 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
 
 def whole_rows(one: Sequence[Timed], many: Sequence[Timed]) -> list[Measurement]:
     """The commands, and what one more round adds."""
+    rounds = many[0].run.config.rounds
     walls = [[timed.ended - timed.began for timed in runs] for runs in (one, many)]
-    more = [(b - a) / (MANY - 1) for a, b in zip(*walls, strict=True)]
+    more = [(b - a) / (rounds - 1) for a, b in zip(*walls, strict=True)]
     return [
         Measurement("`npd run`, 1 round", walls[0], "s"),
-        Measurement(f"`npd run`, {MANY} rounds", walls[1], "s"),
+        Measurement(f"`npd run`, {rounds} rounds", walls[1], "s"),
         Measurement("one more round", more, "s", at_most(10)),
         Measurement(
             "one more round, of a round of 10 minutes", [100 * s / ROUND_SECONDS for s in more], "%", at_most(2)
@@ -135,7 +137,7 @@ def whole_rows(one: Sequence[Timed], many: Sequence[Timed]) -> list[Measurement]
 
 def part_rows(many: Sequence[Timed]) -> list[Measurement]:
     """Where the time of a round goes, and that of the command's start and end."""
-    rounds = range(1, MANY)
+    rounds = range(1, many[0].run.config.rounds)
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
@@ -152,7 +154,7 @@ def part_rows(many: Sequence[Timed]) -> list[Measurement]:
         parts[f"of it, in stage {stage}"] = [
             mean([t.run.store.finished(StageKey(stage, i)).counters["seconds"] for i in rounds]) for t in many
         ]
-    first, end = StageKey("prompts"), StageKey("evaluate", MANY - 1)
+    first, end = StageKey("prompts"), StageKey("evaluate", rounds[-1])
     parts["once a run: from the command to the first stage"] = [
         moment(t.run.store.finished(first).started) - t.began for t in many
     ]
@@ -165,6 +167,7 @@ def part_rows(many: Sequence[Timed]) -> list[Measurement]:
 def parser() -> BenchmarkParser:
     """Return the command's arguments."""
     result = BenchmarkParser("overhead", "Seconds a round that are not model work.")
+    result.add_size("--rounds", 3, 2, "rounds of the longer run")
     result.add_size("--prompts", 16, 4, "train prompts")
     return result
 

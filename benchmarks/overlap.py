@@ -87,8 +87,8 @@ def parser() -> BenchmarkParser:
     result.add_argument("--threads", type=int, default=1, help="CPU threads of a stage; 0: as many as cores")
     result.add_argument("--sampler", help="device that samples and scores; by default --device")
     result.add_argument("--trainer", help="device that trains; by default --device")
-    result.add_argument("--teacher", default="mini", help="shape of the teacher (benchmarks.random_models.SHAPES)")
-    result.add_argument("--student", default="mini", help="shape of the student")
+    result.add_size("--teacher", "mini", "micro", "shape of the teacher (benchmarks.random_models.SHAPES)")
+    result.add_size("--student", "mini", "micro", "shape of the student")
     return result
 
 

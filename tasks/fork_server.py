@@ -27,8 +27,22 @@ HEAVY = (
     "tasks.export.stage",
     "tasks.evaluate.stage",
     "transformers.models.auto.modeling_auto",
+    "pandera.backends.narwhals.builtin_checks",
 )
-"""What stages import; vLLM is not among them, since it reads its settings from the environment when imported."""
+"""What stages import; vLLM is not among them, since it reads its settings from the environment when imported.
+
+The last is what pandera imports at the first table it checks: half a second where `hypothesis` is installed.
+"""
+
+
+def import_heavy() -> None:
+    """Import what stages import, to fork afterwards."""
+    try:
+        for module in HEAVY:
+            importlib.import_module(module)
+    finally:
+        # What is there now stays shared between the processes: the collector must not write to it.
+        gc.freeze()
 
 
 class StageRequest(NamedTuple):
@@ -122,7 +136,8 @@ def main() -> int:
     channel = socket.socket(fileno=int(sys.argv[1]))
     # A package that is missing fails the stage that needs it, with the error in its log, not this process.
     with suppress(ImportError):
-        for module in (*HEAVY, *sys.argv[2:]):
+        import_heavy()
+        for module in sys.argv[2:]:
             importlib.import_module(module)
     # What is there now stays shared between the processes: the collector must not write to it.
     gc.freeze()

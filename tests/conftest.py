@@ -38,13 +38,20 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SLOW_LAST = ("engine", "server", "e2e")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later."""
+    """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later.
+
+    Tests of one `xdist_group` share a process, so that what they share is made once.
+    """
 
     def rank(item: pytest.Item) -> int:
         marked = [index for index, name in enumerate(SLOW_LAST, start=2) if item.get_closest_marker(name)]
         return max(marked) if marked else int("finished_run" in getattr(item, "fixturenames", ()))
 
+    for item in items:
+        if "finished_run" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("finished_run"))
     # The longest first of those that come last, so that no process is left with it alone.
     items.sort(key=lambda item: (rank(item), item.path.stem != "test_quickstart"))
 

@@ -18,6 +18,8 @@ from schemas.tables import FILTER, GENERATE, IGNORE_LABEL, PROMPTS, TRAIN_METRIC
 from tasks.graph import STAGES, loop
 from tasks.stage import current_manifest, execute
 
+pytestmark = pytest.mark.xdist_group("loop")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,6 +1,7 @@
 """CE + top-k forward KL fused with the output head: values and gradients of one chunk of positions at a time."""
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from schemas.errors import ConfigError
 from tasks.language_model.head import OutputHead
 
 KdForm = Literal["truncated", "tail", "renormalized"]
+Kernel = Literal["torch", "triton"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class Objective:
         kd_weight: Lambda; not used without targets.
         kd_form: What happens to the mass outside the top k.
         chunk: Positions projected onto the vocabulary at a time.
+        kernel: What computes it from the logits: PyTorch's operators, or one Triton kernel.
     """
 
     kd_weight: float
     kd_form: KdForm
     chunk: int
+    kernel: Kernel = "torch"
 
 
 class LossSums(NamedTuple):
@@ -93,7 +97,7 @@ def loss_sums(hidden: Tensor, head: OutputHead, targets: Targets, objective: Obj
     if targets.topk_ids is None or targets.topk_logprobs is None:
         # The label alone takes the place of the top k, with no weight on KD.
         ids, logprobs = targets.labels[:, None], hidden.new_zeros((len(targets.labels), 1), dtype=torch.float32)
-        objective = Objective(0.0, "truncated", objective.chunk)
+        objective = replace(objective, kd_weight=0.0, kd_form="truncated")
     else:
         ids, logprobs = targets.topk_ids, targets.topk_logprobs
     states = hidden.index_select(0, targets.places)
@@ -102,6 +106,20 @@ def loss_sums(hidden: Tensor, head: OutputHead, targets: Targets, objective: Obj
         states, weight, bias, targets.labels, ids, logprobs, objective, head.scale, head.softcap
     )
     return LossSums(loss, ce, kd if targets.topk_ids is not None else torch.zeros_like(kd), label_logprobs)
+
+
+def require_kernel(kernel: Kernel, device: torch.device) -> None:
+    """Check that a kernel can run on ``device``.
+
+    Raises:
+        ConfigError: the Triton kernel without a CUDA device, or without Triton.
+    """
+    if kernel == "torch":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"loss_kernel: `triton` needs a CUDA device, the student trains on {device}; say `torch`")
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("loss_kernel: `triton` is not installed; install it (pip install triton), or say `torch`")
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -127,6 +145,9 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if wants_bias and bias is not None else None
         loss, ce, kd = (torch.zeros((), dtype=exact, device=states.device) for _ in range(3))
         seen = torch.empty(len(labels), dtype=exact, device=states.device)
+        parts_ = _parts_
+        if objective.kernel == "triton":
+            from tasks.train.loss_triton import parts_
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, len(labels), objective.chunk):
@@ -134,7 +155,7 @@ class _FusedLoss(torch.autograd.Function):
                 inputs = states[part].to(dtype)
                 logits = _project(inputs, matrix, bias, exact)
                 slope = _transform_(logits, scale, softcap)
-                parts = _parts_(logits, labels[part], ids[part], logprobs[part], objective, any(ctx.needs_input_grad))
+                parts = parts_(logits, labels[part], ids[part], logprobs[part], objective, any(ctx.needs_input_grad))
                 loss, ce, kd = loss + parts.loss.sum(), ce + parts.ce.sum(), kd + parts.kd.sum()
                 seen[part] = -parts.ce
                 if not any(ctx.needs_input_grad):
@@ -167,7 +188,9 @@ class _FusedLoss(torch.autograd.Function):
         return (*gradients, *[None] * 6)
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
+    """Loss, CE and KD per position, in nats, [n]."""
+
     loss: Tensor
     ce: Tensor
     kd: Tensor
@@ -204,7 +227,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _parts_(
     logits: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, objective: Objective, with_gradient: bool
-) -> _Parts:
+) -> Parts:
     """Return loss, CE and KD per position [n]; ``logits`` [n, vocabulary] become the gradient of the loss in place.
 
     With q the student's probabilities, K the top-k ids, S and T the mass of student and teacher outside K, P = 1 - T,
@@ -247,7 +270,7 @@ def _parts_(
             teacher_outside = (1 - p.sum(-1, keepdim=True)).clamp(min=0)
             kd += torch.xlogy(teacher_outside, teacher_outside)
             kd -= torch.where(teacher_outside > 0, teacher_outside * (outside - normalizer), 0.0)
-    parts = _Parts(*(value[:, 0] for value in ((1 - weight) * ce + weight * kd, ce, kd)))
+    parts = Parts(*(value[:, 0] for value in ((1 - weight) * ce + weight * kd, ce, kd)))
     if not with_gradient:
         return parts
 

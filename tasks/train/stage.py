@@ -20,7 +20,7 @@ from tasks.language_model.loading import load_model, load_tokenizer, resolve_dev
 from tasks.language_model.sources import start_model
 from tasks.stage import StageJob
 from tasks.train.guard import describe_breach, ends_round, first_breach, is_over_budget
-from tasks.train.loss import Objective
+from tasks.train.loss import Objective, require_kernel
 from tasks.train.packs import PackReader
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
@@ -50,6 +50,7 @@ def train_round(job: StageJob) -> None:
     if not is_over(state, schedule, guard):
         start = start_model(store, config, job.round)
         device = resolve_device(start.device)
+        require_kernel(settings.loss_kernel, device)
         model = load_model(
             start.path,
             dtype="float32",
@@ -69,7 +70,10 @@ def train_round(job: StageJob) -> None:
                 schedule=schedule,
                 optimizer_config=settings,
                 objective=Objective(
-                    0.0 if warmup else config.train.kd_weight, config.train.kd_form, settings.loss_chunk
+                    kd_weight=0.0 if warmup else config.train.kd_weight,
+                    kd_form=config.train.kd_form,
+                    chunk=settings.loss_chunk,
+                    kernel=settings.loss_kernel,
                 ),
                 guard=guard,
                 measures_policy_kl=not warmup and config.is_near_policy,

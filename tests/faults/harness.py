@@ -9,7 +9,6 @@ Each start is a fork of this process, which has everything imported and has comp
 Prints a JSON report: the points, by stage; what was done twice; and how many starts it took.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -20,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import yaml
 
 from schemas.config import RunConfig, parse_config
 from schemas.object_store import is_url
 from schemas.run_store import RunStore
-from tasks.fork_server import HEAVY
+from tasks.fork_server import import_heavy
 from tasks.graph import loop
 from tasks.stage import current_manifest, execute
 from tests.faults.kill_points import Point, arm_local_files, arm_object_store
@@ -122,8 +122,9 @@ def main() -> int:
     nothing interrupts.
     """
     config = parse_config(yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8")), origin=sys.argv[1])
-    for module in HEAVY:
-        importlib.import_module(module)
+    import_heavy()
+    if is_url(config.root):
+        fsspec.get_filesystem_class(config.root.partition("://")[0])
     points: Counter[str] = Counter()
     worst: Counter[str] = Counter()
     last: dict[str, Any] | None = None

@@ -45,11 +45,8 @@ class Server:
 
     def die(self) -> None:
         """End the server as a crash would; nothing else must have been started."""
-        (server,) = self._processes
-        # What it started in turn goes with it.
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        self._processes.clear()
+        assert len(self._processes) == 1
+        self.stop()
 
     def _healthy(self) -> bool:
         try:
@@ -72,15 +69,11 @@ class Server:
         )
 
     def stop(self) -> None:
-        """End what ``start`` started, the newest first."""
+        """End what ``start`` started, the newest first, with all its processes: a worker asked kindly takes long."""
         while self._processes:
             process = self._processes.pop()
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def call(self, *arguments: str) -> str:
         """Run a command that ends, and return what it printed."""

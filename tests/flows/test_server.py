@@ -14,7 +14,7 @@ from tests.flows.conftest import FinishedRun, write_smoke_config
 from tests.flows.prefect_server import Server
 from tests.tasks.rl_runs import checked_prompts, rl_values, source_store
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("finished_run")]
 
 
 @pytest.fixture(scope="module")

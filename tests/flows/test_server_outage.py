@@ -13,7 +13,7 @@ from schemas.stage_key import StageKey
 from tests.flows.conftest import CONFIGS, write_smoke_config
 from tests.flows.prefect_server import Server
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("outage")]
 
 
 def start_run(server: Server, config: Path) -> subprocess.Popen[str]:

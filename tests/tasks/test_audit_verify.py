@@ -23,6 +23,8 @@ from tasks.graph import MODELS, PROMPTS, REFERENCE, loop
 from tasks.stage import plan
 from tests.test_loop import run_loop, smoke_config
 
+pytestmark = pytest.mark.xdist_group("verify")
+
 Change = Callable[[pa.Table], pa.Table]
 
 

@@ -20,7 +20,7 @@ from tasks.stage import execute
 from tests.tasks.rollout_runs import make_run
 from tests.tiny_models import make_model, save_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("vllm")]
 
 PROMPTS = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 9, 1, 6, 40, 9)]
 SEEDS = np.array([sample_seed(0, 0, f"p{index}", 0) for index in range(len(PROMPTS))])
