@@ -16,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -35,10 +36,10 @@ The last is what pandera imports at the first table it checks: half a second whe
 """
 
 
-def import_heavy() -> None:
-    """Import what stages import, to fork afterwards."""
+def import_heavy(more: Sequence[str] = ()) -> None:
+    """Import what stages import, and the modules ``more``, to fork afterwards."""
     try:
-        for module in HEAVY:
+        for module in (*HEAVY, *more):
             importlib.import_module(module)
     finally:
         # What is there now stays shared between the processes: the collector must not write to it.
@@ -136,11 +137,7 @@ def main() -> int:
     channel = socket.socket(fileno=int(sys.argv[1]))
     # A package that is missing fails the stage that needs it, with the error in its log, not this process.
     with suppress(ImportError):
-        import_heavy()
-        for module in sys.argv[2:]:
-            importlib.import_module(module)
-    # What is there now stays shared between the processes: the collector must not write to it.
-    gc.freeze()
+        import_heavy(sys.argv[2:])
     request = serve(channel)
     channel.close()
     return 0 if request is None else _run_stage(request)
