@@ -14,22 +14,35 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 
-from flows.comparison_progress import RunsListener, current_runs_listener
-from flows.process import RUN, available_cores, cancelling, run_stages_in_process
+from flows.comparison_progress import current_runs_listener
+from flows.comparison_worker import Worker, lenders
+from flows.process import available_cores, cancelling
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
-from schemas.config import BASE, ComparisonConfig, RunConfig, load_comparison, method_config
+from schemas.config import (
+    BASE,
+    ComparisonConfig,
+    RLConfig,
+    RunConfig,
+    continuation_config,
+    load_comparison,
+    method_config,
+)
 from schemas.errors import NPDError, StageError
 from schemas.local_files import writing_file
-from schemas.run_store import RunStore
+from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.table_files import write_parquet
 from tasks.comparison.outcome import (
     Outcome,
+    Scores,
     base_stages,
+    continuation_label,
+    continuation_stages,
     method_stages,
     process_modules,
+    read_continuation,
     read_metric,
     read_outcome,
     read_scores,
@@ -45,9 +58,9 @@ from tasks.comparison.table import (
     comparison_table,
     runs_table,
 )
-from tasks.graph import BASELINE, STAGES, initial_policy
+from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
-from tasks.stage import plan
+from tasks.report.comparison import comparison_html
 
 
 def _flow_run_name() -> str:
@@ -63,8 +76,8 @@ def npd_compare(
     """Run a comparison, or continue it where it stopped: runs that are done stay.
 
     First the run that all methods start from, then every method at every learning rate with the first seed, then every
-    method at its best rate with all seeds. Then the tables: `comparison.parquet`, `comparison_runs.parquet`,
-    `comparison.md`.
+    method at its best rate with all seeds; then GRPO from the students that `rl` names. Then the tables
+    `comparison.parquet` and `comparison_runs.parquet`, `comparison.md` and `report.html`.
 
     Args:
         config: Path of a comparison's YAML file.
@@ -88,6 +101,7 @@ def npd_compare(
         work.run_base()
         work.tune()
         work.run_seeds()
+        work.continue_with_rl()
         table = work.publish()
         work.require_all_done()
     accuracies = dict(zip(table.column("method").to_pylist(), table.column("accuracy").to_pylist(), strict=True))
@@ -131,6 +145,7 @@ class Work:
         methods: The methods to run.
         workers: Runs at a time.
         outcomes: Of the runs that are done.
+        continued: Scores of students after GRPO, by the run they come from.
         failures: What went wrong in the others, by label.
         rates: Learning rate of each method that has one.
     """
@@ -141,6 +156,7 @@ class Work:
     methods: list[str]
     workers: int
     outcomes: dict[MethodRun, Outcome] = field(default_factory=dict)
+    continued: dict[MethodRun, Scores] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     prompts_per_step: int | None = None
@@ -150,7 +166,8 @@ class Work:
         self._worker = Worker(threading.BoundedSemaphore(self.workers), threads, current_runs_listener())
         tuned = [name for name in self.methods if self.comparison.methods[name].rate_of is None]
         total = 1 + sum(len(self.comparison.rates_of(name)) - 1 for name in tuned)
-        total += sum(len(self.comparison.seeds_of(name)) for name in self.methods)
+        for name in self.methods:
+            total += len(self.comparison.seeds_of(name)) + len(self.comparison.rl_seeds_of(name))
         if self._worker.listener is not None:
             self._worker.listener.planned(total)
 
@@ -159,7 +176,8 @@ class Work:
     def run_base(self) -> None:
         """Bring the run that all methods start from to its warmed-up student."""
         self.store.record_config(self.base)
-        self._worker.settle(self.store, self.base, BASE, base_stages(self.base), self.comparison.folder)
+        near = lenders(self.store, self.base.seed, self.comparison.folder)
+        self._worker.settle(self.store, self.base, BASE, base_stages(self.base), near)
         student = read_scores(self.store, StageKey("evaluate", WARMUP), "student")
         self.validation = validation_prompts(student.prompt_ids, self.comparison.validation)
 
@@ -195,6 +213,22 @@ class Work:
             ]
         )
 
+    def continue_with_rl(self) -> None:
+        """Continue the students of the chosen runs with GRPO, all with the same budget."""
+        futures: dict[MethodRun, PrefectFuture[Scores]] = {}
+        for run in self.outcomes:
+            if run.rate != self.rates.get(run.method) or run.seed not in self.comparison.rl_seeds_of(run.method):
+                continue
+            store = RunStore.at(self._config(run))
+            config = continuation_config(self.comparison, self.base, run.method, seed=run.seed, run=store.url)
+            label = continuation_label(run.method, run.seed)
+            futures[run] = continuation.with_options(task_run_name=label).submit(config, label, self._worker)
+        for run, future in futures.items():
+            try:
+                self.continued[run] = future.result()
+            except NPDError as error:
+                self.failures[continuation_label(run.method, run.seed)] = str(error)
+
     def publish(self) -> pa.Table:
         """Write the tables and show them, of all methods whose runs are there; return table COMPARISON."""
         runs = {}
@@ -202,7 +236,8 @@ class Work:
             tried = {(run.rate, run.seed): o for run, o in self.outcomes.items() if run.method == name}
             chosen = {seed: o for (at, seed), o in tried.items() if at == rate}
             if chosen:
-                runs[name] = MethodRuns(rate, chosen, tried)
+                continued = {r.seed: s for r, s in self.continued.items() if (r.method, r.rate) == (name, rate)}
+                runs[name] = MethodRuns(rate, chosen, tried, continued)
         table = comparison_table(self.comparison, runs, self._landmarks(), self.validation)
         record = self.store.record()
         run_id = "" if record is None else record.run_id
@@ -217,6 +252,8 @@ class Work:
         markdown = comparison_markdown(table)
         with writing_file(folder / "comparison.md") as temporary:
             temporary.write_text(f"# {self.comparison.name}\n\n{markdown}", encoding="utf-8")
+        with writing_file(folder / REPORT_NAME) as temporary:
+            temporary.write_text(comparison_html(table, self.comparison.name), encoding="utf-8")
         with if_server_answers(get_run_logger()):
             create_markdown_artifact(markdown, key=artifact_key(self.comparison.name, "comparison"))
         return table
@@ -300,7 +337,7 @@ class Work:
 
 
 @task(name="method run", cache_policy=NO_CACHE, persist_result=False, retries=0)
-def method_run(config: RunConfig, label: str, comparison: str, run_id: str, worker: "Worker") -> Outcome:
+def method_run(config: RunConfig, label: str, comparison: str, run_id: str, worker: Worker) -> Outcome:
     """Make one run of a method, or continue it, and return what it came to.
 
     Args:
@@ -316,63 +353,24 @@ def method_run(config: RunConfig, label: str, comparison: str, run_id: str, work
     store = RunStore.at(config)
     with store.lock.held():
         store.record_config(config, run_id)
-        worker.settle(store, config, label, method_stages(config), comparison)
+        worker.settle(store, config, label, method_stages(config), lenders(store, config.seed, comparison))
         return read_outcome(store, config)
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Makes runs, so many at a time.
+@task(name="rl run", cache_policy=NO_CACHE, persist_result=False, retries=0)
+def continuation(config: RLConfig, label: str, worker: Worker) -> Scores:
+    """Continue one run's student with GRPO, or continue that, and return what it then scores.
 
     Args:
-        free: Lets so many at a time.
-        threads: CPU threads of each.
-        listener: Hears of them.
+        config: The RL run's.
+        label: Its name for people.
+        worker: Makes runs.
+
+    Raises:
+        NPDError: a stage failed; names the log.
     """
-
-    free: threading.BoundedSemaphore
-    threads: int
-    listener: RunsListener | None
-
-    def settle(self, store: RunStore, config: RunConfig, label: str, keys: list[StageKey], comparison: str) -> None:
-        """Bring stages of a held run up to date in one process.
-
-        Raises:
-            NPDError: a stage failed; names the log.
-        """
-        with self.free:
-            if all(_stands(store, config, key) for key in keys):
-                if self.listener is not None:
-                    self.listener.finished(label, up_to_date=True)
-                return
-            if self.listener is not None:
-                self.listener.started(label)
-
-            def on_stage(key: StageKey) -> None:
-                if self.listener is not None:
-                    self.listener.at_stage(label, key)
-
-            try:
-                run_stages_in_process(store, config, keys, _lenders(store, config, comparison), self.threads, on_stage)
-            except NPDError as error:
-                if self.listener is not None:
-                    self.listener.failed(label, str(error))
-                raise type(error)(f"{error} (log: {store.log(RUN)})") from None
-            if self.listener is not None:
-                self.listener.finished(label, up_to_date=False)
-
-
-def _lenders(store: RunStore, config: RunConfig, comparison: str) -> list[str]:
-    """Return where other runs may have results that this one would only repeat: those of the same seed."""
-    same = Path(comparison).glob(f"*/lr=*/seed-{config.seed}")
-    return [place for path in sorted(same) if (place := str(path.absolute())) != store.url]
-
-
-def _stands(store: RunStore, config: RunConfig, key: StageKey) -> bool:
-    """Say whether a stage's result stands; its files are compared by size, since the run hashed them."""
-    manifest = store.manifest(key)
-    if manifest is None or any(store.manifest(needed) is None for needed in STAGES[key.stage].inputs(config, key)):
-        return False
-    if manifest.fingerprint != plan(store, config, key).fingerprint:
-        return False
-    return store.first_damage(manifest, content=False) is None
+    store = RunStore.at(config)
+    with store.lock.held():
+        store.record_config(config)
+        worker.settle(store, config, label, continuation_stages())
+        return read_continuation(store)

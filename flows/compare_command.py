@@ -27,12 +27,14 @@ def compare(
     """Compare the methods of CONFIG, or continue: every run that is done stays.
 
     All methods start from one warmed-up student. Each is tried at every learning rate with the first seed, then run at
-    its best with all seeds. The tables go to ROOT/NAME: comparison.parquet, comparison_runs.parquet, comparison.md.
+    its best with all seeds; then GRPO continues the students that `rl` names. Results go to ROOT/NAME: comparison.md,
+    comparison.parquet, comparison_runs.parquet, and report.html to look at.
     """
     from flows.comparison_progress import RunsDisplay, listening_to_runs
     from flows.stage_process import fork_server
     from flows.watch import run_flow
     from schemas.config import load_comparison
+    from schemas.run_store import REPORT_NAME
     from tasks.comparison.outcome import process_modules
 
     comparison, base = load_comparison(config, overrides)
@@ -46,4 +48,5 @@ def compare(
 
     with RunsDisplay(console) as display, listening_to_runs(display):
         run_flow(flow, verbose)
-    console.print(f"{comparison.folder}/comparison.md", markup=False, highlight=False, soft_wrap=True)
+    for name in ("comparison.md", REPORT_NAME):
+        console.print(f"{comparison.folder}/{name}", markup=False, highlight=False, soft_wrap=True)

@@ -86,7 +86,7 @@ def run_in_process(
 
 def run_stages_in_process(
     store: RunStore,
-    config: RunConfig,
+    config: RunSettings,
     keys: Sequence[StageKey],
     lenders: Sequence[str],
     threads: int | None,

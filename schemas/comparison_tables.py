@@ -30,6 +30,7 @@ _ANY_FLOAT = (
     "seconds_max",
     "seconds_ratio",
     "learning_rate",
+    # After GRPO, with its 95 % interval; null where a method's students did not continue.
     "rl_accuracy",
     "rl_low",
     "rl_high",
@@ -74,6 +75,8 @@ COMPARISON_RUNS = TableSchema(
             _required("seconds", pa.float64()),
             _required("generated_tokens", pa.int64()),
             _required("steps", pa.int64()),
+            # On the test prompts, after GRPO; null where this run's student did not continue.
+            pa.field("rl_accuracy", pa.float64()),
         ]
     ),
 )

@@ -1,7 +1,15 @@
 """The config of a run: pydantic models that are also its manual. `npd config` prints every field."""
 
 from schemas.config.base import Section
-from schemas.config.comparison import BASE, ComparisonConfig, MethodConfig, load_comparison, method_config
+from schemas.config.comparison import (
+    BASE,
+    ComparisonConfig,
+    ComparisonRLConfig,
+    MethodConfig,
+    continuation_config,
+    load_comparison,
+    method_config,
+)
 from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
 from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
@@ -39,6 +47,7 @@ from schemas.config.training import (
 __all__ = [
     "BASE",
     "ComparisonConfig",
+    "ComparisonRLConfig",
     "DatasetSource",
     "DevicesConfig",
     "EvaluateConfig",
@@ -72,6 +81,7 @@ __all__ = [
     "VllmOptions",
     "WarmupConfig",
     "apply_overrides",
+    "continuation_config",
     "fields_markdown",
     "load_as",
     "load_comparison",

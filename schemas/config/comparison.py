@@ -11,6 +11,7 @@ from schemas.config.base import PLACEMENT, Section
 from schemas.config.document import read_document
 from schemas.config.load import apply_overrides, load_config, parse_config, parse_section, with_values
 from schemas.config.models import StudentConfig
+from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import RunConfig
 from schemas.errors import ConfigError
 
@@ -47,6 +48,22 @@ class MethodConfig(Section):
     """Use only so many of the seeds, the first; null: all."""
 
 
+class ComparisonRLConfig(Section):
+    """The same GRPO from the students of several methods: which of them RL makes most of."""
+
+    methods: list[str] = Field(min_length=1)
+    """The methods whose exported students continue, each with the seeds of its runs."""
+
+    seeds: int | None = Field(default=None, ge=1)
+    """Use only so many of a method's seeds, the first; null: all."""
+
+    grpo: GRPOConfig = GRPOConfig()
+    """How they learn; see `npd rl`."""
+
+    evaluate: RLEvaluateConfig = RLEvaluateConfig()
+    """How they then answer the held-out prompts. `max_new_tokens` null: as `grpo.max_new_tokens`."""
+
+
 class ComparisonConfig(Section):
     """Methods against each other: one warmed-up student, the same prompts, steps, tokens and search for a rate."""
 
@@ -78,6 +95,9 @@ class ComparisonConfig(Section):
     methods: dict[str, MethodConfig] = Field(min_length=1)
     """The methods by name."""
 
+    rl: ComparisonRLConfig | None = None
+    """Continue students with GRPO after the methods' runs; null: do not."""
+
     @field_validator("seeds", "learning_rates")
     @classmethod
     def _each_once(cls, values: list[Any]) -> list[Any]:
@@ -96,6 +116,8 @@ class ComparisonConfig(Section):
             other = method.rate_of
             if other is not None and (other not in self.methods or self.methods[other].rate_of is not None):
                 raise ValueError(f"`methods.{name}.rate_of`: `{other}` is no method with a learning rate of its own")
+        if self.rl is not None and (unknown := sorted(set(self.rl.methods) - self.methods.keys())):
+            raise ValueError(f"`rl.methods`: {', '.join(unknown)}: the methods are {', '.join(self.methods)}")
         return self
 
     @property
@@ -111,6 +133,12 @@ class ComparisonConfig(Section):
     def seeds_of(self, method: str) -> list[int]:
         """Return the seeds of a method's runs."""
         return self.seeds[: self.methods[method].seeds]
+
+    def rl_seeds_of(self, method: str) -> list[int]:
+        """Return the seeds of a method's runs whose students continue with RL."""
+        if self.rl is None or method not in self.rl.methods:
+            return []
+        return self.seeds_of(method)[: self.rl.seeds]
 
     def rates_of(self, method: str) -> list[float]:
         """Return the learning rates tried for a method that takes no other's."""
@@ -215,3 +243,27 @@ def method_config(
         if prompts_per_step is not None:
             values["train"]["on_policy"] = {"prompts_per_step": prompts_per_step}
     return parse_config(with_values(values, own.set, f"{origin}.set"), origin=origin)
+
+
+def continuation_config(comparison: ComparisonConfig, base: RunConfig, method: str, *, seed: int, run: str) -> RLConfig:
+    """Return the config of the RL run that continues one run of a method.
+
+    Args:
+        comparison: The comparison, with `rl`.
+        base: The run all methods start from.
+        method: Name of the method.
+        seed: The run's seed, and that of RL.
+        run: Folder of the method's run.
+    """
+    assert comparison.rl is not None, "only called where the comparison has it"
+    return RLConfig(
+        name=f"seed-{seed}",
+        root=f"{comparison.folder}/{method}/rl",
+        seed=seed,
+        run=run,
+        trust_remote_code=base.student.trust_remote_code,
+        device=base.devices.trainer,
+        grpo=comparison.rl.grpo,
+        export=base.export,
+        evaluate=comparison.rl.evaluate,
+    )

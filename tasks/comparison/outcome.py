@@ -10,10 +10,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.config import ComparisonConfig, RunConfig
+from schemas.rl_tables import RL_EVALUATE_RESPONSES
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
 from tasks.graph import loop
+from tasks.rl.graph import BASELINE, EVALUATE, RL_LOOP
 
 Float64 = NDArray[np.float64]
 
@@ -70,9 +72,15 @@ class Outcome:
 
 def process_modules(comparison: ComparisonConfig, base: RunConfig) -> tuple[str, ...]:
     """Return what the runs' processes should have imported beside the stages' libraries, since it takes its time."""
-    on_policy = any(method.trainer == "on_policy" for method in comparison.methods.values())
-    # TRL's trainer imports vLLM where it is installed, and vLLM must not be imported before its engine is set up.
-    return ("tasks.train.on_policy",) if on_policy and base.generate.engine != "vllm" else ()
+    engines = {base.generate.engine}
+    modules = []
+    if any(method.trainer == "on_policy" for method in comparison.methods.values()):
+        modules.append("tasks.train.on_policy")
+    if comparison.rl is not None:
+        modules.append("tasks.rl.grpo")
+        engines |= {comparison.rl.grpo.engine, comparison.rl.evaluate.engine}
+    # TRL's trainers import vLLM where it is installed, and vLLM must not be imported before its engine is set up.
+    return () if "vllm" in engines else tuple(modules)
 
 
 def method_stages(config: RunConfig) -> list[StageKey]:
@@ -82,6 +90,11 @@ def method_stages(config: RunConfig) -> list[StageKey]:
     """
     last = config.rounds - 1
     return [k for k in loop(config) if k.stage != "baseline" and (k.stage != "evaluate" or k.round == last)]
+
+
+def continuation_stages() -> list[StageKey]:
+    """Return the stages of an RL run that continues a method's: what its start comes to is known from that run."""
+    return [key for key in RL_LOOP if key != BASELINE]
 
 
 def base_stages(config: RunConfig) -> list[StageKey]:
@@ -99,7 +112,16 @@ def read_scores(store: RunStore, key: StageKey, model: str) -> Scores:
     """
     columns = ["model", "prompt_id", "score"]
     table = store.read_part(store.path(key, "responses.parquet"), EVALUATE_RESPONSES, columns)
-    table = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score"))))
+    return _scores(table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score")))))
+
+
+def read_continuation(store: RunStore) -> Scores:
+    """Return the scores of the responses of the model that an RL run ends with."""
+    path = store.path(EVALUATE, "responses.parquet")
+    return _scores(store.read_part(path, RL_EVALUATE_RESPONSES, ["prompt_id", "score"]))
+
+
+def _scores(table: pa.Table) -> Scores:
     means = table.group_by("prompt_id").aggregate([("score", "mean")]).sort_by("prompt_id")
     return Scores(tuple(means.column("prompt_id").to_pylist()), means.column("score_mean").to_numpy())
 
@@ -183,6 +205,15 @@ def validation_prompts(prompt_ids: tuple[str, ...], share: float) -> frozenset[s
     """Return the prompts that learning rates are chosen on: the first ``share`` in the order of a hash of their ids."""
     ordered = sorted(prompt_ids, key=lambda name: hashlib.sha256(f"validation:{name}".encode()).hexdigest())
     return frozenset(ordered[: round(share * len(ordered))])
+
+
+def continuation_label(method: str, seed: int) -> str:
+    """Return an RL run's name for people.
+
+    >>> continuation_label("npd", 3)
+    'npd · GRPO · seed 3'
+    """
+    return f"{method} · GRPO · seed {seed}"
 
 
 def run_label(method: str, rate: float, seed: int) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -26,11 +26,13 @@ class MethodRuns:
         rate: Learning rate taken.
         chosen: Outcomes at that rate by seed.
         tried: Outcomes of all runs by rate and seed, those of ``chosen`` among them.
+        continued: Scores of the students after GRPO, by seed; empty where there was none.
     """
 
     rate: float
     chosen: dict[int, Outcome]
     tried: dict[tuple[float, int], Outcome]
+    continued: dict[int, Scores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ def best_rate(outcomes: Mapping[float, Outcome], validation: frozenset[str]) -> 
     return max(outcomes, key=merit)
 
 
-def test_scores(outcomes: Mapping[int, Outcome], validation: frozenset[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def test_scores(scores: Mapping[int, Scores], validation: frozenset[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the prompts outside ``validation`` that every seed has, and the scores [seeds, prompts] on them."""
-    shared = frozenset.intersection(*(frozenset(o.scores.prompt_ids) for o in outcomes.values())) - validation
-    parts = [outcomes[seed].scores.of(shared) for seed in sorted(outcomes)]
+    shared = frozenset.intersection(*(frozenset(of_seed.prompt_ids) for of_seed in scores.values())) - validation
+    parts = [scores[seed].of(shared) for seed in sorted(scores)]
     return parts[0].prompt_ids, np.stack([part.values for part in parts])
 
 
@@ -81,7 +83,9 @@ def difference(npd: Mapping[int, Outcome], other: Mapping[int, Outcome], validat
     seeds = sorted(npd.keys() & other.keys())
     if not seeds:
         return None
-    (left_ids, left), (right_ids, right) = (test_scores({s: o[s] for s in seeds}, validation) for o in (npd, other))
+    (left_ids, left), (right_ids, right) = (
+        test_scores({s: o[s].scores for s in seeds}, validation) for o in (npd, other)
+    )
     if left_ids != right_ids or not left_ids:
         return None
     return crossed_interval(left - right)
@@ -121,12 +125,14 @@ def runs_table(comparison: ComparisonConfig, runs: Mapping[str, MethodRuns], val
             continue
         for (rate, seed), outcome in sorted(runs[name].tried.items()):
             test = frozenset(outcome.scores.prompt_ids) - validation
+            chosen = runs[name].chosen.get(seed) is outcome
+            continued = runs[name].continued.get(seed) if chosen else None
             rows.append(
                 {
                     "method": name,
                     "learning_rate": rate,
                     "seed": seed,
-                    "chosen": runs[name].chosen.get(seed) is outcome,
+                    "chosen": chosen,
                     "accuracy": outcome.scores.of(test).accuracy,
                     "validation_accuracy": outcome.scores.of(validation).accuracy,
                     "kl_teacher_student": outcome.kl_teacher_student,
@@ -135,6 +141,7 @@ def runs_table(comparison: ComparisonConfig, runs: Mapping[str, MethodRuns], val
                     "seconds": outcome.seconds,
                     "generated_tokens": outcome.generated_tokens,
                     "steps": outcome.steps,
+                    "rl_accuracy": None if continued is None else continued.of(test).accuracy,
                 }
             )
     return pa.Table.from_pylist(rows, schema=COMPARISON_RUNS.columns)
@@ -153,7 +160,7 @@ def _landmark_row(landmark: Landmark, validation: frozenset[str]) -> Row:
 
 def _method_row(runs: MethodRuns, validation: frozenset[str]) -> Row:
     outcomes = list(runs.chosen.values())
-    prompt_ids, values = test_scores(runs.chosen, validation)
+    prompt_ids, values = test_scores({seed: o.scores for seed, o in runs.chosen.items()}, validation)
     seconds = [o.seconds for o in outcomes]
     kls = [o.kl_teacher_student for o in outcomes]
     policy_kls = [o.policy_kl for o in outcomes if o.policy_kl is not None]
@@ -172,14 +179,20 @@ def _method_row(runs: MethodRuns, validation: frozenset[str]) -> Row:
         "seeds": len(outcomes),
         "test_prompts": len(prompt_ids),
     }
-    return row | (_named(crossed_interval(values, share=True), "accuracy") if prompt_ids else {})
+    if prompt_ids:
+        row |= _named(crossed_interval(values, share=True), "accuracy")
+    if runs.continued:
+        prompt_ids, values = test_scores(runs.continued, validation)
+        row |= _named(crossed_interval(values, share=True), "rl_accuracy", "rl") if prompt_ids else {}
+    return row
 
 
-def _named(interval: Interval | None, name: str) -> Row:
+def _named(interval: Interval | None, name: str, ends: str | None = None) -> Row:
+    """Return an interval as columns; ``ends`` begins the names of its ends where ``name`` does not."""
     if interval is None:
         return {}
     low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
-    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high}
+    return {name: interval.mean, f"{ends or name}_low": low, f"{ends or name}_high": high}
 
 
 MARKDOWN_COLUMNS = (
@@ -199,8 +212,11 @@ MARKDOWN_COLUMNS = (
 
 def comparison_markdown(table: pa.Table) -> str:
     """Return table COMPARISON as Markdown, with what its columns mean."""
-    lines = ["| " + " | ".join(MARKDOWN_COLUMNS) + " |", "|---" + "|---:" * (len(MARKDOWN_COLUMNS) - 1) + "|"]
-    for row in table.to_pylist():
+    rows = table.to_pylist()
+    continued = any(row["rl_accuracy"] is not None for row in rows)
+    columns = [*MARKDOWN_COLUMNS, *(["after GRPO, %"] if continued else [])]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    for row in rows:
         cells = [
             f"**{escape_markdown(row['title'])}**" if row["role"] == "npd" else escape_markdown(row["title"]),
             _spread(row, "accuracy", 100),
@@ -213,9 +229,10 @@ def comparison_markdown(table: pa.Table) -> str:
             "" if row["steps"] is None else f"{row['steps']:,}",
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             "" if row["seeds"] is None else str(row["seeds"]),
+            *([_spread(row, "rl_accuracy", 100, ends="rl")] if continued else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    prompts = max((row["test_prompts"] or 0 for row in table.to_pylist()), default=0)
+    prompts = max((row["test_prompts"] or 0 for row in rows), default=0)
     notes = (
         f"Accuracy: mean over {prompts} test prompts and all seeds, with its 95 % interval over both; where one seed "
         "ran, over prompts alone. NPD − this: paired by seed and prompt, 95 % interval. KL: held-out, nats per token, "
@@ -223,16 +240,17 @@ def comparison_markdown(table: pa.Table) -> str:
         "all between the warmed-up student and the exported one, models loaded; scoring is left out where nothing "
         "reads it. Evaluation, prompts, references and warm-up are the same for all and not counted."
     )
+    if continued:
+        notes += " After GRPO: accuracy on the same prompts once the exported student has learned on from its rewards."
     return "\n".join([*lines, "", notes, ""])
 
 
-def _spread(row: Row, name: str, scale: float, *, signed: bool = False) -> str:
+def _spread(row: Row, name: str, scale: float, *, signed: bool = False, ends: str | None = None) -> str:
     if row[name] is None:
         return ""
     value = f"{row[name] * scale:{'+' if signed else ''}.1f}"
-    if row[f"{name}_low"] is None:
-        return value
-    return f"{value} ({row[f'{name}_low'] * scale:.1f} to {row[f'{name}_high'] * scale:.1f})"
+    low, high = (row[f"{ends or name}_{end}"] for end in ("low", "high"))
+    return value if low is None else f"{value} ({low * scale:.1f} to {high * scale:.1f})"
 
 
 def _seconds(row: Row) -> str:

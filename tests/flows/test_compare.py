@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 import yaml
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
@@ -14,10 +15,13 @@ from flows.terminal import Terminal
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import load_comparison
 from schemas.errors import ConfigError, StageError
+from schemas.rl_tables import RL_ROLLOUTS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.table_files import read_parquet
+from schemas.tables import PROMPTS
 from tasks.audit.verify import verify
+from tasks.rl.graph import RL
 from tests.tiny_models import make_model, save_model
 
 METHODS: dict[str, Any] = {
@@ -29,6 +33,19 @@ METHODS: dict[str, Any] = {
         "set": {"generate.policy": "answers", "train.kd_weight": 0.0},
     },
     "on-policy": {"role": "baseline", "trainer": "on_policy", "rate_of": "npd", "seeds": 1},
+}
+
+CONTINUED: dict[str, Any] = {
+    "methods": ["npd", "sft"],
+    "seeds": 1,
+    "grpo": {
+        "steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_new_tokens": 6,
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+    },
 }
 
 
@@ -81,7 +98,7 @@ def made_runs(config: Path, capsys: pytest.CaptureFixture[str], **options: Any) 
 
 @pytest.mark.e2e
 def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_comparison(tmp_path)
+    config = write_comparison(tmp_path, rl=CONTINUED)
     made = made_runs(config, capsys)
     folder = tmp_path / "runs" / "tiny"
     table = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison")
@@ -95,6 +112,8 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
             f"npd · lr {rate:g} · seed 1",
             f"sft · lr {rate:g} · seed 0",
             f"on-policy · lr {rate:g} · seed 0",
+            "npd · GRPO · seed 0",
+            "sft · GRPO · seed 0",
         ]
     )
     assert list(rows) == ["teacher", "start", "warm-up", "npd", "on-policy", "sft"]
@@ -109,6 +128,17 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
     assert min(rows["npd"]["generated_tokens"], rows["on-policy"]["generated_tokens"]) > 0
     runs = read_parquet(folder / "comparison_runs.parquet", COMPARISON_RUNS, "runs")
     assert runs.num_rows == 5
+    continued = [(r["method"], r["seed"], r["chosen"]) for r in runs.to_pylist() if r["rl_accuracy"] is not None]
+    assert continued == [("npd", 0, True), ("sft", 0, True)]
+    assert [name for name, row in rows.items() if row["rl_accuracy"] is not None] == ["npd", "sft"]
+    assert "Accuracy after RL" in (folder / "report.html").read_text(encoding="utf-8")
+    # What RL learns from is no held-out prompt, and it starts from the method's own student.
+    learned = RunStore(folder / "sft" / "rl" / "seed-0")
+    rollouts = read_parquet(next(learned.path(RL, "rollouts").glob("*.parquet")), RL_ROLLOUTS, "rollouts")
+    prompts = learned.read_table(StageKey("prompts"), PROMPTS)
+    train = prompts.filter(pc.equal(prompts["split"], "train")).column("prompt_id").to_pylist()
+    assert set(rollouts.column("prompt_id").to_pylist()) <= set(train)
+    assert learned.finished(RL).inputs == learned.finished(StageKey("prompts")).outputs
     assert (folder / "comparison.md").read_text(encoding="utf-8").startswith("# tiny")
 
     # One run's samples are taken over by others that would draw the same: their manifests are then the same.
@@ -125,7 +155,7 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
     # A run that fails leaves the others alone, and is named with its log.
     sft = METHODS["sft"]
     broken = {**METHODS, "sft": {**sft, "set": {"filter.min_delta_ifd": 1e6, "filter.max_delta_ifd": None}}}
-    config = write_comparison(tmp_path, methods=broken)
+    config = write_comparison(tmp_path, methods=broken, rl=CONTINUED)
     with pytest.raises(StageError, match=r"(?s)1 run.* failed.*sft · lr .*none of 12 samples is kept.*run\.log"):
         made_runs(config, capsys)
     assert ": done in " not in capsys.readouterr().out
@@ -133,8 +163,9 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
     assert left == ["teacher", "start", "warm-up", "npd", "on-policy"]
 
     changed = {**METHODS, "sft": {**sft, "set": {**sft["set"], "train.weight_decay": 0.1}}}
-    config = write_comparison(tmp_path, methods=changed)
-    assert made_runs(config, capsys, only=["sft"]) == [f"sft · lr {rate:g} · seed 0"]
+    config = write_comparison(tmp_path, methods=changed, rl=CONTINUED)
+    # What follows from the changed run follows again.
+    assert made_runs(config, capsys, only=["sft"]) == [f"sft · lr {rate:g} · seed 0", "sft · GRPO · seed 0"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +177,8 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
         ({"methods": {"base": {"role": "npd"}}}, "methods.base"),
         ({"methods": {"npd": {"role": "npd", "rate_of": "sft"}}}, "methods.npd.rate_of"),
         ({"methods": {"npd": {"role": "npd", "set": {"train.kd_wieght": 1}}}}, "did you mean `kd_weight`"),
+        ({"rl": {"methods": ["ndp"]}}, "`rl.methods`: ndp: the methods are npd, on-policy, sft"),
+        ({"rl": {"methods": ["npd"], "grpo": {"step": 3}}}, "did you mean `steps`"),
         ({"set": {"evaluate.generate": False}}, "evaluate.generate: true"),
         ({"set": {"train.steps_per_round": None}}, "needs `train.steps_per_round`"),
         ({"seeds": [1, 1]}, "each value once"),

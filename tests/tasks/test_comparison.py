@@ -142,7 +142,7 @@ def test_the_tables_hold_every_method_and_run() -> None:
     sft = {0: outcome([0] * 4 + [1] * 8 + [0] * 8, seconds=5.0)}
     runs = {
         "npd": MethodRuns(1e-3, npd, {(1e-3, 0): npd[0], (1e-3, 1): npd[1], (1e-4, 0): outcome([0] * 20)}),
-        "sft": MethodRuns(1e-4, sft, {(1e-4, 0): sft[0]}),
+        "sft": MethodRuns(1e-4, sft, {(1e-4, 0): sft[0]}, {0: Scores(PROMPTS, np.repeat([0.0, 1.0], [8, 12]))}),
     }
     teacher = Landmark("teacher", "teacher", "teacher", Scores(PROMPTS, np.ones(20)))
     table = COMPARISON.validate(comparison_table(comparison, runs, [teacher], validation), "comparison")
@@ -157,6 +157,9 @@ def test_the_tables_hold_every_method_and_run() -> None:
     assert rows["sft"]["difference"] == pytest.approx(12 / 16 - 8 / 16)
     assert rows["sft"]["seconds_ratio"] == 2.0
     assert rows["teacher"]["seconds"] is None
+    after = crossed_interval(np.repeat([0.0, 1.0], [4, 12])[None], share=True)
+    assert (rows["sft"]["rl_accuracy"], rows["sft"]["rl_low"], rows["sft"]["rl_high"]) == (0.75, after.low, after.high)
+    assert rows["npd"]["rl_accuracy"] is None
     found = COMPARISON_RUNS.validate(runs_table(comparison, runs, validation), "runs").to_pylist()
     assert [(row["method"], row["learning_rate"], row["seed"], row["chosen"]) for row in found] == [
         ("npd", 1e-4, 0, False),
@@ -165,7 +168,11 @@ def test_the_tables_hold_every_method_and_run() -> None:
         ("sft", 1e-4, 0, True),
     ]
     assert found[1]["validation_accuracy"] == 1.0
+    assert [row["rl_accuracy"] for row in found] == [None, None, None, 0.75]
     markdown = comparison_markdown(table)
     cells = [line.count(" | ") for line in markdown.splitlines() if line.startswith("| ")]
     assert len(cells) == 4
     assert len(set(cells)) == 1
+    assert "after GRPO, %" in markdown
+    without = runs | {"sft": MethodRuns(1e-4, sft, {(1e-4, 0): sft[0]})}
+    assert "after GRPO" not in comparison_markdown(comparison_table(comparison, without, [teacher], validation))

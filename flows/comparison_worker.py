@@ -1,0 +1,81 @@
+"""Makes the runs of a comparison: a process each, so many at a time."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.comparison_progress import RunsListener
+from flows.process import RUN, run_stages_in_process
+from schemas.config import RunSettings
+from schemas.errors import NPDError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from tasks.stage import plan, stage_of
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Makes runs, so many at a time.
+
+    Args:
+        free: Lets so many at a time.
+        threads: CPU threads of each.
+        listener: Hears of them.
+    """
+
+    free: threading.BoundedSemaphore
+    threads: int
+    listener: RunsListener | None
+
+    def settle(
+        self, store: RunStore, config: RunSettings, label: str, keys: Sequence[StageKey], lenders: Sequence[str] = ()
+    ) -> None:
+        """Bring stages of a held run up to date in one process.
+
+        Args:
+            store: The run.
+            config: Its config.
+            label: Its name for people.
+            keys: The stages, in order.
+            lenders: Places of runs whose results of equal fingerprints are taken over.
+
+        Raises:
+            NPDError: a stage failed; names the log.
+        """
+        with self.free:
+            if all(_stands(store, config, key) for key in keys):
+                if self.listener is not None:
+                    self.listener.finished(label, up_to_date=True)
+                return
+            if self.listener is not None:
+                self.listener.started(label)
+
+            def on_stage(key: StageKey) -> None:
+                if self.listener is not None:
+                    self.listener.at_stage(label, key)
+
+            try:
+                run_stages_in_process(store, config, keys, lenders, self.threads, on_stage)
+            except NPDError as error:
+                if self.listener is not None:
+                    self.listener.failed(label, str(error))
+                raise type(error)(f"{error} (log: {store.log(RUN)})") from None
+            if self.listener is not None:
+                self.listener.finished(label, up_to_date=False)
+
+
+def lenders(store: RunStore, seed: int, comparison: str) -> list[str]:
+    """Return where other runs may have results that this one would only repeat: those of the same seed."""
+    same = Path(comparison).glob(f"*/lr=*/seed-{seed}")
+    return [place for path in sorted(same) if (place := str(path.absolute())) != store.url]
+
+
+def _stands(store: RunStore, config: RunSettings, key: StageKey) -> bool:
+    """Say whether a stage's result stands; its files are compared by size, since the run hashed them."""
+    manifest = store.manifest(key)
+    if manifest is None or any(store.manifest(needed) is None for needed in stage_of(config, key).inputs(config, key)):
+        return False
+    if manifest.fingerprint != plan(store, config, key).fingerprint:
+        return False
+    return store.first_damage(manifest, content=False) is None
