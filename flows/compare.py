@@ -42,7 +42,6 @@ from tasks.comparison.outcome import (
     continuation_stages,
     method_stages,
     process_modules,
-    read_continuation,
     read_metric,
     read_outcome,
     read_scores,
@@ -61,6 +60,7 @@ from tasks.comparison.table import (
 from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_html
+from tasks.rl.graph import EVALUATE
 
 
 def _flow_run_name() -> str:
@@ -373,4 +373,4 @@ def continuation(config: RLConfig, label: str, worker: Worker) -> Scores:
     with store.lock.held():
         store.record_config(config)
         worker.settle(store, config, label, continuation_stages())
-        return read_continuation(store)
+        return read_scores(store, EVALUATE, "rl")

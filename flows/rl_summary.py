@@ -6,14 +6,20 @@ from typing import Any
 import numpy as np
 
 from flows.summary import Metric, TextTable, display_place, metric_text
-from schemas.rl_tables import RL_EVALUATE_METRICS, RL_METRICS
+from schemas.rl_tables import RL_METRICS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from schemas.tables import EVALUATE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.text import duration_text
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
 
-_TITLES = {"accuracy": "accuracy", "response_tokens": "response tokens", "truncation_rate": "truncated"}
+_TITLES = {
+    "accuracy": "accuracy",
+    "response_tokens": "response tokens",
+    "truncation_rate": "truncated",
+    "repetition": "repetition",
+}
 CURVE_POINTS = 12
 """Rows of the reward curve at most; each is a mean over as many steps as the others."""
 
@@ -76,7 +82,7 @@ def summarize_rl(store: RunStore, name: str) -> RLSummary:
 
 
 def _metrics(store: RunStore, key: StageKey) -> dict[str, Metric]:
-    table = store.read_part(store.path(key, "metrics.parquet"), RL_EVALUATE_METRICS)
+    table = store.read_part(store.path(key, "metrics.parquet"), EVALUATE_METRICS)
     return {row["metric"]: Metric(row["value"], row["stderr"], row["n"]) for row in table.to_pylist()}
 
 

@@ -332,7 +332,7 @@ AGREEMENT_METRICS = ("kl_teacher_student", "kl_student_teacher", "top1_agreement
 RESPONSE_METRICS = ("accuracy", "response_tokens", "truncation_rate", "repetition")
 """Metrics of a model's own responses to held-out prompts."""
 
-EVALUATED_MODELS = ("student", "teacher", "start")
+EVALUATED_MODELS = ("student", "teacher", "start", "rl")
 """`student` is the one a round ends with, `start` the one the run begins with."""
 
 EVALUATE_METRICS = TableSchema(

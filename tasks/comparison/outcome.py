@@ -10,12 +10,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.config import ComparisonConfig, RunConfig
-from schemas.rl_tables import RL_EVALUATE_RESPONSES
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
 from tasks.graph import loop
-from tasks.rl.graph import BASELINE, EVALUATE, RL_LOOP
+from tasks.rl.graph import BASELINE, RL_LOOP
 
 Float64 = NDArray[np.float64]
 
@@ -30,7 +29,7 @@ class Scores:
 
     Args:
         prompt_ids: Prompts that can be checked, sorted.
-        values: float64 [prompts]; mean score of each prompt's responses, 1 = right.
+        values: float64 [prompts]; share of each prompt's responses that are right (score 1).
     """
 
     prompt_ids: tuple[str, ...]
@@ -108,22 +107,16 @@ def read_scores(store: RunStore, key: StageKey, model: str) -> Scores:
     Args:
         store: The run.
         key: The stage.
-        model: `student`, `teacher` or `start`.
+        model: `student`, `teacher` or `start`; `rl` in an RL run.
     """
     columns = ["model", "prompt_id", "score"]
     table = store.read_part(store.path(key, "responses.parquet"), EVALUATE_RESPONSES, columns)
-    return _scores(table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score")))))
-
-
-def read_continuation(store: RunStore) -> Scores:
-    """Return the scores of the responses of the model that an RL run ends with."""
-    path = store.path(EVALUATE, "responses.parquet")
-    return _scores(store.read_part(path, RL_EVALUATE_RESPONSES, ["prompt_id", "score"]))
-
-
-def _scores(table: pa.Table) -> Scores:
-    means = table.group_by("prompt_id").aggregate([("score", "mean")]).sort_by("prompt_id")
-    return Scores(tuple(means.column("prompt_id").to_pylist()), means.column("score_mean").to_numpy())
+    table = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score"))))
+    # As the metric `accuracy` counts: verifiers that give a part of a score for a try find it no less wrong.
+    right = pc.cast(pc.greater_equal(table.column("score"), 1.0), pa.float64())
+    shares = table.append_column("right", right).group_by("prompt_id").aggregate([("right", "mean")])
+    shares = shares.sort_by("prompt_id")
+    return Scores(tuple(shares.column("prompt_id").to_pylist()), shares.column("right_mean").to_numpy())
 
 
 def read_metric(store: RunStore, key: StageKey, model: str, metric: str) -> tuple[float, float] | None:

@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from schemas.tables import EVALUATE_METRICS
+
 NGRAM = 4
 """Tokens in a row that count as one repetition."""
 
@@ -70,6 +72,22 @@ def response_means(responses: pa.Table) -> dict[str, Mean]:
         if known.any():
             means[name] = grouped_mean(column[known], _group_offsets(prompts[known]))
     return means
+
+
+def metrics_table(metrics: dict[str, dict[str, Mean]], round_index: int) -> pa.Table:
+    """Return the evaluate metrics table of these models' metrics; ``n`` counts response tokens, or responses."""
+    rows = [(model, name, mean) for model, means in metrics.items() for name, mean in means.items()]
+    return pa.table(
+        {
+            "round": [round_index] * len(rows),
+            "metric": [name for _, name, _ in rows],
+            "value": [mean.value for _, _, mean in rows],
+            "n": [mean.n for _, _, mean in rows],
+            "stderr": [mean.stderr for _, _, mean in rows],
+            "model": [model for model, _, _ in rows],
+        },
+        schema=EVALUATE_METRICS.columns,
+    )
 
 
 def _group_offsets(names: NDArray[np.object_]) -> NDArray[np.int64]:

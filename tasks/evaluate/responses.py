@@ -1,9 +1,12 @@
 """A model's own responses to the held-out prompts, checked."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from schemas.config import GenerateConfig, RunConfig
 from schemas.stage_key import WARMUP
 from schemas.tables import EVALUATE_RESPONSES
 from schemas.tables import PROMPTS as PROMPTS_TABLE
@@ -17,14 +20,55 @@ from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import SamplingSettings, open_engine
 from tasks.rollout.prompts import fitting_prompts, of_split
 from tasks.rollout.shards import Group, Shard, rollout_table, sampled
-from tasks.stage import StageJob
+from tasks.stage import Progress, StageJob
 from tasks.verification import verify
 
 
+@dataclass(frozen=True)
 class HeldOut:
-    """The held-out prompts as every model is asked them.
+    """Prompts as every model is asked them.
 
-    With the student's chat template, as in training, and no longer than both models take.
+    Args:
+        prompts: Rows of table prompts; needs no messages.
+        tokens: Each of them, up to where the reply begins.
+        tokenizer: Whose tokens these are.
+        context: Longest sequence, in tokens.
+    """
+
+    prompts: pa.Table
+    tokens: Ragged
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How models answer.
+
+    Args:
+        engine: The engine and its settings.
+        temperature: 0 is greedy.
+        samples_per_prompt: Responses to each prompt.
+        max_new_tokens: Longest response.
+        seed: The run's.
+    """
+
+    engine: GenerateConfig
+    temperature: float
+    samples_per_prompt: int
+    max_new_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Sampling":
+        """Return how the models of a distillation run answer."""
+        own = config.evaluate
+        limit = own.max_new_tokens or config.generate.max_new_tokens
+        return cls(config.generate, own.temperature, own.samples_per_prompt, limit, config.seed)
+
+
+def held_out_prompts(job: StageJob, teacher: ModelRef) -> HeldOut:
+    """Return the held-out prompts with the student's chat template, as in training, no longer than both models take.
 
     Args:
         job: The stage; counts prompts that do not fit.
@@ -33,31 +77,28 @@ class HeldOut:
     Raises:
         PromptError: a prompt leaves no room for a reply and `prompts.too_long` is `error`.
     """
-
-    def __init__(self, job: StageJob, teacher: ModelRef) -> None:
-        config = job.config
-        student = start_model(job.store, config, WARMUP)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-            student.path, trust_remote_code=student.trust_remote_code
-        )
-        self.context = min(teacher.context, student.context)
-        table = job.store.read_table(PROMPTS, PROMPTS_TABLE)
-        self.prompts: pa.Table
-        self.tokens: Ragged
-        self.prompts, self.tokens = fitting_prompts(job, of_split(table, "held_out"), self.tokenizer, self.context)
+    student = start_model(job.store, job.config, WARMUP)
+    tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
+    context = min(teacher.context, student.context)
+    table = job.store.read_table(PROMPTS, PROMPTS_TABLE)
+    prompts, tokens = fitting_prompts(job, of_split(table, "held_out"), tokenizer, context)
+    return HeldOut(prompts, tokens, tokenizer, context)
 
 
-def own_responses(job: StageJob, held_out: HeldOut, model: ModelRef, name: str, round_index: int) -> pa.Table:
+def own_responses(
+    held_out: HeldOut, model: ModelRef, name: str, round_index: int, sampling: Sampling, progress: Progress
+) -> pa.Table:
     """Let a model answer the held-out prompts, and check what it says.
 
     A sample's seed depends on its prompt alone, so that models, and rounds, meet the same luck.
 
     Args:
-        job: The stage; told of every response.
         held_out: What is asked.
         model: Who answers; loaded here, and freed.
         name: Value of the column `model`.
         round_index: Value of the column `round`.
+        sampling: How.
+        progress: Told of every response.
 
     Returns:
         Table EVALUATE_RESPONSES, the responses to one prompt next to each other.
@@ -65,30 +106,29 @@ def own_responses(job: StageJob, held_out: HeldOut, model: ModelRef, name: str, 
     Raises:
         ModelError: the engine is not installed, or the model cannot be loaded.
     """
-    config, settings = job.config.generate, job.config.evaluate
-    limit = settings.max_new_tokens or config.max_new_tokens
-    sampling = SamplingSettings(
-        temperature=settings.temperature,
+    limit = sampling.max_new_tokens
+    settings = SamplingSettings(
+        temperature=sampling.temperature,
         top_p=1.0,
         max_new_tokens=limit,
         context=held_out.context,
         end_ids=tuple(end_ids(held_out.tokenizer, model.path)),
         vocab_size=min(len(held_out.tokenizer), model.shared_vocab),
     )
-    engine = open_engine(model, config, longest_sequence(held_out.tokens.lengths, held_out.context, limit))
+    engine = open_engine(model, sampling.engine, longest_sequence(held_out.tokens.lengths, held_out.context, limit))
     group = Group(
         prompt_ids=held_out.prompts.column("prompt_id"),
         tokens=held_out.tokens,
-        respond=sampled(engine, sampling),
+        respond=sampled(engine, settings),
         policy_version=model.version,
         policy_step=model.step,
         round=WARMUP,
         prefix=name,
-        samples_per_prompt=settings.samples_per_prompt,
+        samples_per_prompt=sampling.samples_per_prompt,
     )
-    count, step = len(group.prompt_ids), config.shard_prompts
+    count, step = len(group.prompt_ids), sampling.engine.shard_prompts
     shards = (
-        group.shard(number, start, min(start + step, count), job.config.seed)
+        group.shard(number, start, min(start + step, count), sampling.seed)
         for number, start in enumerate(range(0, count, step))
     )
     done = 0
@@ -96,7 +136,7 @@ def own_responses(job: StageJob, held_out: HeldOut, model: ModelRef, name: str, 
     def finished(more: int) -> None:
         nonlocal done
         done += more
-        job.progress(done, count * settings.samples_per_prompt, f"responses of the {name}")
+        progress(done, count * sampling.samples_per_prompt, f"responses of the {name}")
 
     try:
         parts: dict[int, pa.Table] = {}

@@ -18,9 +18,9 @@ from schemas.tables import (
 )
 from tasks.evaluate.agreement import compare_models
 from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
-from tasks.evaluate.means import Mean, response_means
+from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, prompts_needed
-from tasks.evaluate.responses import HeldOut, own_responses
+from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
 from tasks.graph import BASELINE
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_ref
@@ -56,8 +56,10 @@ def evaluate(job: StageJob) -> None:
         require_lm_eval()
     metrics: dict[str, dict[str, Mean]] = {subject.name: {} for subject in subjects}
     if config.evaluate.generate:
-        held_out = HeldOut(job, teacher)
-        tables = [own_responses(job, held_out, each.model, each.name, round_index) for each in subjects]
+        held_out, sampling = held_out_prompts(job, teacher), Sampling.of(config)
+        tables = [
+            own_responses(held_out, each.model, each.name, round_index, sampling, job.progress) for each in subjects
+        ]
         store.write_table(store.path(job.key, RESPONSES_FILE), pa.concat_tables(tables), EVALUATE_RESPONSES)
         for subject, table in zip(subjects, tables, strict=True):
             metrics[subject.name] |= response_means(table)
@@ -144,19 +146,3 @@ def held_out_references(job: StageJob) -> tuple[Ragged, Ragged]:
     if table.num_rows == 0:
         raise ArtifactError("reference: no held-out responses to evaluate on; re-run stage `reference`")
     return Ragged.from_arrow(table["prompt_ids"]), Ragged.from_arrow(table["response_ids"])
-
-
-def metrics_table(metrics: dict[str, dict[str, Mean]], round_index: int) -> pa.Table:
-    """Return the evaluate metrics table of these models' metrics; ``n`` counts response tokens, or responses."""
-    rows = [(model, name, mean) for model, means in metrics.items() for name, mean in means.items()]
-    return pa.table(
-        {
-            "round": [round_index] * len(rows),
-            "metric": [name for _, name, _ in rows],
-            "value": [mean.value for _, _, mean in rows],
-            "n": [mean.n for _, _, mean in rows],
-            "stderr": [mean.stderr for _, _, mean in rows],
-            "model": [model for model, _, _ in rows],
-        },
-        schema=EVALUATE_METRICS.columns,
-    )

@@ -1,15 +1,19 @@
 """What a comparison makes of its runs: rates, intervals, differences, and the table."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import ComparisonConfig
+from schemas.stage_key import StageKey
+from schemas.tables import EVALUATE_RESPONSES
 from tasks.comparison.intervals import crossed_interval, t_quantile
-from tasks.comparison.outcome import Outcome, Scores, validation_prompts
+from tasks.comparison.outcome import Outcome, Scores, read_scores, validation_prompts
 from tasks.comparison.table import (
     Landmark,
     MethodRuns,
@@ -19,6 +23,7 @@ from tasks.comparison.table import (
     difference,
     runs_table,
 )
+from tests.run_fixtures import make_config, make_store
 
 PROMPTS = tuple(f"p{index:02d}" for index in range(20))
 
@@ -176,3 +181,26 @@ def test_the_tables_hold_every_method_and_run() -> None:
     assert "after GRPO, %" in markdown
     without = runs | {"sft": MethodRuns(1e-4, sft, {(1e-4, 0): sft[0]})}
     assert "after GRPO" not in comparison_markdown(comparison_table(comparison, without, [teacher], validation))
+
+
+def test_a_part_of_a_score_is_no_right_response(tmp_path: Path) -> None:
+    store, key = make_store(tmp_path, make_config(tmp_path)), StageKey("evaluate", 0)
+    scores = [1.0, 0.5, 0.01, None, 1.0, 1.0]
+    rows = [
+        {
+            "model": "start" if place == 4 else "student",
+            "round": 0,
+            "prompt_id": f"p{place // 2}",
+            "sample_index": place % 2,
+            "response": "x",
+            "response_tokens": 1,
+            "finish_reason": "stop",
+            "score": score,
+            "repetition": 0.0,
+        }
+        for place, score in enumerate(scores)
+    ]
+    table = pa.Table.from_pylist(rows, schema=EVALUATE_RESPONSES.columns)
+    store.write_table(store.path(key, "responses.parquet"), table, EVALUATE_RESPONSES)
+    found = read_scores(store, key, "student")
+    assert (found.prompt_ids, found.values.tolist()) == (("p0", "p1", "p2"), [0.5, 0.0, 1.0])
