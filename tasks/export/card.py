@@ -6,6 +6,7 @@ from typing import Any
 from schemas.config import RunConfig
 from schemas.stage_key import WARMUP, StageKey
 from schemas.untrusted_text import code_markdown, escape_markdown
+from tasks.language_model.model_card import model_card
 
 _METRICS = {
     "step": "optimizer steps",
@@ -45,7 +46,7 @@ class Lineage:
     metrics: dict[str, Any]
 
 
-def model_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
+def student_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
     """Return the card in Markdown. Nothing from outside is in its front matter, or unescaped below it.
 
     Args:
@@ -70,44 +71,18 @@ def model_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
         ("packs (fingerprint)", "none" if lineage.packs is None else f"`{lineage.packs}`"),
         ("training (fingerprint)", f"`{lineage.training}`"),
     ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags: [near-policy-distillation, distillation]",
-            "---",
-            "",
-            f"# {escape_markdown(config.name)}, {key.label.split(' · ')[0]}",
-            "",
-            "A student distilled by Near-Policy Distillation (arXiv 2605.05940).",
-            "",
-            "| lineage | |",
-            "|---|---|",
-            *(f"| {what} | {value} |" for what, value in rows),
-            "",
-            "| last training step | |",
-            "|---|---|",
-            *(f"| {_METRICS[name]} | {_number(lineage.metrics.get(name))} |" for name in names),
-            "",
+    return model_card(
+        f"{escape_markdown(config.name)}, {key.label.split(' · ')[0]}",
+        "A student distilled by Near-Policy Distillation (arXiv 2605.05940).",
+        tags=("near-policy-distillation", "distillation"),
+        lineage=rows,
+        last_step=[(_METRICS[name], lineage.metrics.get(name)) for name in names],
+        notes=[
             "`npd verify RUN` on the run's folder re-hashes every file from the prompts to these weights, and follows "
-            "every sample through them.",
-            "",
-            "```python",
-            "from transformers import pipeline",
-            "",
-            'chat = pipeline("text-generation", model="THIS FOLDER")',
-            'reply = chat([{"role": "user", "content": "Hello!"}], max_new_tokens=64)',
-            'print(reply[0]["generated_text"][-1]["content"])',
-            "```",
-            "",
-        ]
+            "every sample through them."
+        ],
     )
 
 
 def _revision(revision: str | None) -> str:
     return "" if revision is None else f", revision {code_markdown(revision)}"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

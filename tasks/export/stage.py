@@ -8,7 +8,7 @@ from schemas.errors import ArtifactError
 from schemas.manifest import Manifest, RunRecord, hash_file
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
-from tasks.export.card import Lineage, model_card
+from tasks.export.card import Lineage, student_card
 from tasks.graph import PROMPTS, sampled_round
 from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.model_folder import write_model_folder
@@ -40,7 +40,7 @@ def export_student(job: StageJob) -> None:
         tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)
         with store.writing_folder(target) as temporary:
             write_model_folder(temporary, model, tokenizer, start.path, config.export)
-            card = model_card(config, job.key, _lineage(job, record, trained, temporary))
+            card = student_card(config, job.key, _lineage(job, record, trained, temporary))
             (temporary / "README.md").write_text(card, encoding="utf-8")
     job.progress(1, 1, "models")
     job.counters |= {"policy_step": step}

@@ -5,6 +5,7 @@ from typing import Any
 
 from schemas.config import RLConfig
 from schemas.untrusted_text import code_markdown, escape_markdown
+from tasks.language_model.model_card import model_card
 
 _METRICS = {
     "step": "optimizer steps",
@@ -51,37 +52,10 @@ def rl_card(config: RLConfig, lineage: RLLineage, metrics: dict[str, Any]) -> st
         ("responses of a step", f"{grpo.prompts_per_step} prompts x {grpo.num_generations}"),
         ("learning rate", f"{grpo.learning_rate:g}, {grpo.lr_scheduler_type}"),
     ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags: [near-policy-distillation, grpo, reinforcement-learning]",
-            "---",
-            "",
-            f"# {escape_markdown(config.name)}",
-            "",
-            "Trained by GRPO (arXiv 2402.03300) on verified rewards, with TRL's `GRPOTrainer`.",
-            "",
-            "| lineage | |",
-            "|---|---|",
-            *(f"| {what} | {value} |" for what, value in rows),
-            "",
-            "| last training step | |",
-            "|---|---|",
-            *(f"| {title} | {_number(metrics[name])} |" for name, title in _METRICS.items()),
-            "",
-            "```python",
-            "from transformers import pipeline",
-            "",
-            'chat = pipeline("text-generation", model="THIS FOLDER")',
-            'reply = chat([{"role": "user", "content": "Hello!"}], max_new_tokens=64)',
-            'print(reply[0]["generated_text"][-1]["content"])',
-            "```",
-            "",
-        ]
+    return model_card(
+        escape_markdown(config.name),
+        "Trained by GRPO (arXiv 2402.03300) on verified rewards, with TRL's `GRPOTrainer`.",
+        tags=("near-policy-distillation", "grpo", "reinforcement-learning"),
+        lineage=rows,
+        last_step=[(title, metrics[name]) for name, title in _METRICS.items()],
     )
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

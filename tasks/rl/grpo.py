@@ -31,6 +31,7 @@ from tasks.rl.start import start_fingerprint, start_folder, start_label
 from tasks.rl.trainer import VerifiedGRPOTrainer, prompt_order
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
+from tasks.trainer_settings import trainer_settings
 
 
 def train_model(job: StageJob[RLConfig]) -> None:
@@ -149,7 +150,7 @@ def trainer_arguments(
         "vllm_max_model_length": longest_prompt + grpo.max_new_tokens,
     }
     return TRLConfig(
-        output_dir=str(folder),
+        **trainer_settings(grpo, folder, config.seed, device),
         max_steps=grpo.steps,
         per_device_train_batch_size=per_batch,
         gradient_accumulation_steps=responses // per_batch,
@@ -165,26 +166,13 @@ def trainer_arguments(
         epsilon_high=grpo.epsilon_high,
         loss_type=grpo.loss_type,
         scale_rewards=grpo.scale_rewards,
-        learning_rate=grpo.learning_rate,
         # `constant` itself knows no warm-up.
         lr_scheduler_type="constant_with_warmup" if grpo.lr_scheduler_type == "constant" else grpo.lr_scheduler_type,
         warmup_steps=grpo.warmup_steps,
-        weight_decay=grpo.weight_decay,
-        max_grad_norm=grpo.max_grad_norm,
-        bf16=grpo.precision == "bf16",
-        gradient_checkpointing=grpo.gradient_checkpointing,
-        use_cpu=device.type == "cpu",
-        seed=config.seed,
-        data_seed=config.seed,
         shuffle_dataset=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=grpo.save_every_steps,
-        report_to=grpo.report_to or "none",
-        disable_tqdm=True,
         trust_remote_code=config.trust_remote_code,
-        dataloader_pin_memory=device.type == "cuda",
         **(vllm if grpo.engine == "vllm" else {}),
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from tasks.rollout.context import prompts_that_fit
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
+from tasks.trainer_settings import trainer_settings
 
 
 def train_on_policy(job: StageJob) -> None:
@@ -70,7 +72,7 @@ def train_on_policy(job: StageJob) -> None:
         trainer = OnPolicyTrainer(
             model=student,
             teacher_model=teacher,
-            args=on_policy_arguments(settings, config.generate, str(scratch), config.seed, device),
+            args=on_policy_arguments(settings, config.generate, scratch, config.seed, device),
             tokenizer=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": messages}),
             schedule=schedule,
@@ -180,7 +182,7 @@ class _Progress(TrainerCallback):
 
 
 def on_policy_arguments(
-    settings: TrainConfig, sampling: GenerateConfig, folder: str, seed: int, device: torch.device
+    settings: TrainConfig, sampling: GenerateConfig, folder: Path, seed: int, device: torch.device
 ) -> DistillationConfig:
     """Return TRL's settings: the same optimizer as near-policy training, sampling as stage generate samples.
 
@@ -196,24 +198,11 @@ def on_policy_arguments(
     assert settings.steps_per_round is not None, "the config says so"
     batch = on_policy.batch_prompts or on_policy.prompts_per_step
     return DistillationConfig(
-        output_dir=folder,
+        **trainer_settings(settings, folder, seed, device),
         max_steps=settings.steps_per_round,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=on_policy.prompts_per_step // batch,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        seed=seed,
-        data_seed=seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=settings.report_to or "none",
-        disable_tqdm=True,
         max_completion_length=sampling.max_new_tokens,
         beta=on_policy.beta,
         # Of the divergence too, so the sampler's goes in beside it.

@@ -24,6 +24,7 @@ from tasks.train.loss import Objective, require_kernel
 from tasks.train.packs import PackReader
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
+from tasks.trainer_settings import trainer_settings
 
 
 def train_round(job: StageJob) -> None:
@@ -161,29 +162,16 @@ def trainer_arguments(
 ) -> SFTConfig:
     """Return TRL's settings for a round."""
     return SFTConfig(
-        output_dir=str(folder),
+        **trainer_settings(settings, folder, seed, device),
         max_steps=schedule.end_step,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.packs_per_step,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        use_cpu=device.type == "cpu",
-        seed=seed,
-        data_seed=seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_every_steps,
-        report_to=settings.report_to or "none",
-        disable_tqdm=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
-        dataloader_pin_memory=device.type == "cuda",
     )
 
 

@@ -5,7 +5,7 @@ import yaml
 
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
-from tasks.export.card import Lineage, model_card
+from tasks.export.card import Lineage, student_card
 from tasks.language_model.sources import policy_version, result_model
 from tasks.stage import execute
 from tests.run_fixtures import make_config
@@ -31,10 +31,10 @@ def front_matter(card: str) -> object:
 
 
 def test_no_name_leaves_its_cell_or_reaches_the_front_matter(tmp_path: Path) -> None:
-    plain = model_card(make_config(tmp_path), StageKey("export", 0), LINEAGE)
+    plain = student_card(make_config(tmp_path), StageKey("export", 0), LINEAGE)
     for text in HOSTILE:
         sections = {"teacher": {"model": text, "revision": text}, "student": {"model": text, "revision": text}}
-        card = model_card(make_config(tmp_path, **sections), StageKey("export", 0), LINEAGE)
+        card = student_card(make_config(tmp_path, **sections), StageKey("export", 0), LINEAGE)
         assert front_matter(card) == front_matter(plain)
         assert len(card.splitlines()) == len(plain.splitlines())
         tags = [tag for tag in rendered(card.split("---\n", 2)[2].split("```")[0]).tags if tag != "code"]
@@ -42,7 +42,7 @@ def test_no_name_leaves_its_cell_or_reaches_the_front_matter(tmp_path: Path) -> 
 
 
 def test_the_warm_up_has_no_sampler(tmp_path: Path) -> None:
-    card = model_card(make_config(tmp_path), StageKey("export", WARMUP), replace(LINEAGE, sampled_by=None))
+    card = student_card(make_config(tmp_path), StageKey("export", WARMUP), replace(LINEAGE, sampled_by=None))
     assert "| sampled by policy version | nobody: warm-up |" in card
     assert "sampling policy" not in card
 
