@@ -11,6 +11,7 @@ from schemas.config import (
     apply_overrides,
     fields_markdown,
     load_as,
+    load_comparison,
     load_config,
     parse_config,
     parse_settings,
@@ -35,6 +36,9 @@ def error_of(**changes: Any) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads(path: Path) -> None:
+    if path.stem.startswith("compare-"):
+        assert load_comparison(path)[0].name == path.stem
+        return
     config = load_as(RLConfig if path.stem.startswith("rl-") else RunConfig, path)
     assert config.name == path.stem
     assert parse_settings(config.model_dump(mode="json")) == config
