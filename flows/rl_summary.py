@@ -5,13 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from flows.summary import Metric, TextTable, display_place, metric_text
+from flows.summary import Metric, TextTable, display_place, evaluation_metrics, metric_text
 from schemas.rl_tables import RL_METRICS
 from schemas.run_store import RunStore
-from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown
-from tasks.report.text import duration_text
+from tasks.report.text import duration_text, markdown_table
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
 
 _TITLES = {
@@ -72,18 +70,13 @@ def summarize_rl(store: RunStore, name: str) -> RLSummary:
     return RLSummary(
         name=name,
         folder=display_place(store),
-        before=_metrics(store, BASELINE) if BASELINE in manifests else {},
-        after=_metrics(store, EVALUATE) if EVALUATE in manifests else {},
+        before=evaluation_metrics(store, BASELINE)["start"] if BASELINE in manifests else {},
+        after=evaluation_metrics(store, EVALUATE)["rl"] if EVALUATE in manifests else {},
         curve=[] if trained is None else _curve(store),
         tokens=0 if trained is None else int(trained.counters["tokens"]),
         seconds={key.stage: float(manifest.counters["seconds"]) for key, manifest in manifests.items()},
         model=None if trained is None else f"{display_place(store)}/{RL.folder}/model",
     )
-
-
-def _metrics(store: RunStore, key: StageKey) -> dict[str, Metric]:
-    table = store.read_part(store.path(key, "metrics.parquet"), EVALUATE_METRICS)
-    return {row["metric"]: Metric(row["value"], row["stderr"], row["n"]) for row in table.to_pylist()}
 
 
 def _curve(store: RunStore) -> list[CurvePoint]:
@@ -153,9 +146,7 @@ def rl_markdown(summary: RLSummary) -> str:
     """Return the run as Markdown."""
     lines = [f"# {escape_markdown(summary.name)}"]
     for title, header, rows in (accuracy_table(summary), curve_table(summary)):
-        lines += ["", f"## {escape_markdown(title)}", ""]
-        table = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
-        lines += [table[0], f"|{'---|' * len(header)}", *table[1:]]
+        lines += ["", f"## {escape_markdown(title)}", "", *markdown_table(header, rows)]
     lines += ["", *(f"- {what}: {code_markdown(text)}" for what, text in rl_files(summary))]
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER, METRICS_FILE, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.graph import BASELINE, loop
-from tasks.report.text import duration_text
+from tasks.report.text import duration_text, markdown_table
 
 METRIC_TITLES = {
     "kl_teacher_student": "KL(teacher‖student)",
@@ -116,7 +116,7 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
         name=config.name,
         folder=display_place(store),
         rounds=[_round(store, config, manifests, index) for index in indices],
-        baseline=_metrics(store, BASELINE) if BASELINE in manifests else {},
+        baseline=evaluation_metrics(store, BASELINE) if BASELINE in manifests else {},
         resolution=_resolution(manifests[BASELINE]) if BASELINE in manifests else "",
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
         student=student,
@@ -129,14 +129,19 @@ def _round(store: RunStore, config: RunConfig, manifests: dict[StageKey, Manifes
     return RoundSummary(
         round=index,
         label=round_label(config, index),
-        metrics=_metrics(store, StageKey("evaluate", index))["student"] if "evaluate" in own else {},
+        metrics=evaluation_metrics(store, StageKey("evaluate", index))["student"] if "evaluate" in own else {},
         reasons=_reasons(store, index) if "filter" in own else {},
         tokens={stage: int(m.counters["tokens"]) for stage, m in own.items() if "tokens" in m.counters},
         seconds={stage: _seconds(manifest) for stage, manifest in own.items()},
     )
 
 
-def _metrics(store: RunStore, key: StageKey) -> dict[str, dict[str, Metric]]:
+def evaluation_metrics(store: RunStore, key: StageKey) -> dict[str, dict[str, Metric]]:
+    """Return the metrics of a finished evaluation (evaluate or baseline) by model and name.
+
+    Raises:
+        ArtifactError: the table is damaged.
+    """
     table = store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS)
     found: dict[str, dict[str, Metric]] = {}
     for row in table.to_pylist():
@@ -276,9 +281,7 @@ def summary_markdown(summary: RunSummary) -> str:
     """Return the run so far as Markdown."""
     lines = [f"# {escape_markdown(summary.name)}"]
     for title, header, rows in (*held_out_tables(summary), samples_table(summary)):
-        lines += ["", f"## {escape_markdown(title)}", ""]
-        lines += [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
-        lines.insert(len(lines) - len(rows), f"|{'---|' * len(header)}")
+        lines += ["", f"## {escape_markdown(title)}", "", *markdown_table(header, rows)]
     lines += ["", f"Prompts, models, reference and baseline: {duration_text(sum(summary.seconds.values()))}.", ""]
     lines += [f"- {what}: {code_markdown(path)}" for what, path in files_table(summary)]
     return "\n".join(lines) + "\n"

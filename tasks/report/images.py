@@ -8,6 +8,7 @@ from markupsafe import Markup
 from schemas.untrusted_text import escape_markdown
 from tasks.report.drawing import WIDTH, Figure, coordinate, element, text
 from tasks.report.page import Section, environment
+from tasks.report.text import markdown_table
 
 MARKDOWN_ROWS = 30
 """Rows of a figure's numbers in Markdown; of more, as many evenly."""
@@ -58,11 +59,6 @@ def figures_markdown(title: str, sections: list[Section]) -> str:
         lines += ["", f"## {escape_markdown(section.title)}", "", escape_markdown(section.words)]
         for figure in section.figures:
             lines += ["", f"### {escape_markdown(figure.title)}", "", escape_markdown(figure.caption), ""]
-            lines += [_row(figure.header), f"|{'---|' * len(figure.header)}"]
             step = max(1, -(-len(figure.rows) // MARKDOWN_ROWS))
-            lines += [_row(row) for row in figure.rows[::step]]
+            lines += markdown_table(figure.header, figure.rows[::step])
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(escape_markdown(cell) for cell in cells)} |"

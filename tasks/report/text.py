@@ -5,7 +5,7 @@ import math
 from markupsafe import Markup, escape
 
 from schemas.stage_key import WARMUP
-from schemas.untrusted_text import one_line
+from schemas.untrusted_text import escape_markdown, one_line
 
 NOTHING = "–"
 """Shown where there is no number."""
@@ -96,3 +96,13 @@ def safe(text: str) -> Markup:
     '&lt;b&gt;\\\\u202e'
     """
     return escape(one_line(text))
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Return a table as lines of Markdown, every cell escaped.
+
+    >>> markdown_table(["a", "b"], [["1", "x|y"]])
+    ['| a | b |', '|---|---|', '| 1 | x\\\\|y |']
+    """
+    lines = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |" for row in [header, *rows]]
+    return [lines[0], f"|{'---|' * len(header)}", *lines[1:]]
