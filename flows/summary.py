@@ -12,6 +12,7 @@ from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER, METRICS_FILE, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
+from tasks.evaluate.resolution import TARGET
 from tasks.graph import BASELINE, loop
 from tasks.report.text import duration_text, markdown_table
 
@@ -117,7 +118,7 @@ def summarize(store: RunStore, config: RunConfig) -> RunSummary:
         folder=display_place(store),
         rounds=[_round(store, config, manifests, index) for index in indices],
         baseline=evaluation_metrics(store, BASELINE) if BASELINE in manifests else {},
-        resolution=_resolution(manifests[BASELINE]) if BASELINE in manifests else "",
+        resolution=_resolution([m for key, m in manifests.items() if key == BASELINE or key.stage == "evaluate"]),
         seconds={key.stage: _seconds(manifest) for key, manifest in manifests.items() if key.round is None},
         student=student,
         report=f"{display_place(store)}/{REPORT_NAME}" if store.has_report() else None,
@@ -149,14 +150,17 @@ def evaluation_metrics(store: RunStore, key: StageKey) -> dict[str, dict[str, Me
     return found
 
 
-def _resolution(manifest: Manifest) -> str:
-    difference, prompts, needed = (
-        manifest.counters.get(name) for name in ("detectable_difference", "verified_prompts", "prompts_for_two_points")
-    )
-    if difference is None or prompts is None or needed is None:
+def _resolution(evaluations: list[Manifest]) -> str:
+    """Return what holds for every model that was evaluated: an accuracy near one half has most noise."""
+    names = ("detectable_difference", "verified_prompts", "prompts_for_two_points")
+    told = [
+        tuple(manifest.counters[name] for name in names) for manifest in evaluations if names[0] in manifest.counters
+    ]
+    if not told:
         return ""
-    told = f"{prompts:,} verified held-out prompts tell differences in accuracy from {100 * difference:.1f} points on"
-    return told if difference <= 0.02 else f"{told}; 2 points take about {needed:,}"
+    difference, prompts, needed = max(told)
+    text = f"{prompts:,} verified held-out prompts tell differences in accuracy from {100 * difference:.1f} points on"
+    return text if difference <= TARGET else f"{text}; {100 * TARGET:.0f} points take about {needed:,}"
 
 
 def _reasons(store: RunStore, index: int) -> dict[str, int]:

@@ -38,8 +38,7 @@ def benchmark_means(job: StageJob, settings: LmEvalConfig, model: ModelRef) -> d
         model: Loaded here.
 
     Returns:
-        By `lm_eval/<task>/<metric>`; a filter other than `none` is named after a comma. ``n`` counts questions; the
-        standard error is 0 where `lm-eval` gives none.
+        See ``metrics_of_results``; the job is warned of metrics that are left out.
 
     Raises:
         ConfigError: a task is unknown.
@@ -64,6 +63,22 @@ def benchmark_means(job: StageJob, settings: LmEvalConfig, model: ModelRef) -> d
         torch_random_seed=job.config.seed,
         fewshot_random_seed=job.config.seed,
     )
+    means = metrics_of_results(found)
+    if undefined := sorted(name for name, mean in means.items() if not math.isfinite(mean.value)):
+        job.warn(f"`lm-eval` gave no finite value for {', '.join(undefined)}: left out of the metrics")
+    return {name: mean for name, mean in means.items() if name not in undefined}
+
+
+def metrics_of_results(found: dict[str, Any]) -> dict[str, Mean]:
+    """Return the metrics in what `lm_eval.simple_evaluate` returned.
+
+    ``n`` counts questions, and is 0 for a group, whose tasks have their own; the standard error is 0 where `lm-eval`
+    gives none. A filter other than `none` is named after a comma.
+
+    >>> scores = {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.1}
+    >>> metrics_of_results({"results": {"sums": scores}, "n-samples": {"sums": {"original": 90, "effective": 25}}})
+    {'lm_eval/sums/acc': Mean(value=0.5, stderr=0.1, n=25)}
+    """
     counts = found["n-samples"]
     return {
         f"{PREFIX}/{task}/{_metric_name(name)}": Mean(float(value), _stderr(values, name), _questions(counts, task))
@@ -97,5 +112,4 @@ def _stderr(values: dict[str, Any], name: str) -> float:
 
 
 def _questions(counts: dict[str, Any], task: str) -> int:
-    """Return the questions of a task; 0 for a group, whose tasks have their own."""
     return int(counts[task]["effective"]) if task in counts else 0

@@ -1,6 +1,7 @@
 """Which differences in accuracy a set of held-out prompts can tell from noise."""
 
 import math
+from collections.abc import Iterable
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
@@ -31,6 +32,19 @@ def prompts_needed(accuracy: float, prompts: int, difference: float = TARGET) ->
     4802
     """
     return math.ceil(2 * _variance(accuracy, prompts) * (_z() / difference) ** 2)
+
+
+def noisiest_accuracy(accuracies: Iterable[float]) -> float:
+    """Return the accuracy with most noise in the range of the given ones: the nearest to one half.
+
+    A student begins at the start's accuracy and moves towards the teacher's, so what is promised from those two has
+    to hold between them.
+
+    >>> noisiest_accuracy([0.9, 0.1]), noisiest_accuracy([0.2, 0.3]), noisiest_accuracy([0.8])
+    (0.5, 0.3, 0.8)
+    """
+    known = list(accuracies)
+    return min(max(0.5, min(known)), max(known))
 
 
 def _z() -> float:

@@ -19,7 +19,7 @@ from schemas.tables import (
 from tasks.evaluate.agreement import compare_models
 from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, metrics_table, response_means
-from tasks.evaluate.resolution import TARGET, detectable_difference, prompts_needed
+from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
 from tasks.graph import BASELINE
 from tasks.language_model.head import check_head
@@ -109,16 +109,12 @@ def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> d
 
 def _tell_resolution(job: StageJob, metrics: dict[str, dict[str, Mean]]) -> None:
     """Count which difference in accuracy the held-out prompts can tell; warn once a run if it is above 2 points."""
-    checked = [
-        (found["accuracy"].value, found["accuracy"].n // job.config.evaluate.samples_per_prompt)
-        for found in metrics.values()
-        if "accuracy" in found
-    ]
+    checked = [found["accuracy"] for found in metrics.values() if "accuracy" in found]
     if not checked:
         return
-    difference = max(detectable_difference(*each) for each in checked)
-    needed = max(prompts_needed(*each) for each in checked)
-    prompts = checked[0][1]
+    prompts = checked[0].n // job.config.evaluate.samples_per_prompt
+    accuracy = noisiest_accuracy(mean.value for mean in checked)
+    difference, needed = detectable_difference(accuracy, prompts), prompts_needed(accuracy, prompts)
     job.counters |= {
         "verified_prompts": prompts,
         "detectable_difference": round(difference, 4),

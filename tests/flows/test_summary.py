@@ -52,10 +52,11 @@ def run(tmp_path: Path) -> tuple[RunStore, RunConfig]:
     table = evaluate_table(WARMUP, 7.0, "teacher", "start")
     finish_stage(store, StageKey("baseline"), EVALUATE_METRICS, [table], **counters)
     finish_stage(store, StageKey("evaluate", WARMUP), EVALUATE_METRICS, [evaluate_table(WARMUP, 2.0)])
+    sharper = {"detectable_difference": 0.125, "verified_prompts": 30, "prompts_for_two_points": 1201}
     reasons = ["too_long", "kept", "kept", "above_max_delta_ifd", "above_max_delta_ifd", "kept"]
     ledger = filter_table(reasons)
     finish_stage(store, StageKey("filter", 0), FILTER, [ledger.slice(0, 4), ledger.slice(4)])
-    finish_stage(store, StageKey("evaluate", 0), EVALUATE_METRICS, [evaluate_table(0, 1.5)])
+    finish_stage(store, StageKey("evaluate", 0), EVALUATE_METRICS, [evaluate_table(0, 1.5)], **sharper)
     return store, config
 
 
@@ -84,6 +85,12 @@ def test_models_that_do_not_train_lead_the_tables_they_have_metrics_for(run: tup
         "30 verified held-out prompts tell differences in accuracy from 25.0 points on; 2 points take about 4,802"
         in (responses[0])
     )
+
+
+def test_a_student_with_more_noise_than_the_baseline_decides_what_can_be_told(run: tuple[RunStore, RunConfig]) -> None:
+    counters = {"detectable_difference": 0.3, "verified_prompts": 30, "prompts_for_two_points": 6750}
+    finish_stage(run[0], StageKey("evaluate", 1), EVALUATE_METRICS, [evaluate_table(1, 1.0)], **counters)
+    assert summary_of(run).resolution.endswith("from 30.0 points on; 2 points take about 6,750")
 
 
 def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig]) -> None:

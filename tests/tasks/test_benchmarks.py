@@ -1,6 +1,7 @@
 """Benchmarks by name: what happens without `lm-eval`, and a real task of one's own with it."""
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from schemas.config import load_config
 from schemas.errors import ConfigError
 from schemas.run_store import RunStore
 from schemas.tables import EVALUATE_METRICS, METRICS_FILE
-from tasks.evaluate.benchmarks import require_lm_eval
+from tasks.evaluate.benchmarks import metrics_of_results, require_lm_eval
+from tasks.evaluate.means import Mean
 from tasks.graph import BASELINE, loop
 from tasks.stage import execute
 from tests.test_loop import ROOT, smoke_config
@@ -22,6 +24,22 @@ INSTALLED = find_spec("lm_eval") is not None
 def test_a_missing_package_says_how_to_install_it() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.lm_eval: .*\[lm-eval\]"):
         require_lm_eval()
+
+
+def test_metrics_are_taken_from_what_lm_eval_returns() -> None:
+    results = {
+        "sums": {"alias": "sums", "sample_len": 9, "acc,none": 0.5, "acc_stderr,none": 0.25, "bleu,none": math.nan},
+        "gsm8k": {"alias": "gsm8k", "exact_match,strict-match": 0.75, "exact_match_stderr,strict-match": "N/A"},
+        "group": {"alias": "group", "acc,none": 0.125, "acc_stderr,none": math.nan},
+    }
+    counts = {"sums": {"original": 90, "effective": 5}, "gsm8k": {"original": 8, "effective": 8}}
+    found = metrics_of_results({"results": results, "n-samples": counts})
+    assert math.isnan(found.pop("lm_eval/sums/bleu").value)
+    assert found == {
+        "lm_eval/sums/acc": Mean(0.5, 0.25, 5),
+        "lm_eval/gsm8k/exact_match,strict-match": Mean(0.75, 0.0, 8),
+        "lm_eval/group/acc": Mean(0.125, 0.0, 0),
+    }
 
 
 def test_a_folder_of_tasks_is_found_beside_the_config(tmp_path: Path) -> None:

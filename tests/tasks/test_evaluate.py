@@ -23,7 +23,7 @@ from schemas.tables import (
     pack_schema,
 )
 from tasks.evaluate.means import grouped_mean, repetition, response_means
-from tasks.evaluate.resolution import detectable_difference, prompts_needed
+from tasks.evaluate.resolution import detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.graph import BASELINE, loop
 from tasks.prompts.messages import prompt_id
 from tasks.stage import execute
@@ -119,6 +119,24 @@ def test_the_detectable_difference_is_where_the_interval_begins_to_leave_out_zer
     needed = prompts_needed(accuracy, prompts)
     assert detectable_difference(accuracy, needed) == pytest.approx(0.02, rel=0.01)
     assert detectable_difference(0.0, 32) > 0.02
+
+
+@pytest.mark.parametrize(("accuracy", "prompts"), [(0.0, 32), (1.0, 500), (0.4, 500), (0.97, 7)])
+def test_resolution_follows_the_formula_and_one_half_is_the_hardest(accuracy: float, prompts: int) -> None:
+    z = 1.959963984540054
+    p = (accuracy * prompts + z**2 / 2) / (prompts + z**2)
+    assert detectable_difference(accuracy, prompts) == pytest.approx(z * math.sqrt(2 * p * (1 - p) / prompts))
+    assert prompts_needed(accuracy, prompts, 0.05) == math.ceil(2 * p * (1 - p) * (z / 0.05) ** 2)
+    assert detectable_difference(accuracy, prompts) <= detectable_difference(0.5, prompts)
+
+
+def test_what_teacher_and_start_promise_holds_for_every_student_between_them() -> None:
+    rng = np.random.default_rng(3)
+    for low, high in np.sort(rng.random((50, 2)), axis=1):
+        promised = detectable_difference(noisiest_accuracy([high, low]), 100)
+        assert promised == pytest.approx(
+            max(detectable_difference(float(p), 100) for p in np.linspace(low, high, 2001)), rel=1e-4
+        )
 
 
 def test_the_baseline_has_teacher_and_start_and_a_round_its_student(run: RunStore) -> None:
