@@ -12,6 +12,7 @@ from flows.cli import app
 from schemas.config import fields_markdown
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from tasks.graph import loop
 from tests.flows.conftest import CONFIGS, FinishedRun, write_smoke_config
 from tests.tiny_models import make_model, make_tokenizer, save_model
 
@@ -158,7 +159,7 @@ def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied
 
     again = command("run", str(copied))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count(": up to date") == 18
+    assert again.stdout.count(": up to date") == len(loop(store.config))
     assert "starting" not in again.stdout
 
 
