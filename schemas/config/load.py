@@ -172,6 +172,9 @@ def _explain(detail: ErrorDetails, kind: type[Section]) -> str:
     location = [part for part in detail["loc"] if not _is_union_tag(part)]
     key = readable(".".join(str(part) for part in location), 80) or "config"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "union_tag_invalid":
+        # pydantic's own words quote the value whole, however long it is.
+        message = f"its {detail['ctx']['discriminator']} is none of {detail['ctx']['expected_tags']}"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1], kind)
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)

@@ -89,7 +89,7 @@ def test_a_side_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
         loss, states, weight = naive(*arguments)()
         return lambda: Result(loss, states / 2, weight)
 
-    monkeypatch.setattr("benchmarks.loss.here", lambda inputs, few, chunk: halved(inputs, few))
+    monkeypatch.setattr("benchmarks.loss.here", lambda inputs, few, chunk, kernel: halved(inputs, few))
     with pytest.raises(ValueError, match="differs from the naive loss"):
         check_values(problem(), chunk_name(4))
 

@@ -48,6 +48,7 @@ def _finish_prompts(store: RunStore, answers: bool) -> None:
             "prompt_id": [f"p{index:02d}" for index in range(count)],
             "messages": [[{"role": "user", "content": "Say " + "ha" * index}] for index in range(count)],
             "answer": [f"answer {index}" if answers or index != 2 else None for index in range(count)],
+            "verification": pa.nulls(count, pa.string()),
             "source": ["prompts.jsonl"] * count,
             "source_row": list(range(1, count + 1)),
             "split": ["train"] * TRAIN + ["held_out"] * HELD_OUT,
