@@ -1,0 +1,177 @@
+"""Makes what configs/compare-bill.yaml starts from: a teacher that knows the task, a student that begins to, prompts.
+
+    python -m benchmarks.bill_models configs/bill
+
+About a quarter of an hour on one core; the results are in the repository, so that nobody has to.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.bill_task import END, PAD, TOKENS, Bills, draw_bills, draw_prompts, make_tokenizer
+
+LINES = (3, 8)
+"""Articles on a bill, at least and at most."""
+
+REPEATS = (0.5, 0.3, 0.2)
+"""How often none, one or two articles of a reply with slips are taken twice."""
+
+MISREAD = 0.05
+"""Share of its prices that are wrong."""
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model.
+
+    Args:
+        hidden: Width.
+        layers: Depth.
+        heads: Attention heads.
+        seed: Of the random weights.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How a model learns for a while.
+
+    Args:
+        steps: Optimizer steps.
+        batch: Bills in a step, all of one length.
+        learning_rate: Peak of the cosine.
+        seed: Of the bills.
+        slips: Whether replies have slips to recover from. A teacher knows what to do after one; a student that has only
+            seen right replies does not.
+        growing: Share of the steps over which bills grow to their full length: short ones teach to copy and to add.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    seed: int
+    slips: bool
+    growing: float
+
+
+TEACHER = (
+    Shape(hidden=128, layers=4, heads=4, seed=1),
+    (
+        Phase(steps=1500, batch=48, learning_rate=2e-3, seed=1, slips=True, growing=0.4),
+        Phase(steps=2400, batch=64, learning_rate=1e-3, seed=101, slips=True, growing=0.0),
+    ),
+)
+STUDENT = (
+    Shape(hidden=96, layers=3, heads=4, seed=2),
+    (Phase(steps=900, batch=32, learning_rate=2e-3, seed=2, slips=False, growing=0.4),),
+)
+
+
+def make_model(shape: Shape) -> LlamaForCausalLM:
+    """Return a random Llama."""
+    torch.manual_seed(shape.seed)
+    model: LlamaForCausalLM = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(TOKENS),
+            hidden_size=shape.hidden,
+            intermediate_size=2 * shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=TOKENS.index(END),
+            pad_token_id=TOKENS.index(PAD),
+        )
+    )
+    return model
+
+
+def train(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES) -> None:
+    """Train on fresh bills at every step, short ones first; replies only."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rng, started = np.random.default_rng(phase.seed), time.perf_counter()
+    model.train()
+    for step in range(phase.steps):
+        share = step / phase.steps
+        rate = phase.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        grown = min(1.0, share / max(phase.growing, 1 / phase.steps))
+        longest = lines[0] + round((lines[1] - lines[0]) * grown)
+        repeats, misread = (int(rng.choice(3, p=REPEATS)), MISREAD) if phase.slips else (0, 0.0)
+        count = int(rng.integers(lines[0] - 1, longest + 1))
+        bills = draw_bills(rng, phase.batch, count, repeats=repeats, misread=misread)
+        ids = torch.from_numpy(np.concatenate([bills.prompts, bills.replies], axis=1))
+        labels = ids.clone()
+        labels[:, : bills.prompts.shape[1]] = IGNORE
+        labels[:, bills.prompts.shape[1] :][torch.from_numpy(bills.slips)] = IGNORE
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            right, seconds = accuracy(model, draw_bills(np.random.default_rng(0), 64, 7)), time.perf_counter() - started
+            print(f"step {step + 1}: loss {loss.item():.3f}, accuracy {right:.2f}, {seconds:.0f} s", flush=True)
+            model.train()
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, bills: Bills) -> float:
+    """Return the share of bills whose greedy reply ends in the right total."""
+    model.eval()
+    prompts = torch.from_numpy(bills.prompts)
+    untyped: Any = model  # transformers' annotations refuse valid calls
+    replies = untyped.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=bills.replies.shape[1],
+        do_sample=False,
+    )
+    tokenizer = make_tokenizer()
+    texts = tokenizer.batch_decode(replies[:, prompts.shape[1] :], skip_special_tokens=True)
+    right = [text.rpartition("####")[2].strip() == str(total) for text, total in zip(texts, bills.totals, strict=True)]
+    return float(np.mean(right))
+
+
+def main() -> None:
+    """Write teacher, student and prompts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--prompts", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = draw_prompts(0, arguments.prompts, LINES)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name, (shape, phases) in (("teacher", TEACHER), ("student", STUDENT)):
+        model = make_model(shape)
+        print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+        for phase in phases:
+            train(model, phase)
+        model.bfloat16().save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+
+
+if __name__ == "__main__":
+    main()
