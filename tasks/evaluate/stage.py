@@ -1,5 +1,6 @@
 """Evaluating models: the one a round ends with, or the two that a run starts from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,13 +57,9 @@ def evaluate(job: StageJob) -> None:
         require_lm_eval()
     metrics: dict[str, dict[str, Mean]] = {subject.name: {} for subject in subjects}
     if config.evaluate.generate:
-        held_out, sampling = held_out_prompts(job, teacher), Sampling.of(config)
-        tables = [
-            own_responses(held_out, each.model, each.name, round_index, sampling, job.progress) for each in subjects
-        ]
-        store.write_table(store.path(job.key, RESPONSES_FILE), pa.concat_tables(tables), EVALUATE_RESPONSES)
-        for subject, table in zip(subjects, tables, strict=True):
-            metrics[subject.name] |= response_means(table)
+        responses = _responses(job, subjects, teacher, round_index)
+        for subject in subjects:
+            metrics[subject.name] |= response_means(responses.filter(pc.equal(responses["model"], subject.name)))
         _tell_resolution(job, metrics)
     for subject in subjects:
         if not subject.is_teacher:
@@ -71,6 +68,18 @@ def evaluate(job: StageJob) -> None:
             metrics[subject.name] |= benchmark_means(job, config.evaluate.lm_eval, subject.model)
     table = metrics_table(metrics, round_index)
     store.write_table(store.path(job.key, METRICS_FILE), table, EVALUATE_METRICS)
+
+
+def _responses(job: StageJob, subjects: Sequence[_Subject], teacher: ModelRef, round_index: int) -> pa.Table:
+    """Return what all subjects answer, unless an interrupted try has written it already."""
+    path = job.store.path(job.key, RESPONSES_FILE)
+    if not path.is_file():
+        held_out, sampling = held_out_prompts(job, teacher), Sampling.of(job.config)
+        tables = [
+            own_responses(held_out, each.model, each.name, round_index, sampling, job.progress) for each in subjects
+        ]
+        job.store.write_table(path, pa.concat_tables(tables), EVALUATE_RESPONSES)
+    return job.store.read_part(path, EVALUATE_RESPONSES)
 
 
 def _on_sampler(job: StageJob) -> ModelRef:
