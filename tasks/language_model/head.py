@@ -124,28 +124,10 @@ def check_isolation(model: PreTrainedModel) -> None:
     Raises:
         ModelError: they do: layers carry a state from token to token, or masks are made without the positions.
     """
-    if not agree(*probe_states(model)) and not _agree_in_float32(model):
+    if not agree(*probe_states(model)):
         attention = model.config.get_text_config()._attn_implementation
         raise ModelError(
             f"{type(model).__name__}: sequences packed into one row see each other or get wrong positions with "
             f"attention `{attention}`; try `attn_implementation: eager` or `flash_attention_2`. If that does not help, "
             "its layers carry a state (Mamba, linear attention) or take no positions: it cannot be distilled in packs"
         )
-
-
-def _agree_in_float32(model: PreTrainedModel) -> bool:
-    """Ask again with 16-bit weights widened: of a model whose layers were cut out, rounding alone can pass for a leak.
-
-    Parameters alone are widened, and narrowed again without loss; buffers keep their dtypes.
-    """
-    narrow = [parameter for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)]
-    if not narrow:
-        return False
-    dtypes = [parameter.dtype for parameter in narrow]
-    try:
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
-        return agree(*probe_states(model))
-    finally:
-        for parameter, dtype in zip(narrow, dtypes, strict=True):
-            parameter.data = parameter.data.to(dtype)
