@@ -25,7 +25,7 @@ SHORTER = [
 
 
 @pytest.mark.e2e
-# Training computes in bfloat16, which takes long on a processor without instructions for it.
+# A quarter of an hour on one slow core, two minutes on a quick one.
 @pytest.mark.timeout(1800)
 def test_a_real_student_learns_from_a_real_teacher(tmp_path: Path) -> None:
     settings = [f"root={tmp_path}", "warmup.max_new_tokens=32", *SHORTER]
