@@ -25,7 +25,7 @@ SHORTER = [
 
 
 @pytest.mark.e2e
-# A quarter of an hour on one slow core, two minutes on a quick one.
+# Slow processors take many times as long as quick ones.
 @pytest.mark.timeout(1800)
 def test_a_real_student_learns_from_a_real_teacher(tmp_path: Path) -> None:
     settings = [f"root={tmp_path}", "warmup.max_new_tokens=32", *SHORTER]
