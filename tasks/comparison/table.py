@@ -219,8 +219,8 @@ def comparison_markdown(table: pa.Table) -> str:
     for row in rows:
         cells = [
             f"**{escape_markdown(row['title'])}**" if row["role"] == "npd" else escape_markdown(row["title"]),
-            _spread(row, "accuracy", 100),
-            _spread(row, "difference", 100, signed=True),
+            _spread(row, "accuracy"),
+            _spread(row, "difference", signed=True),
             "" if row["kl_teacher_student"] is None else f"{row['kl_teacher_student']:.4f} ± {row['kl_stderr']:.4f}",
             "" if row["policy_kl"] is None else f"{row['policy_kl']:.4f}",
             _seconds(row),
@@ -229,7 +229,7 @@ def comparison_markdown(table: pa.Table) -> str:
             "" if row["steps"] is None else f"{row['steps']:,}",
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             "" if row["seeds"] is None else str(row["seeds"]),
-            *([_spread(row, "rl_accuracy", 100, ends="rl")] if continued else []),
+            *([_spread(row, "rl_accuracy", ends="rl")] if continued else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     prompts = max((row["test_prompts"] or 0 for row in rows), default=0)
@@ -245,12 +245,13 @@ def comparison_markdown(table: pa.Table) -> str:
     return "\n".join([*lines, "", notes, ""])
 
 
-def _spread(row: Row, name: str, scale: float, *, signed: bool = False, ends: str | None = None) -> str:
+def _spread(row: Row, name: str, *, signed: bool = False, ends: str | None = None) -> str:
+    """Return a share and its interval in percent."""
     if row[name] is None:
         return ""
-    value = f"{row[name] * scale:{'+' if signed else ''}.1f}"
+    value = f"{row[name] * 100:{'+' if signed else ''}.1f}"
     low, high = (row[f"{ends or name}_{end}"] for end in ("low", "high"))
-    return value if low is None else f"{value} ({low * scale:.1f} to {high * scale:.1f})"
+    return value if low is None else f"{value} ({low * 100:.1f} to {high * 100:.1f})"
 
 
 def _seconds(row: Row) -> str:

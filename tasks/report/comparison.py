@@ -22,6 +22,7 @@ from tasks.report.drawing import (
     text,
     tip,
 )
+from tasks.report.evaluation import STANDARD_ERRORS
 from tasks.report.page import environment
 from tasks.report.text import NOTHING, duration_text, number_text
 
@@ -95,8 +96,8 @@ def comparison_figures(table: pa.Table) -> list[Figure]:
     with_kl = [
         row
         | {
-            "kl_low": row["kl_teacher_student"] - 1.96 * (row["kl_stderr"] or 0.0),
-            "kl_high": row["kl_teacher_student"] + 1.96 * (row["kl_stderr"] or 0.0),
+            "kl_low": row["kl_teacher_student"] - STANDARD_ERRORS * (row["kl_stderr"] or 0.0),
+            "kl_high": row["kl_teacher_student"] + STANDARD_ERRORS * (row["kl_stderr"] or 0.0),
         }
         for row in rows
         if _known(row["kl_teacher_student"])

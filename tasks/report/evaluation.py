@@ -13,6 +13,10 @@ from tasks.graph import BASELINE, loop
 STUDENT, TEACHER, START = "student", "teacher", "start"
 
 
+STANDARD_ERRORS = 1.96
+"""On either side of a mean: its 95 % interval."""
+
+
 @dataclass(frozen=True)
 class MetricKind:
     """How a metric is shown: its title, the axis's words, and whether the teacher's value is 0 or 1 by definition."""
@@ -54,6 +58,11 @@ class Metric:
     stderr: float
     n: int
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of its 95 % interval."""
+        return self.value - STANDARD_ERRORS * self.stderr, self.value + STANDARD_ERRORS * self.stderr
+
 
 def read_metrics(store: RunStore, config: RunConfig) -> list[Metric]:
     """Return every metric of the finished evaluations, in the order of the loop.
@@ -89,5 +98,5 @@ def kind_of(name: str) -> MetricKind:
 
 
 def told_apart(first: Metric, last: Metric) -> float:
-    """Return the smallest difference of two means that is beyond noise: 1.96 standard errors of it, taken unpaired."""
-    return 1.96 * math.hypot(first.stderr, last.stderr)
+    """Return the smallest difference of two means that is beyond noise: at 95 %, taken unpaired."""
+    return STANDARD_ERRORS * math.hypot(first.stderr, last.stderr)

@@ -28,7 +28,7 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure
     own = [metric for metric in metrics if metric.name == name]
     student = [metric for metric in own if metric.model == STUDENT]
     others = [metric for metric in own if metric.model in (TEACHER, START)]
-    values = np.array([metric.value + sign * metric.stderr for metric in own for sign in (-1.96, 1.96)])
+    values = np.array([end for metric in own for end in metric.interval])
     if kind.of_teacher is not None:
         values = np.append(values, kind.of_teacher)
     rounds = [metric.round for metric in student] or [WARMUP]
@@ -48,8 +48,7 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure
         axes.point(
             metric.round,
             metric.value,
-            metric.value - 1.96 * metric.stderr,
-            metric.value + 1.96 * metric.stderr,
+            *metric.interval,
             "student",
             f"{student_name(metric.round, config)}: {number_text(metric.value)} ± {number_text(metric.stderr, 2)}",
         )
