@@ -1,15 +1,13 @@
-"""A task made for small models: add up a bill, in any order, one line at a time.
+"""A task made for small models: add up a bill from memory, line by line.
 
-The prompt lists articles with prices of one digit. The reply takes them one by one, in whatever order it likes, writes
-each with the last digit of the sum so far, and ends with the last digit of the whole sum:
+Every shop has its own price for every article, one digit, the same for ever: to be known by heart. The prompt names a
+shop and articles. The reply takes them in order, writes each with its price and the last digit of the sum so far, and
+ends with the last digit of the whole sum:
 
-    bread 7 tea 3 soap 9    →    tea 3 3 ; soap 9 2 ; bread 7 9 #### 9
+    shop07 bread tea soap    →    bread 7 7 ; tea 8 5 ; soap 9 4 #### 4
 
-So a reply is right or wrong for everybody to see, and a teacher that knows the task is still unsure at every line: each
-article left is as good as another. Slips can be made good, as in most reasoning: an article counts once, at the price
-on the bill. Whoever takes one twice writes the sum as it was and goes on; whoever misreads a price adds the right one:
-
-    bread 7 tea 3 soap 9    →    tea 3 3 ; soap 9 2 ; tea 3 2 ; bread 1 9 #### 9
+So a reply is right or wrong for everybody to see, and one price that is not known spoils it. A slip stands: the lines
+after it go on from the sum that is written.
 """
 
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+SHOP_COUNT = 40
 
 ARTICLES = [
     "apple",
@@ -49,13 +49,20 @@ ARTICLES = [
 
 PAD, END, USER, REPLY, LINE, TOTAL = "<pad>", "<eos>", "<user>", "<reply>", ";", "####"
 SPECIAL = (PAD, END, USER, REPLY)
-VOCABULARY = 80
+SHOPS = [f"shop{number:02}" for number in range(SHOP_COUNT)]
+
+VOCABULARY = 96
 """Tokens in all, as with any real model more than a prompt needs: the top 64 are not everything there is."""
 
-_USED = [*SPECIAL, *"0123456789", LINE, TOTAL, *ARTICLES]
+_USED = [*SPECIAL, *"0123456789", LINE, TOTAL, *ARTICLES, *SHOPS]
 TOKENS = [*_USED, *(f"<unused{index}>" for index in range(VOCABULARY - len(_USED)))]
 _ID = {token: index for index, token in enumerate(TOKENS)}
-_DIGIT, _ARTICLE = _ID["0"], _ID[ARTICLES[0]]
+_DIGIT, _ARTICLE, _SHOP = _ID["0"], _ID[ARTICLES[0]], _ID[SHOPS[0]]
+
+PRICES: NDArray[np.int64] = np.random.default_rng(20).integers(0, 10, (len(SHOPS), len(ARTICLES)))
+"""What an article costs in a shop, int64 [shops, articles]."""
+
+_RARITY: NDArray[np.float64] = np.random.default_rng(21).random(PRICES.shape)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -69,8 +76,8 @@ class Bills:
     """Bills of one length with a reply each, as token ids.
 
     Args:
-        prompts: int64 [bills, 2 lines + 2].
-        replies: int64 [bills, 4 (lines + repeats) + 2], the end token included.
+        prompts: int64 [bills, lines + 3].
+        replies: int64 [bills, 4 lines + 2], the end token included.
         slips: bool, as ``replies``: where a token is a slip, which nobody should learn to make.
         totals: int64 [bills], last digit of the sum.
     """
@@ -81,27 +88,24 @@ class Bills:
     totals: NDArray[np.int64]
 
 
-def draw_bills(rng: np.random.Generator, count: int, lines: int, *, repeats: int = 0, misread: float = 0.0) -> Bills:
-    """Draw bills, no article twice in one, each with a reply in a random order.
+def draw_bills(rng: np.random.Generator, count: int, lines: int, *, slips: float = 0.0, hearsay: float = 0.0) -> Bills:
+    """Draw bills, no article twice in one, each with a reply.
 
     Args:
         rng: Where everything is drawn from.
         count: Bills.
         lines: Articles on each.
-        repeats: Articles taken once more, in each reply.
-        misread: Share of the lines of a reply whose price is drawn anew.
+        slips: Share of the prices, and of the sums, that are drawn anew; what follows goes on from what is written.
+        hearsay: Share of `PRICES`, always the same ones, for which any price is written. These are not marked as slips:
+            whoever learns from such replies learns that those prices could be anything.
     """
-    articles = np.argsort(rng.random((count, len(ARTICLES))), axis=1)[:, :lines] + _ARTICLE
-    prices = rng.integers(0, 10, (count, lines))
-    order = np.argsort(rng.random((count, lines)), axis=1)
-    for _ in range(repeats):
-        order = _repeat_one(rng, order)
-    again = np.zeros(order.shape, dtype=bool)
-    for line in range(1, order.shape[1]):
-        again[:, line] = (order[:, :line] == order[:, line : line + 1]).any(axis=1)
-    taken, paid = np.take_along_axis(articles, order, 1), np.take_along_axis(prices, order, 1)
-    sums = np.cumsum(np.where(again, 0, paid), axis=1) % 10
-    shown = np.where(rng.random(paid.shape) < misread, rng.integers(0, 10, paid.shape), paid)
+    articles = np.argsort(rng.random((count, len(ARTICLES))), axis=1)[:, :lines]
+    shops = rng.integers(0, len(SHOPS), (count, 1))
+    prices = PRICES[shops, articles]
+    told = np.where(_RARITY[shops, articles] < hearsay, rng.integers(0, 10, prices.shape), prices)
+    written = np.where(rng.random(prices.shape) < slips, rng.integers(0, 10, prices.shape), told)
+    added = np.where(rng.random(prices.shape) < slips, rng.integers(0, 10, prices.shape), 0)
+    sums = np.cumsum(written + added, axis=1) % 10
 
     def column(token: str) -> NDArray[np.int64]:
         return np.full((count, 1), _ID[token])
@@ -109,30 +113,14 @@ def draw_bills(rng: np.random.Generator, count: int, lines: int, *, repeats: int
     def rows(*columns: NDArray[Any]) -> NDArray[Any]:
         return np.stack(columns, axis=2).reshape(count, -1)
 
-    right, ends = np.zeros(order.shape, dtype=bool), np.full(order.shape, _ID[LINE])
+    right = np.zeros(prices.shape, dtype=bool)
+    body = rows(articles + _ARTICLE, written + _DIGIT, sums + _DIGIT, np.full(prices.shape, _ID[LINE]))
     return Bills(
-        prompts=np.concatenate([column(USER), rows(articles, prices + _DIGIT), column(REPLY)], axis=1),
-        replies=np.concatenate(
-            [
-                rows(taken, shown + _DIGIT, sums + _DIGIT, ends)[:, :-1],
-                column(TOTAL),
-                sums[:, -1:] + _DIGIT,
-                column(END),
-            ],
-            axis=1,
-        ),
-        slips=np.pad(rows(again, shown != paid, right, right), ((0, 0), (0, 2))),
-        totals=sums[:, -1],
+        prompts=np.concatenate([column(USER), shops + _SHOP, articles + _ARTICLE, column(REPLY)], axis=1),
+        replies=np.concatenate([body[:, :-1], column(TOTAL), sums[:, -1:] + _DIGIT, column(END)], axis=1),
+        slips=np.pad(rows(right, written != told, added > 0, right), ((0, 0), (0, 2))),
+        totals=prices.sum(axis=1) % 10,
     )
-
-
-def _repeat_one(rng: np.random.Generator, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ``order`` [bills, lines] with one of each row's entries put in once more, somewhere behind itself."""
-    count, lines = order.shape
-    place = rng.integers(1, lines + 1, (count, 1))
-    source = (rng.random((count, 1)) * place).astype(np.int64)
-    at = np.arange(lines + 1)[None, :]
-    return np.take_along_axis(order, np.where(at < place, at, np.where(at == place, source, at - 1)), axis=1)
 
 
 def draw_prompts(seed: int, count: int, lines: tuple[int, int]) -> list[dict[str, str]]:

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.bill_task import ARTICLES, TOKENS, VOCABULARY, draw_bills, draw_prompts, make_tokenizer
+from benchmarks.bill_task import (
+    ARTICLES,
+    LINE,
+    PRICES,
+    SHOPS,
+    TOKENS,
+    TOTAL,
+    VOCABULARY,
+    draw_bills,
+    draw_prompts,
+    make_tokenizer,
+)
 from tasks.language_model.chat import encode_prompts
 
 BILL = Path(__file__).parents[2] / "configs" / "bill"
@@ -17,48 +28,57 @@ def text_of(ids: NDArray[np.int64]) -> str:
     return str(text)
 
 
+def lines_of(reply: NDArray[np.int64]) -> list[tuple[str, int, int, str]]:
+    """Return article, price, sum and end of every line."""
+    words = text_of(reply).split()[:-1]
+    return [(words[at], int(words[at + 1]), int(words[at + 2]), words[at + 3]) for at in range(0, len(words), 4)]
+
+
 @pytest.mark.parametrize("lines", [1, 2, 7])
-def test_every_reply_takes_each_article_once_at_its_price_and_adds_up(lines: int) -> None:
+def test_every_reply_takes_the_articles_in_order_at_the_shops_prices_and_adds_up(lines: int) -> None:
     bills = draw_bills(np.random.default_rng(3), 20, lines)
-    orders = set()
     for prompt, reply, total in zip(bills.prompts, bills.replies, bills.totals, strict=True):
-        words = text_of(prompt).split()
-        prices = dict(zip(words[::2], words[1::2], strict=True))
-        body, _, end = text_of(reply).partition(" #### ")
-        taken, running = [], 0
-        for line in body.split(" ; "):
-            article, price, so_far = line.split()
-            running += int(price)
-            taken.append(article)
-            assert price == prices[article]
-            assert int(so_far) == running % 10
-        assert sorted(taken) == sorted(prices)
-        assert int(end) == total == sum(map(int, prices.values())) % 10
-        orders.add(tuple(words[::2].index(article) for article in taken))
-    assert len(orders) == 1 if lines == 1 else len(orders) > 1
+        shop, *articles = text_of(prompt).split()
+        prices = [int(PRICES[SHOPS.index(shop), ARTICLES.index(article)]) for article in articles]
+        written = lines_of(reply)
+        assert [line[:2] for line in written] == list(zip(articles, prices, strict=True))
+        assert [line[2] for line in written] == (np.cumsum(prices) % 10).tolist()
+        assert [line[3] for line in written] == [LINE] * (lines - 1) + [TOTAL]
+        assert int(text_of(reply).split()[-1]) == total == sum(prices) % 10
+    assert not bills.slips.any()
 
 
-def test_a_slip_is_marked_and_made_good() -> None:
-    bills = draw_bills(np.random.default_rng(4), 40, 4, repeats=2, misread=0.2)
+def test_a_slip_is_marked_and_stands() -> None:
+    bills = draw_bills(np.random.default_rng(4), 60, 4, slips=0.3)
     for prompt, reply, slips in zip(bills.prompts, bills.replies, bills.slips, strict=True):
-        words = text_of(prompt).split()
-        prices = dict(zip(words[::2], words[1::2], strict=True))
-        body, _, end = text_of(reply).partition(" #### ")
-        lines = [line.split() for line in body.split(" ; ")]
-        running, seen = 0, set[str]()
-        for (article, price, so_far), marked in zip(lines, slips[:-2].reshape(-1, 4), strict=True):
-            assert marked.tolist() == [article in seen, price != prices[article], False, False]
-            running += 0 if article in seen else int(prices[article])
-            seen.add(article)
-            assert int(so_far) == running % 10
-        assert (len(lines), seen, int(end)) == (6, set(prices), running % 10)
+        shop, *articles = text_of(prompt).split()
+        total = 0
+        for number, (article, price, so_far, _) in enumerate(lines_of(reply)):
+            right = int(PRICES[SHOPS.index(shop), ARTICLES.index(articles[number])])
+            marked = slips[4 * number : 4 * number + 4].tolist()
+            assert marked == [article != articles[number], price != right, so_far != (total + price) % 10, False]
+            total = so_far
+        assert int(text_of(reply).split()[-1]) == total
     assert bills.slips[:, 1::4].any()
+    assert bills.slips[:, 2::4].any()
+
+
+def test_hearsay_leaves_the_same_prices_open_every_time() -> None:
+    seen: dict[tuple[str, str], set[int]] = {}
+    bills = draw_bills(np.random.default_rng(5), 4000, 3, hearsay=0.2)
+    for prompt, reply in zip(bills.prompts, bills.replies, strict=True):
+        shop = text_of(prompt).split()[0]
+        for article, price, _, _ in lines_of(reply):
+            seen.setdefault((shop, article), set()).add(price)
+    is_open = [len(prices) > 1 for prices in seen.values()]
+    assert 0.15 < np.mean(is_open) < 0.25
+    assert not bills.slips.any()
 
 
 def test_prompts_are_distinct_and_repeat_with_their_seed() -> None:
     rows = draw_prompts(1, 300, (2, 4))
     assert len({row["prompt"] for row in rows}) == 300
-    assert {len(row["prompt"].split()) // 2 for row in rows} == {2, 3, 4}
+    assert {len(row["prompt"].split()) - 1 for row in rows} == {2, 3, 4}
     assert rows == draw_prompts(1, 300, (2, 4)) != draw_prompts(2, 300, (2, 4))
 
 
