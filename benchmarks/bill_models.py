@@ -28,9 +28,6 @@ SLIPS = 0.1
 PROMPTLESS = 0.1
 """Share of the steps whose replies stand without their prompts, as plain text does in anybody's pretraining."""
 
-MAX_NEW_TOKENS = 96
-"""Room for a reply with as many lines again as the longest bill has."""
-
 IGNORE = -100
 
 
@@ -118,9 +115,8 @@ def train(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES)
             group["lr"] = rate
         grown = min(1.0, share / max(phase.growing, 1 / phase.steps))
         longest = lines[0] + round((lines[1] - lines[0]) * grown)
-        bills = draw_bills(
-            rng, phase.batch, int(rng.integers(lines[0] - 1, longest + 1)), slips=phase.slips, hearsay=phase.hearsay
-        )
+        count = int(rng.integers(lines[0] - 1, longest + 1))
+        bills = draw_bills(rng, phase.batch, count, slips=phase.slips, hearsay=phase.hearsay)
         prompts = bills.prompts[:, -1:] if rng.random() < PROMPTLESS else bills.prompts
         ids = torch.from_numpy(np.concatenate([prompts, bills.replies], axis=1))
         labels = ids.clone()
@@ -132,10 +128,8 @@ def train(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            right, seconds = (
-                accuracy(model, draw_bills(np.random.default_rng(0), 128, 6)),
-                time.perf_counter() - started,
-            )
+            right = accuracy(model, draw_bills(np.random.default_rng(0), 128, 6))
+            seconds = time.perf_counter() - started
             print(f"step {step + 1}: loss {loss.item():.3f}, accuracy {right:.2f}, {seconds:.0f} s", flush=True)
             model.train()
 
@@ -147,14 +141,16 @@ def accuracy(model: LlamaForCausalLM, bills: Bills) -> float:
     prompts = torch.from_numpy(bills.prompts)
     untyped: Any = model  # transformers' annotations refuse valid calls
     replies = untyped.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=bills.replies.shape[1],
+        do_sample=True,
+        top_k=0,
     )
     tokenizer = make_tokenizer()
     texts = tokenizer.batch_decode(replies[:, prompts.shape[1] :], skip_special_tokens=True)
-    totals = [str(total) for total in bills.totals]
-    return float(
-        np.mean([text.rpartition("####")[2].strip() == total for text, total in zip(texts, totals, strict=True)])
-    )
+    right = [text.rpartition("####")[2].strip() == str(total) for text, total in zip(texts, bills.totals, strict=True)]
+    return float(np.mean(right))
 
 
 def main() -> None:

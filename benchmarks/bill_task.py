@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SHOP_COUNT = 40
+SHOPS = [f"shop{number:02}" for number in range(40)]
 
 ARTICLES = [
     "apple",
@@ -49,7 +49,6 @@ ARTICLES = [
 
 PAD, END, USER, REPLY, LINE, TOTAL = "<pad>", "<eos>", "<user>", "<reply>", ";", "####"
 SPECIAL = (PAD, END, USER, REPLY)
-SHOPS = [f"shop{number:02}" for number in range(SHOP_COUNT)]
 
 VOCABULARY = 96
 """Tokens in all, as with any real model more than a prompt needs: the top 64 are not everything there is."""
