@@ -61,6 +61,7 @@ class Phase:
             to go on.
         hearsay: Share of the price list that is not to be learned, as any price is written.
         growing: Share of the steps over which bills grow to their full length: short ones teach to copy and to add.
+        strays: Share of the lines whose article is out of order. Nobody learns to stray either.
     """
 
     steps: int
@@ -70,6 +71,7 @@ class Phase:
     slips: float
     hearsay: float
     growing: float
+    strays: float = 0.0
 
 
 TEACHER = (
@@ -116,7 +118,7 @@ def train(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES)
         grown = min(1.0, share / max(phase.growing, 1 / phase.steps))
         longest = lines[0] + round((lines[1] - lines[0]) * grown)
         count = int(rng.integers(lines[0] - 1, longest + 1))
-        bills = draw_bills(rng, phase.batch, count, slips=phase.slips, hearsay=phase.hearsay)
+        bills = draw_bills(rng, phase.batch, count, slips=phase.slips, hearsay=phase.hearsay, strays=phase.strays)
         prompts = bills.prompts[:, -1:] if rng.random() < PROMPTLESS else bills.prompts
         ids = torch.from_numpy(np.concatenate([prompts, bills.replies], axis=1))
         labels = ids.clone()

@@ -7,7 +7,7 @@ ends with the last digit of the whole sum:
     shop07 bread tea soap    →    bread 7 7 ; tea 8 5 ; soap 9 4 #### 4
 
 So a reply is right or wrong for everybody to see, and one price that is not known spoils it. A slip stands: the lines
-after it go on from the sum that is written.
+after it go on from the sum that is written. Who strays from the order goes on with the first article that is missing.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,9 @@ class Bills:
     totals: NDArray[np.int64]
 
 
-def draw_bills(rng: np.random.Generator, count: int, lines: int, *, slips: float = 0.0, hearsay: float = 0.0) -> Bills:
+def draw_bills(
+    rng: np.random.Generator, count: int, lines: int, *, slips: float = 0.0, hearsay: float = 0.0, strays: float = 0.0
+) -> Bills:
     """Draw bills, no article twice in one, each with a reply.
 
     Args:
@@ -97,8 +99,11 @@ def draw_bills(rng: np.random.Generator, count: int, lines: int, *, slips: float
         slips: Share of the prices, and of the sums, that are drawn anew; what follows goes on from what is written.
         hearsay: Share of `PRICES`, always the same ones, for which any price is written. These are not marked as slips:
             whoever learns from such replies learns that those prices could be anything.
+        strays: Share of the lines whose article is any that is missing, not the first. Marked as slips.
     """
-    articles = np.argsort(rng.random((count, len(ARTICLES))), axis=1)[:, :lines]
+    listed = np.argsort(rng.random((count, len(ARTICLES))), axis=1)[:, :lines]
+    order, strayed = _draw_order(rng, count, lines, strays)
+    articles = np.take_along_axis(listed, order, axis=1)
     shops = rng.integers(0, len(SHOPS), (count, 1))
     prices = PRICES[shops, articles]
     told = np.where(_RARITY[shops, articles] < hearsay, rng.integers(0, 10, prices.shape), prices)
@@ -115,11 +120,29 @@ def draw_bills(rng: np.random.Generator, count: int, lines: int, *, slips: float
     right = np.zeros(prices.shape, dtype=bool)
     body = rows(articles + _ARTICLE, written + _DIGIT, sums + _DIGIT, np.full(prices.shape, _ID[LINE]))
     return Bills(
-        prompts=np.concatenate([column(USER), shops + _SHOP, articles + _ARTICLE, column(REPLY)], axis=1),
+        prompts=np.concatenate([column(USER), shops + _SHOP, listed + _ARTICLE, column(REPLY)], axis=1),
         replies=np.concatenate([body[:, :-1], column(TOTAL), sums[:, -1:] + _DIGIT, column(END)], axis=1),
-        slips=np.pad(rows(right, written != told, added > 0, right), ((0, 0), (0, 2))),
+        slips=np.pad(rows(strayed, written != told, added > 0, right), ((0, 0), (0, 2))),
         totals=prices.sum(axis=1) % 10,
     )
+
+
+def _draw_order(
+    rng: np.random.Generator, count: int, lines: int, strays: float
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return which listed article each line takes, int64 [count, lines], and whether it is not the first missing."""
+    order = np.tile(np.arange(lines), (count, 1))
+    strayed = np.zeros(order.shape, dtype=bool)
+    if not strays:
+        return order, strayed
+    missing = np.ones(order.shape, dtype=bool)
+    for line in range(lines):
+        first = missing.argmax(axis=1)
+        drawn = np.where(missing, rng.random(order.shape), -1.0).argmax(axis=1)
+        order[:, line] = np.where(rng.random(count) < strays, drawn, first)
+        strayed[:, line] = order[:, line] != first
+        missing[np.arange(count), order[:, line]] = False
+    return order, strayed
 
 
 def draw_prompts(seed: int, count: int, lines: tuple[int, int]) -> list[dict[str, str]]:

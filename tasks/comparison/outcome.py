@@ -54,7 +54,7 @@ class Outcome:
         scores: Of the exported student's responses.
         kl_teacher_student: Held-out KL(teacher || student), nats per token.
         kl_stderr: Its standard error over prompts.
-        policy_kl: Mean policy KL of the last steps (`train.guard.window_steps`), nats per token; None if not measured.
+        policy_kl: Policy KL after the last step, nats per token; None if not measured.
         seconds: Wall-clock time of the stages in COUNTED.
         generated_tokens: Response tokens sampled, by whatever model.
         steps: Optimizer steps.
@@ -168,12 +168,8 @@ def _generated(key: StageKey, counters: dict[str, Any], config: RunConfig) -> in
 
 def _last_policy_kl(store: RunStore, config: RunConfig) -> float | None:
     key = StageKey("train", config.rounds - 1)
-    table = store.read_table(key, TRAIN_METRICS, ["policy_kl", "response_tokens"])
-    table = table.filter(pc.is_valid(table.column("policy_kl")))
-    if not table.num_rows:
-        return None
-    last = table.slice(max(table.num_rows - config.train.guard.window_steps, 0))
-    return float(np.average(last.column("policy_kl").to_numpy(), weights=last.column("response_tokens").to_numpy()))
+    measured = store.read_table(key, TRAIN_METRICS, ["policy_kl"]).column("policy_kl").drop_null()
+    return measured[-1].as_py() if len(measured) else None
 
 
 def step_prompts(store: RunStore, config: RunConfig) -> int:

@@ -72,7 +72,7 @@ def read_figures(store: RunStore) -> RunFigures:
     def rounds(stage: str) -> list[int]:
         return [key.round for key in done if key.stage == stage and key.round is not None]
 
-    filtered, window = rounds("filter"), config.train.guard.window_steps
+    filtered = rounds("filter")
     return RunFigures(
         record=record,
         config=config,
@@ -80,7 +80,7 @@ def read_figures(store: RunStore) -> RunFigures:
         ifd={index: read_ifd(store, config, index) for index in spread(filtered, SHOWN_ROUNDS)},
         samples={index: read_samples(store, config, index) for index in spread(filtered, 2)},
         packs=[read_packs(store, config, index) for index in rounds("pack")],
-        curves=[found for index in rounds("train") if (found := read_curves(store, index, window)) is not None],
+        curves=[found for index in rounds("train") if (found := read_curves(store, index)) is not None],
         metrics=read_metrics(store, config),
         stages=read_stages(store, config),
         samplers={index: sampler for index in rounds("generate") if (sampler := sampler_of(store, index)) is not None},

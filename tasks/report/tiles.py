@@ -67,11 +67,10 @@ def _value(metric: Metric) -> str:
 
 
 def _policy_kl_tile(figures: RunFigures) -> list[Tile]:
-    """Return the largest policy KL as the guard takes it: a mean over its window of steps."""
+    """Return the largest policy KL that was measured."""
     measured = [curve.most_policy_kl for curve in figures.curves if curve.most_policy_kl is not None]
     if not measured:
         return []
     budget, most = figures.config.train.guard.max_policy_kl, max(measured)
-    window = f"over {figures.config.train.guard.window_steps} steps"
-    detail = window if budget is None else f"{window}; budget {number_text(budget, 2)}"
+    detail = "no budget" if budget is None else f"budget {number_text(budget, 2)}"
     return [Tile("Largest policy KL", number_text(most, 3), detail, over=budget is not None and most > budget)]

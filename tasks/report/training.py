@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.config import RunConfig
 from schemas.run_store import RunStore
@@ -78,8 +79,7 @@ class Curves:
         last_step: The last of them.
         values: By column, float64 [points]: `step` (the last averaged), token-weighted means of `loss`, `ce`, `kd` and
             `policy_kl` (NaN where there are none), and the last `learning_rate`.
-        most_policy_kl: The largest token-weighted mean of the policy KL over as many steps as the guard looks at, or
-            over all where the round is shorter; None: none was measured.
+        most_policy_kl: The largest policy KL; None: none was measured.
     """
 
     round: int
@@ -89,23 +89,22 @@ class Curves:
     most_policy_kl: float | None
 
 
-def read_curves(store: RunStore, index: int, window_steps: int) -> Curves | None:
+def read_curves(store: RunStore, index: int) -> Curves | None:
     """Return the curves of round ``index``'s training; None if it took no step.
 
     Args:
         store: The run.
         index: The round; WARMUP for the warm-up.
-        window_steps: Steps over which the guard takes the mean of the policy KL.
 
     Raises:
         ArtifactError: the table is damaged.
     """
     columns = ["step", "learning_rate", "response_tokens", *_MEANS]
     table = store.read_table(StageKey("train", index), TRAIN_METRICS, columns)
-    return curves_of(table, index, window_steps) if table.num_rows else None
+    return curves_of(table, index) if table.num_rows else None
 
 
-def curves_of(table: pa.Table, index: int, window_steps: int) -> Curves:
+def curves_of(table: pa.Table, index: int) -> Curves:
     """Return the curves of a train metrics table with at least one row; see ``read_curves``."""
     rows = table.num_rows
     starts = np.unique(np.arange(min(rows, SHOWN_STEPS)) * rows // min(rows, SHOWN_STEPS))
@@ -118,18 +117,4 @@ def curves_of(table: pa.Table, index: int, window_steps: int) -> Curves:
         total = np.add.reduceat(np.where(known, column * weights, 0.0), starts)
         weight = np.add.reduceat(np.where(known, weights, 0.0), starts)
         values[name] = np.divide(total, weight, out=np.full(len(starts), np.nan), where=weight > 0)
-    policy_kl = table.column("policy_kl").to_numpy().astype(np.float64)
-    known = np.isfinite(policy_kl)
-    most = most_window_mean(policy_kl[known], weights[known], window_steps) if known.any() else None
-    return Curves(index, rows, int(values["step"][-1]), values, most)
-
-
-def most_window_mean(values: Values, weights: Values, window: int) -> float:
-    """Return the largest weighted mean of ``window`` values in a row; of all, where there are fewer.
-
-    >>> most_window_mean(np.array([1.0, 3.0, 5.0]), np.array([1.0, 1.0, 3.0]), 2)
-    4.5
-    """
-    size = min(window, len(values))
-    total, weight = (np.concatenate([[0.0], np.cumsum(array)]) for array in (values * weights, weights))
-    return float(np.max((total[size:] - total[:-size]) / (weight[size:] - weight[:-size])))
+    return Curves(index, rows, int(values["step"][-1]), values, pc.max(table.column("policy_kl")).as_py())

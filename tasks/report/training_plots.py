@@ -1,5 +1,7 @@
 """Drawings of packs and training: fill, loss parts, learning rate, policy KL against its budget."""
 
+from dataclasses import replace
+
 import numpy as np
 from markupsafe import Markup
 
@@ -103,6 +105,12 @@ def _joined(curves: list[Curves], name: str) -> Values:
     return np.concatenate(pieces[:-1])
 
 
+def _measured(curve: Curves, name: str) -> Curves:
+    """Return a curve's points at which ``name`` was measured: not every step need have it."""
+    known = np.isfinite(curve.values[name])
+    return replace(curve, values={column: values[known] for column, values in curve.values.items()})
+
+
 def _axes(curves: list[Curves], low: float, high: float, y_title: str) -> Axes:
     steps = _joined(curves, "step")
     return Axes.of(
@@ -144,18 +152,19 @@ def _policy_kl(curves: list[Curves], budget: float | None) -> Figure:
     title = "Policy KL: how far the student is from its sampler"
     values = np.append(_joined(curves, "policy_kl"), [] if budget is None else [budget])
     axes = _axes(curves, *around(values, zero=True, margin=0.12), "nats per token")
-    line = axes.line(_joined(curves, "step"), _joined(curves, "policy_kl"), "line-kd")
+    measured = [_measured(curve, "policy_kl") for curve in curves]
+    line = axes.line(_joined(measured, "step"), _joined(measured, "policy_kl"), "line-kd")
     level = (
         Markup("")
         if budget is None
         else axes.across(budget, "budget", f"budget {number_text(budget, 2)}", above=False, anchor="start")
     )
     drawn = Markup("").join([axes.frame(), _borders(axes, curves), line, level])
-    measured = [curve.most_policy_kl for curve in curves if curve.most_policy_kl is not None]
-    said = f" Largest mean over the guard's window: {number_text(max(measured), 3)}." if measured else ""
+    most = [curve.most_policy_kl for curve in curves if curve.most_policy_kl is not None]
+    said = f" Largest: {number_text(max(most), 3)}." if most else ""
     legend = [("line-kd", "policy KL")] + ([] if budget is None else [("budget", "budget")])
-    caption = f"D_KL(current student ‖ the policy that sampled), estimated on what it trains on.{said}"
-    return _figure("policy-kl", title, caption, drawn, legend, curves, ["policy_kl"])
+    caption = f"D_KL(current student ‖ the policy that sampled), at some of the samples it trains on.{said}"
+    return _figure("policy-kl", title, caption, drawn, legend, measured, ["policy_kl"])
 
 
 def _learning_rate(curves: list[Curves]) -> Figure:

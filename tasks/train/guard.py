@@ -1,48 +1,33 @@
-"""The near-policy guard: how far the student has moved from the policy whose samples it learns from."""
+"""The near-policy guard: what follows from how far the student is from the policy whose samples it learns from."""
 
 from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from schemas.config import GuardConfig
 from tasks.train.schedule import RoundSchedule
 
 
-def sampled_policy_kl(label_logprobs: Tensor, sampled_logprobs: Tensor) -> Tensor:
-    """Estimate D_KL(pi_current || pi_gen) in nats at each token drawn from pi_gen, [n].
-
-    With r = pi_current / pi_gen of the drawn token, r log r - (r - 1) has the KL as its mean under pi_gen and is never
-    negative (the control variate r - 1 has mean 0). It costs nothing: the training pass has both log-probabilities.
-    """
-    log_ratio = label_logprobs.double() - sampled_logprobs.double()
-    return log_ratio.exp() * log_ratio - torch.expm1(log_ratio)
+def is_measured(step: int, schedule: RoundSchedule, guard: GuardConfig) -> bool:
+    """Say whether the policy KL is measured after optimizer step ``step`` of the run, one of the round's."""
+    return step == schedule.end_step or (step - schedule.start_step) % guard.every_steps == 0
 
 
-def recent_policy_kl(history: Sequence[dict[str, Any]], start_step: int, window_steps: int) -> float | None:
-    """Return the token-weighted mean policy KL of the last steps, nats per token.
+def policy_kls(history: Sequence[dict[str, Any]], start_step: int) -> list[tuple[int, float]]:
+    """Return step and policy KL (nats per token) of the measurements after ``start_step``.
 
     Args:
-        history: Logged steps, with `step`, `policy_kl` and `response_tokens`.
+        history: Logged steps, with `step` and some with `policy_kl`.
         start_step: Optimizer steps before the round: earlier ones belong to another sampler.
-        window_steps: Steps to look back on.
-
-    Returns:
-        None until the round has had so many steps.
     """
-    steps = [entry for entry in history if "policy_kl" in entry and entry["step"] > start_step]
-    if len(steps) < window_steps:
-        return None
-    last = steps[-window_steps:]
-    tokens = sum(entry["response_tokens"] for entry in last)
-    return float(sum(entry["policy_kl"] * entry["response_tokens"] for entry in last) / tokens)
+    return [
+        (entry["step"], entry["policy_kl"]) for entry in history if "policy_kl" in entry and entry["step"] > start_step
+    ]
 
 
 def is_over_budget(history: Sequence[dict[str, Any]], start_step: int, guard: GuardConfig) -> bool:
-    """Say whether the last steps' policy KL is above the guard's budget."""
-    recent = recent_policy_kl(history, start_step, guard.window_steps)
-    return recent is not None and guard.max_policy_kl is not None and recent > guard.max_policy_kl
+    """Say whether the newest policy KL of the round is above the guard's budget."""
+    measured = policy_kls(history, start_step)
+    return bool(measured) and guard.max_policy_kl is not None and measured[-1][1] > guard.max_policy_kl
 
 
 def ends_round(schedule: RoundSchedule, guard: GuardConfig) -> bool:
@@ -52,18 +37,19 @@ def ends_round(schedule: RoundSchedule, guard: GuardConfig) -> bool:
 
 def first_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, guard: GuardConfig) -> str | None:
     """Return what to tell people of the first step at which the round was over budget; None if it never was."""
-    steps = [entry for entry in history if "policy_kl" in entry and entry["step"] > schedule.start_step]
-    for end in range(guard.window_steps, len(steps) + 1):
-        window = steps[end - guard.window_steps : end]
-        if is_over_budget(window, schedule.start_step, guard):
-            return describe_breach(window, schedule, guard)
-    return None
+    if guard.max_policy_kl is None:
+        return None
+    over = [found for found in policy_kls(history, schedule.start_step) if found[1] > guard.max_policy_kl]
+    return _describe(*over[0], guard) if over else None
 
 
-def describe_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, guard: GuardConfig) -> str:
-    """Return what to tell people of the budget being exceeded at the last step of ``history``."""
-    recent = recent_policy_kl(history, schedule.start_step, guard.window_steps)
+def last_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, guard: GuardConfig) -> str:
+    """Return what to tell people of the budget being exceeded at the round's newest measurement."""
+    return _describe(*policy_kls(history, schedule.start_step)[-1], guard)
+
+
+def _describe(step: int, policy_kl: float, guard: GuardConfig) -> str:
     return (
-        f"at optimizer step {history[-1]['step']} the student is {recent:.4f} nats per token from the policy that "
-        f"sampled its packs (mean of {guard.window_steps} steps); `train.guard.max_policy_kl` is {guard.max_policy_kl}"
+        f"at optimizer step {step} the student is {policy_kl:.4f} nats per token from the policy that sampled its "
+        f"packs; `train.guard.max_policy_kl` is {guard.max_policy_kl}"
     )

@@ -64,13 +64,11 @@ class LossSums(NamedTuple):
         loss: Weighted sum of CE and KD, scalar.
         ce: Hard-label negative log-likelihood, scalar.
         kd: Top-k forward KL, scalar; 0 without targets.
-        label_logprobs: Log-probability of each label, [n].
     """
 
     loss: Tensor
     ce: Tensor
     kd: Tensor
-    label_logprobs: Tensor
 
 
 def loss_sums(hidden: Tensor, head: OutputHead, targets: Targets, objective: Objective) -> LossSums:
@@ -102,10 +100,10 @@ def loss_sums(hidden: Tensor, head: OutputHead, targets: Targets, objective: Obj
         ids, logprobs = targets.topk_ids, targets.topk_logprobs
     states = hidden.index_select(0, targets.places)
     weight, bias = head.projection.weight, head.projection.bias
-    loss, ce, kd, label_logprobs = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+    loss, ce, kd = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         states, weight, bias, targets.labels, ids, logprobs, objective, head.scale, head.softcap
     )
-    return LossSums(loss, ce, kd if targets.topk_ids is not None else torch.zeros_like(kd), label_logprobs)
+    return LossSums(loss, ce, kd if targets.topk_ids is not None else torch.zeros_like(kd))
 
 
 def require_kernel(kernel: Kernel, device: torch.device) -> None:
@@ -135,7 +133,7 @@ class _FusedLoss(torch.autograd.Function):
         objective: Objective,
         scale: float,
         softcap: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -144,7 +142,6 @@ class _FusedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if wants_bias and bias is not None else None
         loss, ce, kd = (torch.zeros((), dtype=exact, device=states.device) for _ in range(3))
-        seen = torch.empty(len(labels), dtype=exact, device=states.device)
         parts_ = _parts_
         if objective.kernel == "triton":
             from tasks.train.loss_triton import parts_
@@ -157,7 +154,6 @@ class _FusedLoss(torch.autograd.Function):
                 slope = _transform_(logits, scale, softcap)
                 parts = parts_(logits, labels[part], ids[part], logprobs[part], objective, any(ctx.needs_input_grad))
                 loss, ce, kd = loss + parts.loss.sum(), ce + parts.ce.sum(), kd + parts.kd.sum()
-                seen[part] = -parts.ce
                 if not any(ctx.needs_input_grad):
                     continue
                 if slope is not None:
@@ -174,8 +170,8 @@ class _FusedLoss(torch.autograd.Function):
                 del lower
         in_float = [None if gradient is None else gradient.to(weight.dtype) for gradient in (grad_weight, grad_bias)]
         ctx.gradients = [grad_states, *in_float]
-        ctx.mark_non_differentiable(ce, kd, seen)
-        return loss, ce, kd, seen
+        ctx.mark_non_differentiable(ce, kd)
+        return loss, ce, kd
 
     @staticmethod
     @once_differentiable

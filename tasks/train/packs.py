@@ -70,8 +70,7 @@ def collate_pack(columns: dict[str, Any]) -> dict[str, Tensor]:
 
     Returns:
         ``input_ids``, ``labels``, ``position_ids`` (restarting with each sequence): int64 [1, tokens]. With targets
-        also, for the n labelled positions only, ``topk_ids`` int64 [n, k], ``topk_logprobs`` float32 [n, k] and
-        ``sampled_logprobs`` float32 [n].
+        also, for the n labelled positions only, ``topk_ids`` int64 [n, k] and ``topk_logprobs`` float32 [n, k].
     """
     input_ids = Ragged.from_arrow(columns["input_ids"]).values.astype(np.int64)
     labels = Ragged.from_arrow(columns["labels"]).values.astype(np.int64)
@@ -91,8 +90,6 @@ def collate_pack(columns: dict[str, Any]) -> dict[str, Tensor]:
         batch["topk_logprobs"] = torch.from_numpy(
             _targets(columns["teacher_topk_logprobs"], labelled).astype(np.float32)
         )
-        sampled = Ragged.from_arrow(columns["sampled_logprobs"]).values[labelled]
-        batch["sampled_logprobs"] = torch.from_numpy(sampled.astype(np.float32))
     return batch
 
 

@@ -17,11 +17,12 @@ from tasks.checkpoint import keep_checkpoint, name_last_checkpoint, newest_check
 from tasks.graph import sampled_round, sampling_policy
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
-from tasks.language_model.sources import start_model
+from tasks.language_model.sources import policy_model, start_model
 from tasks.stage import StageJob
-from tasks.train.guard import describe_breach, ends_round, first_breach, is_over_budget
+from tasks.train.guard import ends_round, first_breach, is_over_budget, last_breach
 from tasks.train.loss import Objective, require_kernel
 from tasks.train.packs import PackReader
+from tasks.train.policy_probe import PolicyProbe, open_probe, probe_size, read_probe_row
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
 from tasks.trainer_settings import trainer_settings
@@ -52,6 +53,8 @@ def train_round(job: StageJob) -> None:
         start = start_model(store, config, job.round)
         device = resolve_device(start.device)
         require_kernel(settings.loss_kernel, device)
+        # Before the student is loaded: the two are never in memory together.
+        probe = None if guard is None else round_probe(job, reader, device)
         model = load_model(
             start.path,
             dtype="float32",
@@ -77,7 +80,7 @@ def train_round(job: StageJob) -> None:
                     kernel=settings.loss_kernel,
                 ),
                 guard=guard,
-                measures_policy_kl=not warmup and config.is_near_policy,
+                probe=probe,
                 peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
                 on_steps=lambda done, total: job.progress(done, total, "steps"),
                 checkpoint_folder=lambda step: keep_checkpoint(job, step),
@@ -86,7 +89,7 @@ def train_round(job: StageJob) -> None:
         state = trainer.state
     if guard is not None and guard.action == "stop" and is_over_budget(state.log_history, schedule.start_step, guard):
         raise StageError(
-            f"{job.key.label}: {describe_breach(state.log_history, schedule, guard)}, and `train.guard.action` is "
+            f"{job.key.label}: {last_breach(state.log_history, schedule, guard)}, and `train.guard.action` is "
             "`stop`. Raise the budget to go on from here; or lower `train.learning_rate` or `train.epochs_per_round`, "
             "filter more (`filter.max_delta_ifd`), or set `train.guard.action: refresh`"
         )
@@ -106,6 +109,14 @@ def train_round(job: StageJob) -> None:
         "response_tokens": sum(metrics.column("response_tokens").to_pylist()),
         "tokens": round(epochs * int(reader.seq_lengths.values.sum())),
     }
+
+
+def round_probe(job: StageJob, reader: PackReader, device: torch.device) -> PolicyProbe:
+    """Return where the distance to the policy that sampled the packs is measured, with what that policy says."""
+    config = job.config
+    size = probe_size(reader, config.train.packs_per_step, config.train.guard)
+    row = read_probe_row(reader, size, [config.seed, job.round])
+    return open_probe(policy_model(job.store, config, sampled_round(config, job.round)), device, row, config.train)
 
 
 def sampler_step(job: StageJob) -> int | None:

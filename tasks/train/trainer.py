@@ -18,23 +18,32 @@ from schemas.config import GuardConfig, OptimizerConfig
 from schemas.errors import StageError
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.head import OutputHead, hidden_states
-from tasks.train.guard import ends_round, is_over_budget, sampled_policy_kl
+from tasks.train.guard import ends_round, is_measured, is_over_budget
 from tasks.train.loss import LossSums, Objective, Targets, loss_sums
 from tasks.train.packs import PackCollator, PackReader
+from tasks.train.policy_probe import PolicyProbe, probe_kl
 from tasks.train.schedule import EpochSampler, RoundSchedule, cosine_scheduler, pack_costs
 
 StepsDone = Callable[[int, int], None]
 
 
 def add_distillation_head(model: PreTrainedModel, objective: Objective) -> None:
-    """Let ``model(..., distillation_targets=targets)`` return LossSums instead of logits.
+    """Let ``model(...)`` return LossSums instead of logits with ``distillation_targets``, or a probe's policy KL.
 
     The forward itself is extended, not replaced, so that wrappers around it (autocast, DDP, PEFT) still apply.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, distillation_targets: Targets | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        distillation_targets: Targets | None = None,
+        policy_probe: PolicyProbe | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if policy_probe is not None:
+            return {"policy_kl": probe_kl(self, policy_probe)}
         if distillation_targets is None:
             return original(*args, **kwargs)
         hidden = hidden_states(self, kwargs["input_ids"], kwargs["position_ids"])[0]
@@ -74,8 +83,9 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         schedule: Where the round lies in the run.
         optimizer_config: Learning rates.
         objective: The loss.
-        guard: What to do when the student leaves its sampler too far behind; None where it has none.
-        measures_policy_kl: Whether the packs are of samples of an earlier student, to which there is a distance.
+        guard: What to do when the student leaves its sampler too far behind, and how often to look; None where the
+            packs are not of its own samples.
+        probe: Where to look; None as with ``guard``.
         peft_config: Adapters to train instead of all weights.
         on_steps: Told steps done and steps of the round.
         checkpoint_folder: Where to keep checkpoints; None: keep none.
@@ -92,14 +102,14 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         optimizer_config: OptimizerConfig,
         objective: Objective,
         guard: GuardConfig | None = None,
-        measures_policy_kl: bool = True,
+        probe: PolicyProbe | None = None,
         peft_config: Any = None,
         on_steps: StepsDone = lambda done, total: None,
         checkpoint_folder: CheckpointFolder | None = None,
     ) -> None:
         self.schedule, self.optimizer_config = schedule, optimizer_config
         self.objective: Objective = objective
-        self.measures_policy_kl = measures_policy_kl
+        self.guard, self.probe = guard, probe
         self.checkpoint_folder = checkpoint_folder
         self.sampler = EpochSampler(
             pack_costs(reader.seq_lengths, model.config.get_text_config().hidden_size),
@@ -148,8 +158,6 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         tokens = len(places) if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / torch.as_tensor(tokens).clamp(min=1)
         parts = {"ce": sums.ce, "kd": sums.kd, "response_tokens": sums.ce.new_tensor(len(places))}
-        if self.measures_policy_kl:
-            parts["policy_kl"] = sampled_policy_kl(sums.label_logprobs, inputs["sampled_logprobs"]).sum()
         # Kept on the device: a number read from a GPU waits for everything before it.
         self._sums = {name: value.double() + self._sums.get(name, 0.0) for name, value in parts.items()}
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -181,7 +189,22 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             logs |= {name: value / tokens for name, value in sums.items()}
             logs["response_tokens"] = tokens
             logs["run_epoch"] = self.schedule.epoch(self.state.global_step)
+            if self.guard is not None and is_measured(self.state.global_step, self.schedule, self.guard):
+                logs["policy_kl"] = self.measured_policy_kl()
         super().log(logs, start_time)
+
+    def measured_policy_kl(self) -> float:
+        """Return how far the student is from its packs' sampler now, nats per token."""
+        assert self.probe is not None, "a guard comes with a probe"
+        model = self.model_wrapped
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # Through the model as it is wrapped for training: its weights may lie on several devices.
+            found = model(
+                input_ids=self.probe.row.input_ids, position_ids=self.probe.row.position_ids, policy_probe=self.probe
+            )
+        model.train()
+        return float(found["policy_kl"])
 
     # -- one run over all rounds -----------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
         "generate": {"max_new_tokens": 6},
         "pack": {"max_tokens": 128},
         "filter": {"min_delta_ifd": None, "max_delta_ifd": None},
-        "train": {**training, "steps_per_round": 2, "guard": {"window_steps": 2}},
+        "train": {**training, "steps_per_round": 2, "guard": {"every_steps": 2}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
     values = {

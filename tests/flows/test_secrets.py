@@ -124,7 +124,7 @@ def test_secrets_of_the_environment_are_in_no_file_log_or_output(
     tmp_path: Path, teacher_dir: Path, student_dir: Path, prefect_home: Path
 ) -> None:
     changes: dict[str, Any] = {"warmup": None, "rounds": 1}
-    guard = {"action": "stop", "max_policy_kl": 1e-12, "window_steps": 1}
+    guard = {"action": "stop", "max_policy_kl": 1e-12, "every_steps": 1}
     changes["train"] = {"epochs_per_round": 2, "learning_rate": 1e-3, "gradient_checkpointing": False, "guard": guard}
     config = write_smoke_config(tmp_path, teacher_dir, student_dir, **changes)
     environment = os.environ | ENVIRONMENT

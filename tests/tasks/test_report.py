@@ -3,6 +3,7 @@
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +26,8 @@ from tasks.report.ledger import DELTA_IFD, IFD
 from tasks.report.outcome_plots import noise_text
 from tasks.report.page import level, sections_of
 from tasks.report.samples import SHOWN_SAMPLES
-from tasks.report.training import curves_of, most_window_mean
-from tasks.train.guard import recent_policy_kl
+from tasks.report.training import curves_of
+from tasks.report.training_plots import training_figures
 from tests.report_runs import TOP_K, WORDS, metric, synthetic_run, write_metrics
 from tests.run_fixtures import make_config, make_store
 
@@ -93,7 +94,7 @@ def test_a_window_keeps_every_count_and_has_an_edge_on_the_bound() -> None:
 
 def test_curves_are_token_weighted_means(store: RunStore) -> None:
     table = store.read_table(StageKey("train", 1), TRAIN_METRICS)
-    curves = curves_of(table, 1, 10)
+    curves = curves_of(table, 1)
     values = {name: table.column(name).to_numpy() for name in ("loss", "response_tokens", "step", "learning_rate")}
     starts = [int(np.flatnonzero(values["step"] == step)[0]) for step in curves.values["step"]]
     first = 0
@@ -107,15 +108,20 @@ def test_curves_are_token_weighted_means(store: RunStore) -> None:
     assert len(curves.values["step"]) <= 240
     place = table.schema.get_field_index("kd")
     warmup = table.slice(0, 3).set_column(place, "kd", pa.nulls(3, pa.float64()))
-    assert np.isnan(curves_of(warmup, WARMUP, 10).values["kd"]).all()
+    assert np.isnan(curves_of(warmup, WARMUP).values["kd"]).all()
 
 
-def test_the_largest_window_mean_is_what_the_guard_sees() -> None:
-    rng = np.random.default_rng(3)
-    kl, tokens = rng.exponential(0.1, 50), rng.integers(1, 900, 50).astype(np.float64)
-    history = [{"step": step + 1, "policy_kl": kl[step], "response_tokens": tokens[step]} for step in range(len(kl))]
-    seen = [recent_policy_kl(history[:end], 0, 7) for end in range(7, 51)]
-    assert most_window_mean(kl, tokens, 7) == pytest.approx(max(mean for mean in seen if mean is not None))
+def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
+    rows = 30
+    kl = [0.01 * (step + 1) if step % 10 == 9 else None for step in range(rows)]
+    columns: dict[str, Any] = {name: np.linspace(1.0, 2.0, rows) for name in ("loss", "ce", "kd", "learning_rate")}
+    columns |= {"step": np.arange(1, rows + 1), "response_tokens": np.full(rows, 7), "policy_kl": kl}
+    curves = curves_of(pa.table(columns), 0)
+    assert curves.most_policy_kl == pytest.approx(0.3)
+    figure = next(figure for figure in training_figures([curves], 0.1) if figure.key == "policy-kl")
+    assert [row[0] for row in figure.rows] == ["10", "20", "30"]
+    (line,) = re.findall(r'<path d="([^"]*)" class="line', str(figure.svg))
+    assert (line.count("M"), line.count("L")) == (1, 2)
 
 
 def test_packs_are_counted(figures: RunFigures) -> None:

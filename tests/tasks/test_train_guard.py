@@ -3,30 +3,30 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from schemas.config import RunConfig
+from schemas.config import GuardConfig, RunConfig
 from schemas.errors import StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import IGNORE_LABEL
 from tasks.stage import execute
-from tasks.train.guard import recent_policy_kl
+from tasks.train.guard import is_over_budget, policy_kls
 from tests.tasks.training_runs import (
     assert_same,
     metrics,
     random_packs,
+    train_rounds,
     trained_weights,
     training_run,
 )
+
+BUDGET = 1e-4
 
 
 def guarded_run(
     root: Path, teacher: Path, student: Path, rounds: int = 1, save_every_steps: int = 100, **guard: Any
 ) -> tuple[RunStore, RunConfig]:
-    """Packs whose sampler is nowhere near the student, two optimizer steps an epoch, three epochs a round."""
-    settings = {"max_policy_kl": 0.1, "window_steps": 2, **guard}
+    """A budget that the first measurement exceeds; two optimizer steps an epoch, three epochs a round."""
+    settings = {"max_policy_kl": BUDGET, "every_steps": 2, **guard}
     return training_run(
         root,
         teacher,
@@ -41,15 +41,21 @@ def guarded_run(
 
 def test_guard_warns_once_and_changes_nothing(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
     stores = {}
-    guards: dict[str, dict[str, Any]] = {"warned": {}, "off": {"max_policy_kl": None}, "short": {"window_steps": 7}}
+    guards: dict[str, dict[str, Any]] = {
+        "warned": {},
+        "off": {"max_policy_kl": None},
+        "wide": {"max_policy_kl": 50.0},
+        "rare": {"every_steps": 7},
+    }
+    warned_at = {"warned": [2], "off": [], "wide": [], "rare": [6]}
     for name, guard in guards.items():
         stores[name], config = guarded_run(tmp_path / name, teacher_dir, student_dir, **guard)
         execute(stores[name], config, StageKey("train", 0))
         warnings = stores[name].finished(StageKey("train", 0)).counters.get("warnings", [])
-        assert len(warnings) == (1 if name == "warned" else 0)
-    warning = stores["warned"].finished(StageKey("train", 0)).counters["warnings"][0]
-    assert "optimizer step 2 " in warning
-    assert "train.guard.max_policy_kl" in warning
+        assert len(warnings) == len(warned_at[name])
+        for warning, step in zip(warnings, warned_at[name], strict=True):
+            assert f"optimizer step {step} " in warning
+            assert "train.guard.max_policy_kl" in warning
     assert_same(trained_weights(stores["warned"], 0), trained_weights(stores["off"], 0))
 
 
@@ -75,8 +81,7 @@ def test_guard_refreshes_early_and_the_last_round_trains_what_is_left(
     tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, config = guarded_run(tmp_path / "a", teacher_dir, student_dir, rounds=2, action="refresh")
-    for index in range(2):
-        execute(store, config, StageKey("train", index))
+    train_rounds(store, config)
     first, last = (store.finished(StageKey("train", index)).counters for index in range(2))
     assert (first["policy_step"], first["epochs_done"]) == (2, 1.0)
     # Six epochs in all, two steps each; over budget again, but there is no sampler left to refresh.
@@ -104,7 +109,7 @@ def test_guard_stops_and_a_higher_budget_goes_on_from_there(
 ) -> None:
     store, config = guarded_run(tmp_path / "a", teacher_dir, student_dir, action="stop")
     for _ in range(2):
-        with pytest.raises(StageError, match=r"optimizer step 2 .*`train.guard.max_policy_kl` is 0.1"):
+        with pytest.raises(StageError, match=r"optimizer step 2 .*`train.guard.max_policy_kl` is 0.0001"):
             execute(store, config, StageKey("train", 0))
     assert store.manifest(StageKey("train", 0)) is None
     raised = config.train.guard.model_copy(update={"max_policy_kl": 1e9})
@@ -117,37 +122,28 @@ def test_guard_stops_and_a_higher_budget_goes_on_from_there(
     assert_same(trained_weights(store, 0), trained_weights(free, 0))
 
 
-def test_recent_policy_kl_weighs_tokens_and_forgets_earlier_rounds() -> None:
-    history = [
-        {"step": 1, "policy_kl": 9.0, "response_tokens": 100},
-        {"step": 2, "policy_kl": 0.1, "response_tokens": 30},
-        {"step": 3, "policy_kl": 0.4, "response_tokens": 10},
-        {"step": 3, "train_runtime": 1.0},
-    ]
-    assert recent_policy_kl(history, 1, 2) == pytest.approx((0.1 * 30 + 0.4 * 10) / 40)
-    assert recent_policy_kl(history, 1, 3) is None
-    assert recent_policy_kl(history, 0, 1) == pytest.approx(0.4)
-
-
-def test_policy_kl_is_zero_for_the_sampler_itself(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
-    """With the sampler's own log-probabilities in the packs, the first step measures no distance to it."""
-    packs = random_packs(packs=2)
-    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
-    rows = packs.to_pylist()
-    for row in rows:
-        start = 0
-        for length in row["seq_lengths"]:
-            ids = torch.tensor([row["input_ids"][start : start + length]])
-            with torch.no_grad():
-                scores = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            for position in range(1, length):
-                if row["labels"][start + position] != IGNORE_LABEL:
-                    value = scores[position - 1, row["labels"][start + position]].item()
-                    row["sampled_logprobs"][start + position] = value
-            start += length
-    packs = pa.Table.from_pylist(rows, schema=packs.schema)
-    store, config = training_run(tmp_path, teacher_dir, student_dir, rounds=1, epochs=3, packs=packs)
+def test_policy_kl_is_measured_every_so_often_and_at_the_end(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    store, config = guarded_run(tmp_path, teacher_dir, student_dir, every_steps=4)
     execute(store, config, StageKey("train", 0))
     kl = metrics(store, 0).column("policy_kl").to_pylist()
-    assert kl[0] == pytest.approx(0, abs=1e-8)
-    assert kl[-1] > 1e-5
+    assert [step for step, value in enumerate(kl, 1) if value is not None] == [4, 6]
+    assert kl[3] > 0
+
+
+def test_a_round_is_judged_by_its_own_newest_measurement() -> None:
+    guard = GuardConfig(max_policy_kl=0.1)
+    history = [
+        {"step": 1, "policy_kl": 9.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "policy_kl": 0.2},
+        {"step": 4, "loss": 0.5},
+        {"step": 5, "policy_kl": 0.05},
+        {"step": 5, "train_runtime": 1.0},
+    ]
+    assert policy_kls(history, 1) == [(3, 0.2), (5, 0.05)]
+    assert is_over_budget(history[:4], 1, guard)
+    assert not is_over_budget(history, 1, guard)
+    assert not is_over_budget(history[:2], 1, guard)
+    assert not is_over_budget(history[:4], 1, GuardConfig(max_policy_kl=None))

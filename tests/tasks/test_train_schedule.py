@@ -4,21 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas.stage_key import StageKey
 from tasks.language_model.ragged import Ragged
-from tasks.stage import execute
 from tasks.train.schedule import EpochSampler, pack_costs
 from tests.tasks.training_runs import (
     metrics,
     random_packs,
+    train_rounds,
     training_run,
 )
 
 
 def test_learning_rate_is_one_cosine_over_all_rounds(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
     store, config = training_run(tmp_path, teacher_dir, student_dir, rounds=2, epochs=1, packs=random_packs())
-    for index in range(2):
-        execute(store, config, StageKey("train", index))
+    train_rounds(store, config)
     rates = [r for index in range(2) for r in metrics(store, index).column("learning_rate").to_pylist()]
     # The rate of step s was set after s - 1 steps, of 4 in all.
     expected = [1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]

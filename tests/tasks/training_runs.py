@@ -83,6 +83,13 @@ def training_run(
     return store, config
 
 
+def train_rounds(store: RunStore, config: RunConfig) -> None:
+    """Train and export every round: a later one's sampler is an earlier one's export."""
+    for index in range(config.rounds):
+        execute(store, config, StageKey("train", index))
+        execute(store, config, StageKey("export", index))
+
+
 def trained_weights(store: RunStore, round_index: int) -> dict[str, torch.Tensor]:
     return load_file(store.path(StageKey("train", round_index), "checkpoint", "model.safetensors"))
 
