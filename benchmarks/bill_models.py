@@ -2,7 +2,7 @@
 
     python -m benchmarks.bill_models configs/bill
 
-About three minutes on one core; the results are in the repository, so that nobody has to.
+About six minutes on one core; the results are in the repository, so that nobody has to.
 """
 
 import argparse
@@ -74,14 +74,22 @@ class Phase:
     strays: float = 0.0
 
 
-TEACHER = (
-    Shape(hidden=48, layers=2, heads=4, seed=3),
-    (Phase(steps=7000, batch=32, learning_rate=4e-3, seed=1, slips=SLIPS, hearsay=0.0, growing=0.4),),
-)
-STUDENT = (
-    Shape(hidden=40, layers=2, heads=4, seed=3),
-    (Phase(steps=4000, batch=32, learning_rate=4e-3, seed=2, slips=0.0, hearsay=0.15, growing=0.4),),
-)
+MODELS = {
+    "teacher": (
+        Shape(hidden=48, layers=2, heads=4, seed=3),
+        Phase(steps=8000, batch=32, learning_rate=4e-3, seed=1, slips=SLIPS, hearsay=0.0, growing=0.4, strays=0.15),
+    ),
+    "teacher-in-order": (
+        Shape(hidden=48, layers=2, heads=4, seed=3),
+        Phase(steps=7000, batch=32, learning_rate=4e-3, seed=1, slips=SLIPS, hearsay=0.0, growing=0.4),
+    ),
+    "student": (
+        Shape(hidden=40, layers=2, heads=4, seed=3),
+        Phase(steps=4000, batch=32, learning_rate=4e-3, seed=2, slips=0.0, hearsay=0.15, growing=0.4),
+    ),
+}
+"""What is made, by folder. `teacher-in-order` has never seen an article out of order, which students write: RESULTS.md
+says what that does to methods that learn from the student's own samples."""
 
 
 def make_model(shape: Shape) -> LlamaForCausalLM:
@@ -167,11 +175,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = draw_prompts(0, arguments.prompts, LINES)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for name, (shape, phases) in (("teacher", TEACHER), ("student", STUDENT)):
+    for name, (shape, phase) in MODELS.items():
         model = make_model(shape)
         print(f"{name}: {model.num_parameters():,} parameters", flush=True)
-        for phase in phases:
-            train(model, phase)
+        train(model, phase)
         model.bfloat16().save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
 

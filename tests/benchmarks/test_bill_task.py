@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.bill_models import MODELS
 from benchmarks.bill_task import (
     ARTICLES,
     LINE,
@@ -63,6 +64,17 @@ def test_a_slip_is_marked_and_stands() -> None:
     assert bills.slips[:, 2::4].any()
 
 
+def test_who_strays_goes_on_with_the_first_article_that_is_missing_and_adds_up() -> None:
+    bills = draw_bills(np.random.default_rng(6), 60, 5, strays=0.3)
+    for prompt, reply, slips in zip(bills.prompts, bills.replies, bills.slips, strict=True):
+        missing = text_of(prompt).split()[1:]
+        for number, (article, *_) in enumerate(lines_of(reply)):
+            assert slips[4 * number : 4 * number + 4].tolist() == [article != missing[0], False, False, False]
+            missing.remove(article)
+        assert not missing
+    assert 0.1 < bills.slips[:, 0:-2:4].mean() < 0.3
+
+
 def test_hearsay_leaves_the_same_prices_open_every_time() -> None:
     seen: dict[tuple[str, str], set[int]] = {}
     bills = draw_bills(np.random.default_rng(5), 4000, 3, hearsay=0.2)
@@ -94,6 +106,6 @@ def test_the_template_renders_what_models_were_trained_on() -> None:
 def test_the_files_in_the_repository_are_those_the_script_makes() -> None:
     rows = [json.loads(line) for line in (BILL / "prompts.jsonl").read_text().splitlines()]
     assert rows == draw_prompts(0, len(rows), (3, 8))
-    for name in ("teacher", "student"):
+    for name in MODELS:
         saved = json.loads((BILL / name / "tokenizer.json").read_text())
         assert saved["model"] == json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
