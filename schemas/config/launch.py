@@ -35,7 +35,7 @@ class LaunchConfig(Section):
 
     options: list[str] = Field(default=[])
     """Further options of `accelerate launch`, as they are: `[--config_file, accelerate.yaml]`, `[--gpu_ids, '2,3']`.
-    What the other fields say comes first. `NCCL_*`, `GLOO_*` and the rest of the environment reach every process."""
+    `NCCL_*`, `GLOO_*` and the rest of the environment reach every process as they are, too."""
 
     @property
     def world_size(self) -> int:

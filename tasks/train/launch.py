@@ -47,9 +47,10 @@ def train_on_ranks(job: StageJob) -> None:
         try:
             while launcher.poll() is None:
                 ranks.hear(_POLL_SECONDS)
-            ranks.hear(0)
+            while ranks.hear(0):
+                continue
         finally:
-            _end(launcher)
+            end_launcher(launcher)
         if launcher.returncode != 0:
             raise ranks.failure(launcher.returncode, job, log)
 
@@ -83,6 +84,17 @@ def rank_environment(device: str | None) -> dict[str, str]:
     return os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
+def end_launcher(launcher: subprocess.Popen[bytes]) -> None:
+    """End the launcher, if it still runs; it ends its processes."""
+    if launcher.poll() is None:
+        launcher.terminate()
+    try:
+        launcher.wait(_TERMINATE_SECONDS)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.wait()
+
+
 class Ranks:
     """The processes of this machine, as seen from their stage.
 
@@ -113,8 +125,8 @@ class Ranks:
             connection.close()
         self._selector.close()
 
-    def hear(self, seconds: float) -> None:
-        """Wait for what processes say, at most so long, and take it in."""
+    def hear(self, seconds: float) -> bool:
+        """Wait for what processes say, at most so long, and take it in; return whether there was anything."""
         ready = [key.fileobj for key, _ in self._selector.select(seconds)]
         last_words: list[tuple[int, dict[str, Any]]] = []
         for connection in ready:
@@ -131,6 +143,7 @@ class Ranks:
                     last_words.append((self._names.pop(connection), event))
         # Behind those that died in the same moment: their neighbours notice at once.
         self._ends += last_words
+        return bool(ready)
 
     def failure(self, code: int, job: StageJob, log: Path) -> Exception:
         """Return the error to raise once the launcher has failed with ``code``."""
@@ -180,17 +193,6 @@ def _listening() -> Iterator[tuple[socket.socket, str]]:
         server.bind(address)
         server.listen()
         yield server, address
-
-
-def _end(launcher: subprocess.Popen[bytes]) -> None:
-    """End the launcher, which ends its processes, if it still runs."""
-    if launcher.poll() is None:
-        launcher.terminate()
-    try:
-        launcher.wait(_TERMINATE_SECONDS)
-    except subprocess.TimeoutExpired:
-        launcher.kill()
-        launcher.wait()
 
 
 def _cores() -> int:

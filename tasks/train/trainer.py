@@ -123,6 +123,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         self.objective: Objective = objective
         self.measures_policy_kl = measures_policy_kl
         self.checkpoint_folder = checkpoint_folder
+        self.shards = shard
         self.sampler = EpochSampler(
             pack_costs(reader.seq_lengths, model.config.get_text_config().hidden_size),
             schedule.packs_per_step,
@@ -146,16 +147,22 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         )
         # The loss below divides by the step's response tokens itself.
         self.model_accepts_loss_kwargs = True
-        # Then the weights own their places and gradients: accelerate must not wrap the model in DDP.
-        self.is_distributed_loading_by_transformers = shard
         self._sums: dict[str, Tensor] = {}
         if args.process_index > 0:
             # What is dropped out must differ; all that must not is drawn by now.
             torch.manual_seed(args.seed + args.process_index)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate leave the model as it is where its weights are divided: without DDP, but with autocast."""
+        super().create_accelerator_and_postprocess()
+        if self.shards:
+            prepare = self.accelerator.prepare_model
+            # Of a model that it evaluates accelerate expects no more than that.
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer, of the divided weights where they are to be divided."""
-        if self.is_distributed_loading_by_transformers and self.optimizer is None:
+        if self.shards and self.optimizer is None:
             shard_model(self.model, self.args.device)
         return super().create_optimizer(model)
 
