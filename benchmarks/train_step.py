@@ -5,7 +5,7 @@ precision, AdamW and gradient clipping. Neither saves, evaluates or checkpoints 
 does for its purpose:
 
 - `here`: CE + top-k KL from targets read with the pack from Parquet, attention by `packed_sequences`, a log of every
-  step (`tasks.train.stage.trainer_arguments`, which the stage trains with too).
+  step (`tasks.train.optimize.trainer_arguments`, which the stage trains with too).
 - `SFTTrainer`: CE alone, by its fused head that also takes entropy and accuracy; rows in memory, collated with
   `padding_free=True`, so that position ids restart with each sequence; a log every 10 steps. With sdpa (where there is
   no flash attention) transformers then makes a block-diagonal mask [tokens x tokens]: sequences do not see each other,
@@ -122,9 +122,9 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
     from schemas.config import TrainConfig
     from tasks.language_model.loading import prefer_packed_attention
     from tasks.train.loss import Objective
+    from tasks.train.optimize import trainer_arguments
     from tasks.train.packs import PackReader
     from tasks.train.schedule import RoundSchedule
-    from tasks.train.stage import trainer_arguments
     from tasks.train.trainer import NearPolicyTrainer
 
     folder = tempfile.TemporaryDirectory()
@@ -138,7 +138,7 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
         gradient_checkpointing=False,
     )
     schedule = RoundSchedule(0, setting.packs_per_step, setting.packs_per_step, 0, setting.steps, setting.steps)
-    arguments = trainer_arguments(config, schedule, Path(folder.name), 0, torch.device(setting.device))
+    arguments = trainer_arguments(config, schedule, Path(folder.name), 0, torch.device(setting.device), 1)
     arguments.save_strategy = SaveStrategy.NO
     trainer = NearPolicyTrainer(
         model=model,

@@ -109,6 +109,26 @@ def run(
 
 
 @app.command(epilog=_EPILOG)
+def join(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The config of the run, or the run's folder.")],
+    machine: Annotated[int, typer.Option("--machine", min=1, help="Which of `train.launch.machines` this one is.")],
+    overrides: Overrides = None,
+) -> None:
+    """Let this machine take part in the training of a run that `npd run` runs on another, until it is ended.
+
+    CONFIG says how many machines there are and where the first one is (`train.launch`). All see the run's folder, the
+    models and this installation under the same paths.
+    """
+    from flows.configs import read_config
+    from flows.join import join_training
+    from flows.watch import answer_signals
+
+    settings, console = read_config(config, overrides), Terminal()
+    answer_signals()
+    join_training(settings, machine, lambda text: _say(console, text))
+
+
+@app.command(epilog=_EPILOG)
 def rl(
     config: Annotated[
         str,

@@ -30,9 +30,7 @@ def run_flow(flow: Callable[[], object], verbose: bool) -> None:
 
     from flows.server import start_temporary_server
 
-    # Whoever ends the command by SIGTERM (a scheduler) gets the same clean end as with Ctrl-C.
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGINT, _end)
+    answer_signals()
     start_temporary_server()
     try:
         flow()
@@ -41,6 +39,12 @@ def run_flow(flow: Callable[[], object], verbose: bool) -> None:
             f"Prefect's server cannot be reached: {type(error).__name__}: {error}. What the run has done stands; "
             "the same command continues it once the server is back, or without PREFECT_API_URL"
         ) from error
+
+
+def answer_signals() -> None:
+    """Let whoever ends the command by SIGTERM (a scheduler) get the same clean end as with Ctrl-C."""
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -11,13 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from schemas.errors import ArtifactError
 from schemas.manifest import hash_file
-from tasks.language_model.weights import load_weights, read_json, read_tensors, save_weights, write_tensors
+from tasks.language_model.weights import (
+    like,
+    load_weights,
+    read_json,
+    read_tensors,
+    save_weights,
+    whole,
+    whole_weights,
+    write_tensors,
+)
 from tasks.stage import StageJob
 
 CheckpointFolder = Callable[[int], AbstractContextManager[Path]]
@@ -40,11 +50,13 @@ class PlainCheckpoints(Trainer):
     """Where to keep checkpoints; None: keep none."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.checkpoint_folder is None or not self.args.should_save:
+        if self.checkpoint_folder is None:
             return
         assert self.model is not None
-        with self.checkpoint_folder(self.state.global_step) as folder:
-            write_checkpoint(folder, self.model, self.optimizer, self.lr_scheduler, self.state, self.args.device)
+        contents = CheckpointContents.gather(self.model, self.optimizer, self.args.device)
+        if self.args.should_save:
+            with self.checkpoint_folder(self.state.global_step) as folder:
+                write_checkpoint(folder, self.model, contents, self.lr_scheduler, self.state)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         restored: tuple[int, int] = super()._init_training_state(max_steps, *args)
@@ -67,26 +79,63 @@ class PlainCheckpoints(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_random(Path(checkpoint), self.args.device)
+            restore_random(Path(checkpoint), self.args.device, self.args.process_index)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointContents:
+    """What may be divided among the processes that train, gathered in the first of them.
+
+    Nothing in it says how many processes there were: any number can go on from it.
+
+    Args:
+        weights: As ``whole_weights`` gives them.
+        optimizer: Tensors of the optimizer's state, named `state.INDEX.NAME`.
+        optimizer_values: Its other values, as JSON.
+        random: States of the generators of random numbers, as JSON; of further processes under `ranks`.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_values: dict[str, Any]
+    random: dict[str, Any]
+
+    @classmethod
+    def gather(cls, model: nn.Module, optimizer: Any, device: torch.device) -> "CheckpointContents":
+        """Gather; every process must call this, and the first has the result.
+
+        Args:
+            model: The student, or its adapters.
+            optimizer: A torch optimizer, or accelerate's wrapper of one.
+            device: Where it trains, whose random numbers are kept beside the CPU's.
+        """
+        values = optimizer.state_dict()
+        tensors: dict[str, Tensor] = {}
+        scalars = {}
+        for index, entries in values["state"].items():
+            tensors |= {f"state.{index}.{name}": v for name, v in entries.items() if isinstance(v, Tensor)}
+            scalars[index] = {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
+        others = {"state": scalars, "param_groups": values["param_groups"]}
+        return cls(whole_weights(model), whole(tensors), others, _random_states(device))
 
 
 def write_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, state: TrainerState, device: torch.device
+    folder: Path, model: nn.Module, contents: CheckpointContents, scheduler: Any, state: TrainerState
 ) -> None:
     """Fill an empty folder; the same training state gives the same bytes.
 
     Args:
         folder: Where to.
         model: The student, or its adapters.
-        optimizer: A torch optimizer, or accelerate's wrapper of one.
+        contents: What was gathered of it.
         scheduler: A torch scheduler.
         state: The trainer's step and log.
-        device: Where it trains, whose random numbers are kept beside the CPU's.
     """
-    save_weights(model, folder)
-    _write_optimizer(folder, optimizer.state_dict())
+    save_weights(model, contents.weights, folder)
+    write_tensors(folder / _OPTIMIZER_TENSORS, contents.optimizer)
+    _write_json(folder / _OPTIMIZER, contents.optimizer_values)
     _write_json(folder / _SCHEDULER, scheduler.state_dict())
-    _write_json(folder / _RANDOM, _random_state(device))
+    _write_json(folder / _RANDOM, contents.random)
     # How often to save changes no result, so it leaves no trace in one.
     unsaid: Any = {"save_steps": None}
     dataclasses.replace(state, **unsaid).save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -130,10 +179,12 @@ def restore_optimizer(folder: Path, optimizer: Any) -> None:
     """Give an optimizer of the same parameters its state back."""
     values = read_json(folder / _OPTIMIZER)
     state: dict[int, dict[str, Any]] = {int(index): scalars for index, scalars in values["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in read_tensors(folder / _OPTIMIZER_TENSORS).items():
         _, index, name = key.split(".", 2)
+        parameter = parameters[int(index)]
         # A copy: what was read may be the file itself, mapped into memory, and optimizers write in place.
-        state[int(index)][name] = tensor.clone()
+        state[int(index)][name] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": values["param_groups"]})
 
 
@@ -142,16 +193,24 @@ def restore_scheduler(folder: Path, scheduler: Any) -> None:
     scheduler.load_state_dict(read_json(folder / _SCHEDULER))
 
 
-def restore_random(folder: Path, device: torch.device) -> None:
-    """Let all generators of random numbers continue where they were."""
+def restore_random(folder: Path, device: torch.device, rank: int = 0) -> None:
+    """Let all generators of random numbers continue where they were.
+
+    Where fewer processes trained than now, the new ones get numbers of their own, the same each time.
+    """
     state = read_json(folder / _RANDOM)
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     legacy = state["numpy"]
     np.random.set_state(legacy | {"state": legacy["state"] | {"key": np.array(legacy["state"]["key"], np.uint32)}})
+    others = state.get("ranks", [])
+    if 0 < rank <= len(others):
+        state = others[rank - 1]
     torch.set_rng_state(_bytes(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
+    if rank > len(others):
+        torch.manual_seed(int(torch.randint(2**62, (rank,))[-1]))
 
 
 @contextmanager
@@ -185,26 +244,30 @@ def name_last_checkpoint(job: StageJob[Any]) -> None:
     job.store.remove(job.store.path(job.key, _RUNNING))
 
 
-def _write_optimizer(folder: Path, values: dict[str, Any]) -> None:
-    tensors: dict[str, Tensor] = {}
-    scalars = {}
-    for index, entries in values["state"].items():
-        tensors |= {f"state.{index}.{name}": v for name, v in entries.items() if isinstance(v, Tensor)}
-        scalars[index] = {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
-    write_tensors(folder / _OPTIMIZER_TENSORS, tensors)
-    _write_json(folder / _OPTIMIZER, {"state": scalars, "param_groups": values["param_groups"]})
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
+def _random_states(device: torch.device) -> dict[str, Any]:
     legacy: Any = np.random.get_state(legacy=False)
-    state = {
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    first, *others = (
+        {name: rank.numpy().tobytes().hex() for name, rank in zip(states, ranks, strict=True)}
+        for ranks in zip(*(_of_all_ranks(state, device) for state in states.values()), strict=True)
+    )
+    return {
         "python": random.getstate(),
         "numpy": legacy | {"state": legacy["state"] | {"key": legacy["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        **first,
+        **({"ranks": others} if others else {}),
     }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
-    return state
+
+
+def _of_all_ranks(state: Tensor, device: torch.device) -> list[Tensor]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    sent = state.to(device)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, sent)
+    return [each.cpu() for each in received]
 
 
 def _bytes(digits: str) -> Tensor:

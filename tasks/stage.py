@@ -181,5 +181,6 @@ def _execute(store: RunStore, config: RunSettings, key: StageKey, progress: Prog
 
 
 def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return what this process held at most, or the largest of those it started."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024

@@ -10,6 +10,7 @@ from schemas.config.comparison import (
     load_comparison,
     method_config,
 )
+from schemas.config.launch import LaunchConfig
 from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
 from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
@@ -57,6 +58,7 @@ __all__ = [
     "GenerateConfig",
     "GuardConfig",
     "JsonlSource",
+    "LaunchConfig",
     "LmEvalConfig",
     "LoraConfig",
     "MethodConfig",

@@ -127,6 +127,14 @@ class RunConfig(RunSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _machines_share_a_folder(self) -> "RunConfig":
+        if self.train.launch.machines > 1 and "://" in self.root:
+            raise ValueError(
+                "`train.launch.machines` above 1 needs a `root` that all machines see as a folder, not a URL"
+            )
+        return self
+
     @property
     def total_epochs(self) -> int:
         """Epochs of the whole training run, which the cosine schedule spans where rounds are counted in epochs."""

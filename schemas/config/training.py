@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from schemas.config.base import PLACEMENT, Section
+from schemas.config.launch import LaunchConfig
 
 
 class LoraConfig(Section):
@@ -64,7 +65,8 @@ class OptimizerConfig(Section):
     """Gradient clipping, global norm."""
 
     packs_per_step: int = Field(default=1, ge=1)
-    """Bins in one optimizer step (gradient accumulation)."""
+    """Bins in one optimizer step: divided among the processes that train (`train.launch`), and gradients of what one
+    process gets are accumulated."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: autocast over float32 weights. `fp32`: no autocast."""
@@ -144,6 +146,15 @@ class TrainConfig(OptimizerConfig):
 
     on_policy: OnPolicyConfig | None = None
     """Not near-policy distillation but the on-policy baseline; null: the method."""
+
+    launch: LaunchConfig = Field(default=LaunchConfig(), json_schema_extra=PLACEMENT)
+    """On how many GPUs and machines to train, warm-up and rounds."""
+
+    @model_validator(mode="after")
+    def _on_policy_training_is_one_process(self) -> "TrainConfig":
+        if self.on_policy is not None and self.launch.world_size > 1:
+            raise ValueError("`on_policy` trains in one process: no `launch.processes` and `launch.machines` above 1")
+        return self
 
 
 class WarmupConfig(OptimizerConfig):

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from schemas.errors import ArtifactError
@@ -18,9 +19,38 @@ ADAPTERS_NAME = "adapter_model.safetensors"
 ADAPTERS_CONFIG_NAME = "adapter_config.json"
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write all of a model's weights, or its adapters if it has such: with their settings, as `peft` names them."""
-    tensors = _tensors(model)
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return all of a model's weights by name, or its adapters if it has such; see ``whole``."""
+    return whole(_tensors(model))
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather tensors that are divided among processes (FSDP2); every process must call this.
+
+    Returns:
+        Tensors that were whole as they are; the gathered ones, on the CPU, in the first process only.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            gathered[name] = tensor
+            continue
+        full = tensor.full_tensor()
+        if tensor.device_mesh.get_rank() == 0:
+            gathered[name] = full.cpu()
+    return gathered
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a copy of a whole tensor, divided among processes as ``other`` is."""
+    if not isinstance(other, DTensor):
+        return tensor.clone()
+    # Every process reads the same file, so none has to send.
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None).clone()
+
+
+def save_weights(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what ``whole_weights(model)`` returned; adapters with their settings, as `peft` names them."""
     if isinstance(model, PreTrainedModel):
         write_tensors(folder / MODEL_NAME, tensors)
         return
@@ -104,17 +134,17 @@ def read_json(path: Path) -> Any:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that make the model, or its adapters; of those that are one (tied weights), the first."""
-    if isinstance(model, PreTrainedModel):
-        found = model.state_dict()
-    else:
+    # The parameters themselves: of a divided one, a process's part may be empty and lie nowhere.
+    found = model.state_dict(keep_vars=True)
+    if not isinstance(model, PreTrainedModel):
         from peft import get_peft_model_state_dict
 
-        found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    places: set[tuple[int, int]] = set()
+        found = get_peft_model_state_dict(model, found, save_embedding_layers=False)
+    places: set[int | tuple[int, int]] = set()
     distinct = {}
     for name, tensor in found.items():
-        place = (tensor.data_ptr(), tensor.numel())
+        place = id(tensor) if isinstance(tensor, DTensor) else (tensor.data_ptr(), tensor.numel())
         if place not in places:
             places.add(place)
-            distinct[name] = tensor
+            distinct[name] = tensor.detach()
     return distinct

@@ -19,7 +19,7 @@ from schemas.config import GenerateConfig, OnPolicyConfig, TrainConfig
 from schemas.errors import ModelError, StageError
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from schemas.tables import TRAIN_METRICS
-from tasks.checkpoint import write_checkpoint
+from tasks.checkpoint import CheckpointContents, write_checkpoint
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_model, load_ref, load_tokenizer, resolve_device
@@ -85,7 +85,8 @@ def train_on_policy(job: StageJob) -> None:
     last = store.checkpoint(job.key)
     store.remove(last)
     with store.writing_folder(last) as folder:
-        write_checkpoint(folder, student, trainer.optimizer, trainer.lr_scheduler, trainer.state, device)
+        contents = CheckpointContents.gather(student, trainer.optimizer, device)
+        write_checkpoint(folder, student, contents, trainer.lr_scheduler, trainer.state)
     metrics = _metrics_table(trainer.state.log_history, trainer.response_tokens, schedule, job.round)
     store.write_table(store.path(job.key, "metrics.parquet"), metrics, TRAIN_METRICS)
     job.counters |= {

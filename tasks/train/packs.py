@@ -100,8 +100,18 @@ def _targets(column: pa.ListArray, labelled: np.ndarray[Any, np.dtype[np.bool_]]
     return picked
 
 
+def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return two tokens of a collated pack that nothing is learned from.
+
+    A rank without a pack takes part in its micro-step with them: their loss and gradients are 0.
+    """
+    row = {name: values[:, :2] for name, values in batch.items() if name in ("input_ids", "position_ids")}
+    targets = {name: values[:0] for name, values in batch.items() if name not in (*row, "labels")}
+    return {**row, "labels": torch.full_like(row["input_ids"], IGNORE_LABEL), **targets}
+
+
 class PackCollator:
-    """Turns pack numbers into batches; one pack is one micro-batch."""
+    """Turns pack numbers into batches; one pack is one micro-batch, and the number behind the last has no labels."""
 
     def __init__(self, reader: PackReader) -> None:
         self.reader = reader
@@ -110,4 +120,7 @@ class PackCollator:
         """Return the one pack that ``rows`` names, as ``collate_pack`` does."""
         if len(rows) != 1:
             raise ValueError(f"one pack is one micro-batch, got {len(rows)}")
-        return collate_pack(self.reader[rows[0]["pack"]])
+        pack = rows[0]["pack"]
+        if pack == len(self.reader):
+            return without_labels(collate_pack(self.reader[0]))
+        return collate_pack(self.reader[pack])

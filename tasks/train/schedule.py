@@ -110,11 +110,45 @@ def balanced_order(costs: NDArray[np.float64], packs_per_step: int, random: np.r
     return np.concatenate([random.permutation(steps).reshape(-1), last])
 
 
-class EpochSampler(Sampler[int]):
-    """Every pack once an epoch, in an order drawn from (seed, epoch of the run) alone; see ``balanced_order``."""
+def deal(step: NDArray[np.int64], costs: NDArray[np.float64], ranks: int, filler: int) -> NDArray[np.int64]:
+    """Return which pack of an optimizer step each rank takes in each micro-step, int64 [micro_steps, ranks].
 
-    def __init__(self, costs: NDArray[np.float64], packs_per_step: int, seed: int, epochs_before: float) -> None:
-        self.costs, self.packs_per_step, self.seed = costs, packs_per_step, seed
+    Ranks may wait for each other after every micro-step (FSDP2) or after all of them (DDP). So packs of like cost
+    share a micro-step, and its dearest goes to the rank that has had least so far. Where packs run out a rank gets
+    ``filler``.
+
+    >>> deal(np.array([0, 1, 2]), np.array([1.0, 9.0, 8.0]), ranks=2, filler=3).tolist()
+    [[1, 2], [3, 0]]
+
+    Args:
+        step: Packs of the step, int64 [packs].
+        costs: Of every pack there is, float64.
+        ranks: Processes that train.
+        filler: Stands for no pack.
+    """
+    micro_steps = math.ceil(len(step) / ranks)
+    dearest_first = np.full(micro_steps * ranks, filler)
+    dearest_first[: len(step)] = step[np.argsort(-costs[step], kind="stable")]
+    dealt = np.empty((micro_steps, ranks), np.int64)
+    load = np.zeros(ranks)
+    for packs, taken in zip(dearest_first.reshape(micro_steps, ranks), dealt, strict=True):
+        taken[np.argsort(load, kind="stable")] = packs
+        load += np.append(costs, 0.0)[np.minimum(taken, len(costs))]
+    return dealt
+
+
+class EpochSampler(Sampler[int]):
+    """Every pack once an epoch, in an order drawn from (seed, epoch of the run) alone; see ``balanced_order``.
+
+    With several ranks, `accelerate` gives rank r of R the indices r, r + R, ... of this order. It then lists the packs
+    of each micro-step, rank after rank (see ``deal``), and the number of packs where a rank has none: the packs of an
+    optimizer step stay those of one rank.
+    """
+
+    def __init__(
+        self, costs: NDArray[np.float64], packs_per_step: int, seed: int, epochs_before: float, ranks: int = 1
+    ) -> None:
+        self.costs, self.packs_per_step, self.seed, self.ranks = costs, packs_per_step, seed, ranks
         self.first_epoch = math.ceil(epochs_before)
         self.epoch = 0
 
@@ -123,11 +157,17 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.costs)
+        whole, last = divmod(len(self.costs), self.packs_per_step)
+        micro_steps = whole * math.ceil(self.packs_per_step / self.ranks) + math.ceil(last / self.ranks)
+        return micro_steps * self.ranks
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self.seed, self.first_epoch + self.epoch])
-        return iter(balanced_order(self.costs, self.packs_per_step, random).tolist())
+        order = balanced_order(self.costs, self.packs_per_step, random)
+        if self.ranks > 1:
+            steps = np.split(order, range(self.packs_per_step, len(order), self.packs_per_step))
+            order = np.concatenate([deal(step, self.costs, self.ranks, len(order)).reshape(-1) for step in steps])
+        return iter(order.tolist())
 
 
 def cosine_scheduler(

@@ -1,31 +1,18 @@
 """Training one round of a run, or its warm-up."""
 
-import math
-from pathlib import Path
-from typing import Any
-
 import pyarrow as pa
-import torch
-from transformers import TrainerState
-from trl.trainer.sft_config import SFTConfig
 
-from schemas.config import GuardConfig, LoraConfig, OptimizerConfig
-from schemas.errors import ConfigError, StageError
+from schemas.errors import StageError
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
-from tasks.checkpoint import keep_checkpoint, name_last_checkpoint, newest_checkpoint, read_state
+from tasks.checkpoint import name_last_checkpoint, read_state
 from tasks.graph import sampled_round, sampling_policy
-from tasks.language_model.head import check_head
-from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
-from tasks.language_model.sources import policy_model, start_model
 from tasks.stage import StageJob
-from tasks.train.guard import ends_round, first_breach, is_over_budget, last_breach
-from tasks.train.loss import Objective, require_kernel
-from tasks.train.packs import PackReader
-from tasks.train.policy_probe import PolicyProbe, open_probe, probe_size, read_probe_row
+from tasks.train.guard import first_breach, is_over_budget, last_breach
+from tasks.train.launch import train_on_ranks
+from tasks.train.optimize import optimize
+from tasks.train.plan import plan_round, resume_point
 from tasks.train.schedule import RoundSchedule
-from tasks.train.trainer import NearPolicyTrainer
-from tasks.trainer_settings import trainer_settings
 
 
 def train_round(job: StageJob) -> None:
@@ -36,57 +23,16 @@ def train_round(job: StageJob) -> None:
         train_on_policy(job)
         return
     store, config = job.store, job.config
-    warmup = job.round == WARMUP
-    settings: OptimizerConfig = config.train
-    if warmup:
-        assert config.warmup is not None
-        settings = config.warmup
-    reader = PackReader(
-        [store.fetch(path) for path in store.table_files(StageKey("pack", sampled_round(config, job.round)))]
-    )
-    schedule = round_schedule(job, settings, len(reader))
-    # What the student did not sample has no policy to stay near.
-    guard = config.train.guard if not warmup and config.is_near_policy else None
-    resume = resume_point(job)
-    state = TrainerState() if resume is None else read_state(resume)
-    if not is_over(state, schedule, guard):
-        start = start_model(store, config, job.round)
-        device = resolve_device(start.device)
-        require_kernel(settings.loss_kernel, device)
-        # Before the student is loaded: the two are never in memory together.
-        probe = None if guard is None else round_probe(job, reader, device)
-        model = load_model(
-            start.path,
-            dtype="float32",
-            device=str(device),
-            attn_implementation=start.attn_implementation,
-            trust_remote_code=start.trust_remote_code,
-            packed=True,
-        )
-        check_head(model)
-        model.config.use_cache = False
-        with store.scratch_folder(job.key) as scratch:
-            trainer = NearPolicyTrainer(
-                model=model,
-                args=trainer_arguments(settings, schedule, scratch, config.seed, device),
-                tokenizer=load_tokenizer(start.path, trust_remote_code=start.trust_remote_code),
-                reader=reader,
-                schedule=schedule,
-                optimizer_config=settings,
-                objective=Objective(
-                    kd_weight=0.0 if warmup else config.train.kd_weight,
-                    kd_form=config.train.kd_form,
-                    chunk=settings.loss_chunk,
-                    kernel=settings.loss_kernel,
-                ),
-                guard=guard,
-                probe=probe,
-                peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
-                on_steps=lambda done, total: job.progress(done, total, "steps"),
-                checkpoint_folder=lambda step: keep_checkpoint(job, step),
-            )
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        state = trainer.state
+    plan = plan_round(job)
+    schedule, guard, reader, state = plan.schedule, plan.guard, plan.reader, plan.state
+    if not plan.is_over:
+        if config.train.launch.world_size > 1:
+            train_on_ranks(job)
+            newest = resume_point(job)
+            assert newest is not None, "the last step is always saved"
+            state = read_state(newest)
+        else:
+            state = optimize(job, plan)
     if guard is not None and guard.action == "stop" and is_over_budget(state.log_history, schedule.start_step, guard):
         raise StageError(
             f"{job.key.label}: {last_breach(state.log_history, schedule, guard)}, and `train.guard.action` is "
@@ -111,14 +57,6 @@ def train_round(job: StageJob) -> None:
     }
 
 
-def round_probe(job: StageJob, reader: PackReader, device: torch.device) -> PolicyProbe:
-    """Return where the distance to the policy that sampled the packs is measured, with what that policy says."""
-    config = job.config
-    size = probe_size(reader, config.train.packs_per_step, config.train.guard)
-    row = read_probe_row(reader, size, [config.seed, job.round])
-    return open_probe(policy_model(job.store, config, sampled_round(config, job.round)), device, row, config.train)
-
-
 def sampler_step(job: StageJob) -> int | None:
     """Return the optimizer steps of the student that sampled what the round trains on; None where it did not."""
     if job.round == WARMUP or not job.config.is_near_policy:
@@ -127,90 +65,6 @@ def sampler_step(job: StageJob) -> int | None:
     if sampler is None or sampler == WARMUP:
         return 0
     return int(job.store.finished(StageKey("train", sampler)).counters["policy_step"])
-
-
-def is_over(state: TrainerState, schedule: RoundSchedule, guard: GuardConfig | None) -> bool:
-    """Say whether a checkpoint's round has nothing left to train: all its steps done, or ended by the guard."""
-    if state.global_step >= schedule.end_step:
-        return True
-    if guard is None or not ends_round(schedule, guard):
-        return False
-    return is_over_budget(state.log_history, schedule.start_step, guard)
-
-
-def round_schedule(job: StageJob, settings: OptimizerConfig, packs: int) -> RoundSchedule:
-    """Return where this round lies in the run (the warm-up is a run of its own).
-
-    The last round takes the epochs, or steps, that the guard cut off earlier ones.
-    """
-    config = job.config
-    if job.round == WARMUP:
-        assert config.warmup is not None
-        whole = config.warmup.epochs
-        return RoundSchedule(0, packs, settings.packs_per_step, 0, whole, whole)
-    start_step, before = 0, 0.0
-    if job.round > 0:
-        counters = job.store.finished(StageKey("train", job.round - 1)).counters
-        start_step, before = int(counters["policy_step"]), float(counters["epochs_done"])
-    last = job.round == config.rounds - 1
-    epochs: float = config.total_epochs - before if last else config.train.epochs_per_round
-    if config.train.steps_per_round is not None and config.total_steps is not None:
-        steps = config.total_steps - start_step if last else config.train.steps_per_round
-        epochs = steps / math.ceil(packs / settings.packs_per_step)
-    return RoundSchedule(
-        start_step=start_step,
-        packs=packs,
-        packs_per_step=settings.packs_per_step,
-        epochs_before=before,
-        epochs=epochs,
-        total_epochs=config.total_epochs,
-        total_steps=config.total_steps,
-    )
-
-
-def trainer_arguments(
-    settings: OptimizerConfig, schedule: RoundSchedule, folder: Path, seed: int, device: torch.device
-) -> SFTConfig:
-    """Return TRL's settings for a round."""
-    return SFTConfig(
-        **trainer_settings(settings, folder, seed, device),
-        max_steps=schedule.end_step,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.packs_per_step,
-        save_strategy="steps",
-        save_steps=settings.save_every_steps,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-    )
-
-
-def peft_config(lora: LoraConfig) -> Any:
-    """Return the adapter settings as `peft` takes them.
-
-    Raises:
-        ConfigError: `peft` is not installed.
-    """
-    try:
-        from peft import LoraConfig as PeftLoraConfig
-    except ImportError:
-        raise ConfigError("train.lora: needs the extra `lora`: pip install 'near-policy-distillation[lora]'") from None
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-def resume_point(job: StageJob) -> Path | None:
-    """Return the checkpoint to continue from: this round's newest, else the last of the round before."""
-    newest = newest_checkpoint(job)
-    if newest is None and job.round > 0:
-        return job.store.fetch(job.store.checkpoint(StageKey("train", job.round - 1)))
-    return newest
 
 
 def metrics_table(

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl.trainer.sft_config import SFTConfig
@@ -52,6 +55,23 @@ def add_distillation_head(model: PreTrainedModel, objective: Objective) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def shard_model(model: torch.nn.Module, device: torch.device) -> None:
+    """Divide a model's weights among all processes (FSDP2), layer by layer.
+
+    What is in no layer (embeddings, output head, last norm) is gathered for the whole of a forward and backward pass,
+    so that the fused loss finds the head's weights.
+
+    Args:
+        model: A language model, or adapters around one.
+        device: Where this process trains.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for layer in [module for module in model.modules() if type(module).__name__ in names]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 class _Progress(TrainerCallback):
     def __init__(self, schedule: RoundSchedule, on_steps: StepsDone) -> None:
         self.schedule, self.on_steps = schedule, on_steps
@@ -89,6 +109,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         peft_config: Adapters to train instead of all weights.
         on_steps: Told steps done and steps of the round.
         checkpoint_folder: Where to keep checkpoints; None: keep none.
+        shard: Divide weights, gradients and optimizer state among the processes (FSDP2).
     """
 
     def __init__(
@@ -106,22 +127,26 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         peft_config: Any = None,
         on_steps: StepsDone = lambda done, total: None,
         checkpoint_folder: CheckpointFolder | None = None,
+        shard: bool = False,
     ) -> None:
         self.schedule, self.optimizer_config = schedule, optimizer_config
         self.objective: Objective = objective
         self.guard, self.probe = guard, probe
         self.checkpoint_folder = checkpoint_folder
+        self.shards = shard
         self.sampler = EpochSampler(
             pack_costs(reader.seq_lengths, model.config.get_text_config().hidden_size),
             schedule.packs_per_step,
             args.seed,
             schedule.epochs_before,
+            args.world_size,
         )
         add_distillation_head(model, objective)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=Dataset.from_dict({"pack": list(range(len(reader)))}),
+            # The last row stands for no pack, where a process has none to take.
+            train_dataset=Dataset.from_dict({"pack": list(range(len(reader) + 1))}),
             data_collator=PackCollator(reader),
             processing_class=tokenizer,
             peft_config=peft_config,
@@ -133,6 +158,23 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         # The loss below divides by the step's response tokens itself.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, Tensor] = {}
+        if args.process_index > 0:
+            # What is dropped out must differ; all that must not is drawn by now.
+            torch.manual_seed(args.seed + args.process_index)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate leave the model as it is where its weights are divided: without DDP, but with autocast."""
+        super().create_accelerator_and_postprocess()
+        if self.shards:
+            prepare = self.accelerator.prepare_model
+            # Of a model that it evaluates accelerate expects no more than that.
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, of the divided weights where they are to be divided."""
+        if self.shards and self.optimizer is None:
+            shard_model(self.model, self.args.device)
+        return super().create_optimizer(model)
 
     # -- the loss --------------------------------------------------------------------------------------------------
 
@@ -161,18 +203,19 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         # Kept on the device: a number read from a GPU waits for everything before it.
         self._sums = {name: value.double() + self._sums.get(name, 0.0) for name, value in parts.items()}
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP averages gradients over processes; the token count is theirs together.
+            # DDP and FSDP2 average gradients over processes; the token count is theirs together.
             loss = loss * self.accelerator.num_processes
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's own parts to what is logged: token-weighted means in nats.
+        """Add the step's own parts to what is logged: token-weighted means in nats, over all processes.
 
         Raises:
             StageError: the step's loss or gradient is not finite.
         """
         if self._sums:
-            sums = {name: value.item() for name, value in self._sums.items()}
+            totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
+            sums = dict(zip(self._sums, totals.tolist(), strict=True))
             self._sums = {}
             tokens = sums.pop("response_tokens")
             if not (math.isfinite(sums["ce"]) and math.isfinite(sums["kd"])):
@@ -238,4 +281,6 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         done = max(self.state.global_step - self.schedule.start_step, 0)
         epochs, steps = divmod(done, self.schedule.steps_per_epoch)
+        # With several processes the trainer cannot reach the sampler of an epoch that it resumes in the middle.
+        self.sampler.set_epoch(epochs)
         return epochs, steps * self.args.gradient_accumulation_steps

@@ -168,10 +168,28 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
 
 def test_placement_does_not_touch_fingerprints() -> None:
     plain = parse_config(MINIMAL)
-    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}})
+    elsewhere = {"devices": {"teacher": "cpu"}, "train": {"launch": {"processes": 8, "strategy": "fsdp2"}}}
+    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere"} | elsewhere)
     changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
     assert plain.fingerprinted() == moved.fingerprinted()
     assert plain.fingerprinted() != changed.fingerprinted()
+
+
+@pytest.mark.parametrize(
+    ("launch", "others", "problem"),
+    [
+        ({"machines": 2}, {}, "needs `main_address`"),
+        (
+            {"machines": 2, "main_address": "a"},
+            {"root": "s3://bucket/runs"},
+            "a `root` that all machines see as a folder",
+        ),
+        ({"processes": 2}, {"rounds": 1}, "`on_policy` trains in one process"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(launch: dict[str, Any], others: dict[str, Any], problem: str) -> None:
+    train = {"steps_per_round": 3, "on_policy": {}} if "rounds" in others else {}
+    assert problem in error_of(train=train | {"launch": launch}, **others)
 
 
 def sections(section: type[Section]) -> set[type[Section]]:

@@ -137,7 +137,7 @@ def test_dropout_makes_the_random_numbers_matter(
     execute(whole, config, TRAIN)
     killed, config = a_run(tmp_path / "killed", teacher_dir, student_dir, kind, save_every_steps=1)
     execute_until(killed, config, 4)
-    monkeypatch.setattr("tasks.checkpoint.restore_random", lambda folder, device: None)
+    monkeypatch.setattr("tasks.checkpoint.restore_random", lambda folder, device, rank: None)
     execute(killed, config, TRAIN)
     assert not metrics(killed, 0).equals(metrics(whole, 0))
 

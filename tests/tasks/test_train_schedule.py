@@ -3,9 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from schemas.tables import IGNORE_LABEL
 from tasks.language_model.ragged import Ragged
-from tasks.train.schedule import EpochSampler, pack_costs
+from tasks.train.packs import without_labels
+from tasks.train.schedule import EpochSampler, deal, pack_costs
 from tests.tasks.training_runs import (
     metrics,
     random_packs,
@@ -51,3 +54,52 @@ def test_a_packs_cost_is_its_tokens_and_the_squares_of_its_sequences() -> None:
     lengths = Ragged.from_rows([np.array([100]), np.array([50, 50]), np.array([7, 1, 3])])
     expected = [100 + 100**2 / 240, 100 + 2 * 50**2 / 240, 11 + (49 + 1 + 9) / 240]
     assert pack_costs(lengths, width=20).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("packs", "packs_per_step", "ranks"), [(64, 8, 4), (67, 8, 3), (5, 3, 2), (3, 2, 8)])
+def test_ranks_share_the_packs_of_a_step(packs: int, packs_per_step: int, ranks: int) -> None:
+    costs = np.random.default_rng(packs).lognormal(3, 1, packs)
+    alone = list(EpochSampler(costs, packs_per_step, 3, 0))
+    sampler = EpochSampler(costs, packs_per_step, 3, 0, ranks)
+    dealt = np.array(list(sampler)).reshape(-1, ranks)
+    assert len(sampler) == dealt.size
+    for start in range(0, packs, packs_per_step):
+        expected = alone[start : start + packs_per_step]
+        micro_steps = math.ceil(len(expected) / ranks)
+        step, dealt = dealt[:micro_steps], dealt[micro_steps:]
+        # The packs of one process, each once; the number behind the last where there is none.
+        assert sorted(step[step < packs]) == sorted(expected)
+        assert (step[step >= packs] == packs).all()
+    assert not dealt.size
+
+
+def test_ranks_wait_little_for_each_other() -> None:
+    random = np.random.default_rng(0)
+    waits, waits_in_order = [], []
+    for _ in range(200):
+        costs = random.lognormal(3, 0.5, 16)
+        best = max(costs.sum() / 4, costs.max())
+        waits.append(costs[deal(np.arange(16), costs, 4, 16)].sum(0).max() / best)
+        waits_in_order.append(costs.reshape(4, 4).sum(0).max() / best)
+    # Beyond what no dealing could avoid.
+    assert np.mean(waits) < 1.1
+    assert np.mean(waits_in_order) > 1.25
+
+
+def test_a_rank_without_a_pack_has_nothing_to_learn() -> None:
+    batch = {
+        "input_ids": torch.arange(9)[None],
+        "position_ids": torch.arange(9)[None],
+        "labels": torch.arange(9)[None],
+        "topk_ids": torch.zeros(5, 3, dtype=torch.int64),
+        "sampled_logprobs": torch.zeros(5),
+    }
+    found = without_labels(batch)
+    assert {name: tuple(values.shape) for name, values in found.items()} == {
+        "input_ids": (1, 2),
+        "position_ids": (1, 2),
+        "labels": (1, 2),
+        "topk_ids": (0, 3),
+        "sampled_logprobs": (0,),
+    }
+    assert found["labels"].eq(IGNORE_LABEL).all()
