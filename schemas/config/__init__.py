@@ -20,6 +20,7 @@ from schemas.config.prompts import (
     PromptSource,
     ReasoningGymSource,
 )
+from schemas.config.ray import RayConfig
 from schemas.config.reference import fields_markdown
 from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import DevicesConfig, RunConfig
@@ -71,6 +72,7 @@ __all__ = [
     "RLConfig",
     "RLEvaluateConfig",
     "ReasoningGymSource",
+    "RayConfig",
     "RunConfig",
     "RunSettings",
     "ScoreConfig",
