@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from schemas.config import RayConfig, RunConfig, parse_config
+from schemas.config import RayConfig, parse_config
 from schemas.errors import ArtifactError, ConfigError, StageError
 from schemas.local_files import remove_temporaries, storage_errors
 from schemas.run_store import RunStore
@@ -74,8 +74,8 @@ class RunPlace:
         """
         if job.store.fingerprint_at_work(job.key) != self.fingerprint:
             raise ArtifactError(
-                f"{self.url}: an actor of `ray` on machine {socket.gethostname()} does not see stage `{job.key.label}` at "
-                "work. Set `root` to a place that all machines of the cluster share: an s3:// URL or a network folder"
+                f"{self.url}: an actor of `ray` on machine {socket.gethostname()} does not see stage `{job.key.label}` "
+                "at work. Set `root` to a place that all machines of the cluster share: an s3:// URL or a network folder"
             )
 
 
@@ -125,9 +125,7 @@ class Cluster:
                     f"`ray.{kind.lower()}s_per_actor`, or start nodes that have them"
                 )
 
-    def map(
-        self, job: StageJob, make: Callable[[StageJob], Callable[[T], R]], shards: Iterable[T]
-    ) -> Iterator[R]:
+    def map(self, job: StageJob, make: Callable[[StageJob], Callable[[T], R]], shards: Iterable[T]) -> Iterator[R]:
         """Do ``shards`` by actors, each of which keeps what ``make`` made; taken only as actors are free.
 
         Args:
@@ -195,8 +193,8 @@ def joined(settings: RayConfig) -> Iterator[Cluster]:
         if error.name != "ray":
             raise
         raise ConfigError(
-            "`ray` needs Ray, which is not installed: `pip install 'near-policy-distillation[ray]'` on every machine of "
-            "the cluster; or set `ray: null`"
+            "`ray` needs Ray, which is not installed: `pip install 'near-policy-distillation[ray]'` on every machine "
+            "of the cluster; or set `ray: null`"
         ) from None
     if settings.address is None:
         ray.init(
@@ -208,7 +206,7 @@ def joined(settings: RayConfig) -> Iterator[Cluster]:
     else:
         try:
             ray.init(address=settings.address)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise ConfigError(f"ray.address: {settings.address}: cannot be joined: {error}") from error
     try:
         yield Cluster(ray, settings)

@@ -24,7 +24,6 @@ from tasks.score.ifd import ifd, mean_nll
 from tasks.score.shards import Rollouts, Shard, plan_shards, read_rows, read_shards
 from tasks.stage import StageJob
 
-
 CHECK_NAME = "check.parquet"
 """How far the sampler's log-probabilities were from the student's, until the stage ends."""
 
