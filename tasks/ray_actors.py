@@ -75,7 +75,7 @@ class RunPlace:
         if job.store.fingerprint_at_work(job.key) != self.fingerprint:
             raise ArtifactError(
                 f"{self.url}: an actor of `ray` on machine {socket.gethostname()} does not see stage `{job.key.label}` "
-                "at work. Set `root` to a place that all machines of the cluster share: an s3:// URL or a network folder"
+                "at work. Set `root` to what all machines of the cluster share: an s3:// URL or a network folder"
             )
 
 

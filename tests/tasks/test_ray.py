@@ -15,8 +15,11 @@ from schemas.config import RunConfig
 from schemas.errors import ArtifactError, ConfigError, ModelError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from tasks.ray_actors import RunPlace, joined
+from tasks.ray_actors import RunPlace, joined, require_arrived
+from tasks.score.on_ray import ShardScorer
+from tasks.score.shards import plan_shards
 from tasks.stage import StageJob, execute
+from tests.faults.object_server import ObjectServer
 from tests.tasks.rollout_runs import TRAIN, make_run
 
 GENERATE, SCORE = StageKey("generate", 0), StageKey("score", 0)
@@ -162,3 +165,29 @@ def test_a_machine_that_does_not_share_the_run_says_so(tmp_path: Path, teacher_d
     elsewhere, _ = make_run(tmp_path / "there", teacher_dir, student_dir)
     with pytest.raises(ArtifactError, match=r"does not see stage `round 0 · generate` at work.*Set `root`"):
         place.require_shared(StageJob(elsewhere, config, GENERATE))
+
+
+def test_machines_that_share_a_bucket_and_no_disk_hand_shards_on(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ObjectServer() as server, server.reachable():
+
+        def machine(name: str) -> None:
+            monkeypatch.setenv("NPD_CACHE", str(tmp_path / name))
+
+        machine("driver")
+        store, config = make_run(f"{server.bucket}/runs", teacher_dir, student_dir)
+        execute(store, config, GENERATE)
+        store.begin(SCORE, "at work")
+        job = StageJob(store, config, SCORE)
+        for name, by in (("first", "student"), ("second", "teacher")):
+            machine(name)
+            there = RunPlace.of(job).job()
+            RunPlace.of(job).require_shared(there)
+            assert ShardScorer(there, by=by)(0) > 0  # type: ignore[arg-type]
+            assert there.store.folder != store.folder
+        shard = plan_shards(job)[0]
+        assert not shard.path.exists()
+        assert require_arrived(store, shard.path).is_file()
+        with pytest.raises(ArtifactError, match=r"part-00001\.parquet: missing"):
+            require_arrived(store, plan_shards(job)[1].path)
