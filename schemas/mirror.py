@@ -45,7 +45,7 @@ class Mirror:
         if self._known.get(record.path) == record.sha256 and path.is_file():
             return
         if not (path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256):
-            self._download(record.path)
+            self.download(record.path)
             if hash_file(path) != record.sha256:
                 path.unlink()
                 raise ArtifactError(
@@ -54,7 +54,12 @@ class Mirror:
                 )
         self._known[record.path] = record.sha256
 
-    def _download(self, name: str) -> None:
+    def download(self, name: str) -> None:
+        """Download a file, whatever a manifest says of it.
+
+        Raises:
+            ArtifactError: it is missing.
+        """
         try:
             with local_files.writing_file(self.folder / name) as temporary:
                 self.objects.download(name, temporary)
@@ -73,7 +78,7 @@ class Mirror:
             # A file in a folder is part of it; folders of shards and tables there are none.
             parents = ["/".join(name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
             if "/" not in inside or any(parent in whole for parent in parents):
-                self._download(name)
+                self.download(name)
 
     def sizes_of(self, records: Iterable[FileRecord]) -> dict[str, int]:
         """Return the bytes of those objects that exist, by name; one listing per folder of a stage."""

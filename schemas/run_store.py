@@ -203,7 +203,7 @@ class RunStore:
             manifest = self.manifest(key)
             if manifest is not None and manifest.fingerprint != fingerprint:
                 self.supersede(key)
-            elif manifest is not None or self._fingerprint_at_work(key) != fingerprint:
+            elif manifest is not None or self.fingerprint_at_work(key) != fingerprint:
                 self.remove(self.path(key))
             elif self._mirror is not None:
                 self._mirror.restore(key.folder)
@@ -213,7 +213,8 @@ class RunStore:
             self.write_bytes(partial, json.dumps(fingerprint).encode())
         local_files.remove_temporaries(self.path(key))
 
-    def _fingerprint_at_work(self, key: StageKey) -> Any:
+    def fingerprint_at_work(self, key: StageKey) -> Any:
+        """Return the fingerprint of a stage that has begun and not finished, wherever it runs; None if none has."""
         data = self._read(f"{key.folder}/{PARTIAL_NAME}")
         try:
             return None if data is None else json.loads(data)
@@ -292,6 +293,16 @@ class RunStore:
             name = self.relative(path)
             for record in self._records_below(name):
                 self._mirror.fetch(record)
+        return path
+
+    def receive(self, path: Path) -> Path:
+        """Make a file that another machine wrote for a stage at work present here, and return its path.
+
+        Raises:
+            ArtifactError: it is not in the object store; in a folder, the path is that of a file that is not there.
+        """
+        if self._mirror is not None and not path.is_file():
+            self._mirror.download(self.relative(path))
         return path
 
     def _records_below(self, name: str) -> list[FileRecord]:

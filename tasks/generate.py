@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from schemas.stage_key import WARMUP
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
-from tasks.language_model.sources import ANSWERS_VERSION, ModelRef, policy_model, start_model, teacher_model
+from tasks.language_model.sources import ANSWERS_VERSION, ModelRef, answering_model, asking_student, teacher_model
 from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
 from tasks.stage import StageJob
@@ -23,26 +22,25 @@ def run(job: StageJob) -> None:
         PromptError: a prompt leaves no room for a reply and `prompts.too_long` is `error`, or `generate.policy` is
             `answers` and a prompt has none.
         ModelError: the engine is not installed, or the policy cannot be loaded.
+        ConfigError: the cluster that `ray` names cannot be used.
     """
     from tasks.language_model.loading import load_tokenizer
 
     store, config = job.store, job.config
-    own = config.generate.policy == "student"
-    student = policy_model(store, config, job.round) if own else start_model(store, config, WARMUP)
-    teacher = teacher_model(store, config)
+    student, teacher = asking_student(store, config, job.round), teacher_model(store, config)
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
     # The teacher prefills these samples next, so they must fit into both models.
     context = min(student.context, teacher.context)
     if config.generate.policy == "answers":
         _write_answers(job, teacher, tokenizer, context)
     else:
-        _write_samples(job, student if own else teacher, tokenizer, context)
+        _write_samples(job, answering_model(store, config, job.round), tokenizer, context)
 
 
 def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:
     from tasks.language_model.chat import end_ids
     from tasks.rollout.prompts import fitting_prompts, of_split
-    from tasks.rollout.shards import Group, sampled, write_shards
+    from tasks.rollout.shards import Group, sampled, write_shards, written_here
 
     config = job.config.generate
     prompts, tokens = fitting_prompts(
@@ -68,8 +66,13 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         prefix=f"r{job.round:03d}",
         samples_per_prompt=config.samples_per_prompt,
     )
+    if job.config.ray is not None:
+        from tasks.rollout.on_ray import write_on_ray
+
+        write_on_ray(job, job.config.ray, group, settings, longest)
+        return
     try:
-        write_shards(job, [group], tokenizer)
+        write_shards(job, [group], written_here(job, tokenizer))
     finally:
         engine.close()
     job.counters |= {"engine": config.engine} | engine.counters()
@@ -79,7 +82,7 @@ def _write_answers(job: StageJob, teacher: ModelRef, tokenizer: "PreTrainedToken
     from tasks.language_model.chat import end_ids
     from tasks.rollout.answers import answered
     from tasks.rollout.prompts import of_split
-    from tasks.rollout.shards import Group, write_shards
+    from tasks.rollout.shards import Group, write_shards, written_here
 
     train = of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train")
     ends = tuple(end_ids(tokenizer, teacher.path))
@@ -93,4 +96,4 @@ def _write_answers(job: StageJob, teacher: ModelRef, tokenizer: "PreTrainedToken
         round=job.round,
         prefix=f"r{job.round:03d}",
     )
-    write_shards(job, [group], tokenizer)
+    write_shards(job, [group], written_here(job, tokenizer))

@@ -129,7 +129,7 @@ def run_job(events_descriptor: int) -> int:
     threading.Thread(target=_end_with_parent, args=(stdin,), daemon=True).start()
     key = StageKey(*job.keys[0])
     if job.threads is not None:
-        _limit_threads(job.threads)
+        limit_threads(job.threads)
     try:
         store, config = RunStore(job.place), parse_settings(job.config)
         if isinstance(config, RunConfig) and config.train.on_policy is not None:
@@ -158,7 +158,8 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _limit_threads(threads: int) -> None:
+def limit_threads(threads: int) -> None:
+    """Let this process's libraries use so many CPU threads."""
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     # vLLM on a CPU would otherwise bind its threads to every core of the machine.
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -31,7 +31,7 @@ def run(job: StageJob) -> None:
     from tasks.language_model.loading import load_tokenizer
     from tasks.rollout.answers import answered
     from tasks.rollout.prompts import fitting_prompts, of_split
-    from tasks.rollout.shards import sampled, write_shards
+    from tasks.rollout.shards import sampled, write_shards, written_here
 
     config, warmup = job.config, job.config.warmup
     teacher, student = teacher_model(job.store, config), start_model(job.store, config, WARMUP)
@@ -60,7 +60,7 @@ def run(job: StageJob) -> None:
         else:
             groups.append(answered_by_teacher(train, warmup.temperature, warmup.max_new_tokens))
     try:
-        write_shards(job, groups, tokenizer)
+        write_shards(job, groups, written_here(job, tokenizer))
     finally:
         engine.close()
     job.counters |= {"engine": config.generate.engine} | engine.counters()

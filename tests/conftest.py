@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As many processes as cores run tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray reads these when it is imported; without a token it would write one into the user's home.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from schemas.config.prompts import (
     PromptSource,
     ReasoningGymSource,
 )
+from schemas.config.ray import RayConfig
 from schemas.config.reference import fields_markdown
 from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import DevicesConfig, RunConfig
@@ -72,6 +73,7 @@ __all__ = [
     "Quantile",
     "RLConfig",
     "RLEvaluateConfig",
+    "RayConfig",
     "ReasoningGymSource",
     "RunConfig",
     "RunSettings",

@@ -5,6 +5,7 @@ from pydantic import Field, model_validator
 from schemas.config.base import PLACEMENT, Section
 from schemas.config.models import StudentConfig, TeacherConfig
 from schemas.config.prompts import PromptsConfig
+from schemas.config.ray import RayConfig
 from schemas.config.settings import RunSettings
 from schemas.config.stages import EvaluateConfig, FilterConfig, GenerateConfig, PackConfig, ScoreConfig
 from schemas.config.training import ExportConfig, TrainConfig, WarmupConfig
@@ -44,6 +45,9 @@ class RunConfig(RunSettings):
 
     devices: DevicesConfig = Field(default=DevicesConfig(), json_schema_extra=PLACEMENT)
     """Where models run."""
+
+    ray: RayConfig | None = Field(default=None, json_schema_extra=PLACEMENT)
+    """Stages generate and score over a cluster; null: in one process here."""
 
     teacher: TeacherConfig
     """The model that annotates."""
@@ -133,6 +137,17 @@ class RunConfig(RunSettings):
             raise ValueError(
                 "`train.launch.machines` above 1 needs a `root` that all machines see as a folder, not a URL"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _actors_see_their_own_gpus_alone(self) -> "RunConfig":
+        for key in ("sampler", "teacher"):
+            device = getattr(self.devices, key)
+            if self.ray is not None and device is not None and ":" in device:
+                raise ValueError(
+                    f"`devices.{key}: {device}` names a GPU by its number, and an actor of `ray` sees its own GPUs "
+                    f"alone: set `devices.{key}: null`"
+                )
         return self
 
     @property

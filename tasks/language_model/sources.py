@@ -130,6 +130,20 @@ def exported_folder(store: RunStore, key: StageKey) -> Path:
     return store.path(key, "student" if key == MODELS else "model")
 
 
+def answering_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
+    """Return the model that answers the prompts of round ``round_index``: the student's snapshot, or the teacher."""
+    if config.generate.policy == "student":
+        return policy_model(store, config, round_index)
+    return teacher_model(store, config)
+
+
+def asking_student(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
+    """Return the student whose tokenizer and chat template round ``round_index``'s prompts take, whoever answers."""
+    if config.generate.policy == "student":
+        return policy_model(store, config, round_index)
+    return start_model(store, config, WARMUP)
+
+
 def policy_version(store: RunStore, config: RunConfig, round_index: int) -> str:
     """Return the version of what answers the prompts of round ``round_index``: the student's snapshot, unless
     `generate.policy` says otherwise."""

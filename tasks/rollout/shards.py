@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,28 @@ class Shard:
     prompt_ids: list[str]
     sample_index: NDArray[np.int32]
     requests: Requests
+
+
+class Span(NamedTuple):
+    """The prompts of one file: its number, and the first and one past the last in their group."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class ShardCounts(NamedTuple):
+    """What a finished file holds: samples, response tokens, and responses that ended with an end token."""
+
+    samples: int
+    tokens: int
+    stopped: int
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "ShardCounts":
+        """Count the rows of a table of schema GENERATE."""
+        tokens = pc.sum(pc.list_value_length(table.column("response_ids"))).as_py()
+        return cls(table.num_rows, tokens, pc.sum(pc.equal(table.column("finish_reason"), "stop")).as_py())
 
 
 Respond = Callable[[Iterable[Shard], Finished], Iterator[tuple[Shard, Rollouts]]]
@@ -118,7 +140,11 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
     )
 
 
-def write_shards(job: StageJob, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> None:
+Write = Callable[[Group, Iterator[Shard], Finished], Iterator[ShardCounts]]
+"""Writes shards of a group and counts each that is written, in any order; tells of every response."""
+
+
+def write_shards(job: StageJob, groups: Sequence[Group], write: Write) -> None:
     """Write every shard that is not there yet; count samples, tokens and how responses ended, over all shards."""
     total = sum(len(group.prompt_ids) * group.samples_per_prompt for group in groups)
     done = tokens = stopped = kept = shards = 0
@@ -129,28 +155,26 @@ def write_shards(job: StageJob, groups: Sequence[Group], tokenizer: PreTrainedTo
         done += count
         job.progress(done, total, "samples")
 
-    def count(table: pa.Table) -> None:
+    def count(counts: ShardCounts) -> None:
         nonlocal tokens, stopped
-        tokens += pc.sum(pc.list_value_length(table.column("response_ids"))).as_py()
-        stopped += pc.sum(pc.equal(table.column("finish_reason"), "stop")).as_py()
+        tokens += counts.tokens
+        stopped += counts.stopped
 
     for group in groups:
-        missing: list[tuple[int, int, int]] = []
+        missing: list[Span] = []
         for start in range(0, len(group.prompt_ids), shard_prompts):
             path, stop = job.store.part(job.key, shards), min(start + shard_prompts, len(group.prompt_ids))
             if path.exists():
-                table = job.store.read_part(path, GENERATE, ["response_ids", "finish_reason"])
-                count(table)
-                finished(table.num_rows)
+                there = ShardCounts.of(job.store.read_part(path, GENERATE, ["response_ids", "finish_reason"]))
+                count(there)
+                finished(there.samples)
                 kept += 1
             else:
-                missing.append((shards, start, stop))
+                missing.append(Span(shards, start, stop))
             shards += 1
         wanted = (group.shard(*span, job.config.seed) for span in missing)
-        for shard, rollouts in group.respond(wanted, finished):
-            table = rollout_table(group, shard, rollouts, tokenizer)
-            job.store.write_table(job.store.part(job.key, shard.number), table, GENERATE)
-            count(table)
+        for counts in write(group, wanted, finished):
+            count(counts)
     job.counters |= {
         "prompts": sum(len(group.prompt_ids) for group in groups),
         "samples": total,
@@ -160,6 +184,18 @@ def write_shards(job: StageJob, groups: Sequence[Group], tokenizer: PreTrainedTo
         "shards": shards,
         "shards_kept": kept,
     }
+
+
+def written_here(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Write:
+    """Answer and write shards in this process."""
+
+    def write(group: Group, wanted: Iterator[Shard], finished: Finished) -> Iterator[ShardCounts]:
+        for shard, rollouts in group.respond(wanted, finished):
+            table = rollout_table(group, shard, rollouts, tokenizer)
+            job.store.write_table(job.store.part(job.key, shard.number), table, GENERATE)
+            yield ShardCounts.of(table)
+
+    return write
 
 
 def _lists(values: NDArray[np.int32] | NDArray[np.float32], offsets: NDArray[np.int64]) -> pa.ListArray:

@@ -24,6 +24,9 @@ from tasks.score.ifd import ifd, mean_nll
 from tasks.score.shards import Rollouts, Shard, plan_shards, read_rows, read_shards
 from tasks.stage import StageJob
 
+CHECK_NAME = "check.parquet"
+"""How far the sampler's log-probabilities were from the student's, until the stage ends."""
+
 
 @dataclass(frozen=True)
 class MeanNll:
@@ -154,18 +157,14 @@ def score_round(job: StageJob) -> None:
     student, teacher = policy_model(store, job.config, job.round), teacher_model(store, job.config)
     if settings.top_k > teacher.shared_vocab:
         raise ModelError(f"score.top_k: {settings.top_k}: teacher and student share {teacher.shared_vocab} tokens only")
-    tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
-    header = reply_header(tokenizer) if settings.context == "header" else None
-    bare = unconditional_context(settings.context, header, tokenizer.bos_token_id)
-
+    bare = bare_context(job, student)
     shards = plan_shards(job)
     untaught = [shard for shard in shards if not shard.path.is_file()]
     unlearned = [shard for shard in untaught if not shard.student.is_file()]
-    checks = store.path(job.key, "check.parquet")
+    checks = store.path(job.key, CHECK_NAME)
     checked = None
-    if unlearned and _has_sampled_logprobs(job) and settings.check_samples and not checks.is_file():
-        rows = checked_rows(sum(s.rows for s in shards), settings.check_samples, [job.config.seed, job.round])
-        checked = read_rows(job, shards, rows)
+    if untaught and _has_sampled_logprobs(job) and settings.check_samples and not checks.is_file():
+        checked = samples_to_check(job, shards)
     total = _tokens_to_score(job, untaught, bare) + (checked.tokens if checked is not None else 0)
     done = 0
 
@@ -175,10 +174,14 @@ def score_round(job: StageJob) -> None:
         job.progress(done, total, "tokens")
 
     # The whole round by the student first, so that its memory is free again when the teacher is loaded.
-    if unlearned:
-        _score_by_student(job, student, unlearned, checked, bare, on_tokens)
-        _free_memory()
-    if untaught:
+    if job.config.ray is not None and untaught:
+        from tasks.score.on_ray import score_on_ray
+
+        score_on_ray(job, job.config.ray, unlearned, untaught, on_tokens, check=checked is not None)
+    elif untaught:
+        if unlearned or checked is not None:
+            _score_by_student(job, student, unlearned, checked, bare, on_tokens)
+            _free_memory()
         _score_by_teacher(job, teacher, untaught, bare, on_tokens)
         _free_memory()
     job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}
@@ -186,6 +189,22 @@ def score_round(job: StageJob) -> None:
         job.counters["sampled_logprob_gap"] = mean_gap(store.read_part(checks, SCORE_CHECK))
     for path in (*(shard.student for shard in shards), checks):
         store.remove(path)
+
+
+def bare_context(job: StageJob, student: ModelRef) -> TokenIds:
+    """Return the tokens before a response whose prompt is left out, in the student's tokenizer."""
+    context = job.config.score.context
+    tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
+    header = reply_header(tokenizer) if context == "header" else None
+    return unconditional_context(context, header, tokenizer.bos_token_id)
+
+
+def samples_to_check(job: StageJob, shards: list[Shard]) -> Rollouts:
+    """Read the samples of the round whose log-probabilities are checked; equal in every process."""
+    rows = checked_rows(
+        sum(shard.rows for shard in shards), job.config.score.check_samples, [job.config.seed, job.round]
+    )
+    return read_rows(job, shards, rows)
 
 
 def _has_sampled_logprobs(job: StageJob) -> bool:
@@ -212,54 +231,82 @@ def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> in
 def _score_by_student(
     job: StageJob, ref: ModelRef, shards: list[Shard], checked: Rollouts | None, bare: TokenIds, on_tokens: TokensDone
 ) -> None:
-    """Write the student's part of each shard."""
-    store, settings = job.store, job.config.score
-    model = _load(ref)
+    model = load_scorer(ref)
     if checked is not None:
-        gaps = check_sampler(job, ref, model, checked, on_tokens)
-        store.write_table(store.path(job.key, "check.parquet"), gaps, SCORE_CHECK)
+        write_check(job, ref, model, checked, on_tokens)
     for shard, read in read_shards(job, shards):
-        scored = score_rollouts(
-            model,
-            read.prompts,
-            read.responses,
-            bare,
-            settings,
-            top_k=0,
-            shared_vocab=ref.shared_vocab,
-            sampled=read.sampled.values if _has_sampled_logprobs(job) else None,
-            on_tokens=on_tokens,
-        )
-        _require_finite("student", read, scored.nll, bare)
-        columns = {"nll": scored.nll.conditional, "nll_uncond": scored.nll.unconditional}
-        table = pa.table({name: pa.array(values, mask=np.isnan(values)) for name, values in columns.items()})
-        store.write_table(shard.student, table, SCORE_STUDENT)
+        write_student(job, ref, model, shard, read, bare, on_tokens)
 
 
 def _score_by_teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds, on_tokens: TokensDone) -> None:
-    """Write the score table of each shard, with what the student said of it."""
-    store, settings = job.store, job.config.score
-    schema = score_schema(settings.top_k, settings.topk_dtype)
-    model = _load(ref)
+    model = load_scorer(ref)
     for shard, read in read_shards(job, shards):
-        scored = score_rollouts(
-            model,
-            read.prompts,
-            read.responses,
-            bare,
-            settings,
-            top_k=settings.top_k,
-            shared_vocab=ref.shared_vocab,
-            on_tokens=on_tokens,
-        )
-        _require_finite("teacher", read, scored.nll, bare)
-        by_student = store.read_part(shard.student, SCORE_STUDENT)
-        student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
-        table = score_table(read.sample_ids, read.responses, student, scored, settings)
-        store.write_table(shard.path, table, schema, row_group_rows=128)
+        write_scores(job, ref, model, shard, read, bare, on_tokens)
 
 
-def _load(ref: ModelRef) -> PreTrainedModel:
+def write_check(job: StageJob, ref: ModelRef, model: PreTrainedModel, read: Rollouts, on_tokens: TokensDone) -> None:
+    """Check the sampler's log-probabilities of ``read`` against the student's and write how far they differ."""
+    gaps = check_sampler(job, ref, model, read, on_tokens)
+    job.store.write_table(job.store.path(job.key, CHECK_NAME), gaps, SCORE_CHECK)
+
+
+def write_student(
+    job: StageJob,
+    ref: ModelRef,
+    model: PreTrainedModel,
+    shard: Shard,
+    read: Rollouts,
+    bare: TokenIds,
+    on_tokens: TokensDone,
+) -> None:
+    """Write the student's part of a shard."""
+    scored = score_rollouts(
+        model,
+        read.prompts,
+        read.responses,
+        bare,
+        job.config.score,
+        top_k=0,
+        shared_vocab=ref.shared_vocab,
+        sampled=read.sampled.values if _has_sampled_logprobs(job) else None,
+        on_tokens=on_tokens,
+    )
+    _require_finite("student", read, scored.nll, bare)
+    columns = {"nll": scored.nll.conditional, "nll_uncond": scored.nll.unconditional}
+    table = pa.table({name: pa.array(values, mask=np.isnan(values)) for name, values in columns.items()})
+    job.store.write_table(shard.student, table, SCORE_STUDENT)
+
+
+def write_scores(
+    job: StageJob,
+    ref: ModelRef,
+    model: PreTrainedModel,
+    shard: Shard,
+    read: Rollouts,
+    bare: TokenIds,
+    on_tokens: TokensDone,
+) -> None:
+    """Write the score table of a shard: what the teacher says of it, and what the student said."""
+    store, settings = job.store, job.config.score
+    scored = score_rollouts(
+        model,
+        read.prompts,
+        read.responses,
+        bare,
+        settings,
+        top_k=settings.top_k,
+        shared_vocab=ref.shared_vocab,
+        on_tokens=on_tokens,
+    )
+    _require_finite("teacher", read, scored.nll, bare)
+    by_student = store.read_part(shard.student, SCORE_STUDENT)
+    student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
+    table = score_table(read.sample_ids, read.responses, student, scored, settings)
+    store.write_table(shard.path, table, score_schema(settings.top_k, settings.topk_dtype), row_group_rows=128)
+
+
+def load_scorer(ref: ModelRef) -> PreTrainedModel:
+    """Load a model for packed prefills."""
     model = load_ref(ref, packed=True)
     check_head(model)
     return model

@@ -108,6 +108,8 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"prompts": MINIMAL["prompts"] | {"limit": 10, "held_out": 10}}, "leaves nothing to train on"),
         ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
         ({"teacher": {}}, "teacher.model: missing"),
+        ({"ray": {}}, "ray.actors: missing"),
+        ({"ray": {"actors": 2}, "devices": {"teacher": "cuda:1"}}, "set `devices.teacher: null`"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
@@ -168,8 +170,9 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
 
 def test_placement_does_not_touch_fingerprints() -> None:
     plain = parse_config(MINIMAL)
-    elsewhere = {"devices": {"teacher": "cpu"}, "train": {"launch": {"processes": 8, "strategy": "fsdp2"}}}
-    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere"} | elsewhere)
+    launch = {"processes": 8, "strategy": "fsdp2"}
+    places = {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}, "ray": {"actors": 2}}
+    moved = parse_config(MINIMAL | places | {"train": {"launch": launch}})
     changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
     assert plain.fingerprinted() == moved.fingerprinted()
     assert plain.fingerprinted() != changed.fingerprinted()

@@ -18,7 +18,7 @@ TRAIN, HELD_OUT = 7, 3
 
 
 def make_run(
-    root: Path, teacher_dir: Path, student_dir: Path, *, context: int = 512, answers: bool = True, **sections: Any
+    root: Path | str, teacher_dir: Path, student_dir: Path, *, context: int = 512, answers: bool = True, **sections: Any
 ) -> tuple[RunStore, RunConfig]:
     """Write a run with TRAIN and HELD_OUT prompts of growing length and finished stages `prompts` and `models`."""
     values: dict[str, Any] = {
@@ -61,7 +61,8 @@ def _finish_prompts(store: RunStore, answers: bool) -> None:
 
 def _finish_models(store: RunStore, teacher_dir: Path, student_dir: Path, context: int) -> None:
     store.begin(MODELS, "models")
-    shutil.copytree(student_dir, store.path(MODELS, "student"))
+    with store.writing_folder(store.path(MODELS, "student")) as folder:
+        shutil.copytree(student_dir, folder, dirs_exist_ok=True)
     ResolvedModels(
         teacher_path=str(teacher_dir),
         teacher_version="teacher-weights",
