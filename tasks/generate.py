@@ -44,7 +44,7 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
     from tasks.rollout.prompts import fitting_prompts, of_split
     from tasks.rollout.shards import Group, sampled, write_shards
 
-    config = job.config.generate
+    config = job.config.generate if job.config.generate.policy == "student" else job.config.teacher_sampling
     prompts, tokens = fitting_prompts(
         job, of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train"), tokenizer, context
     )

@@ -23,6 +23,7 @@ from schemas.config.prompts import (
 from schemas.config.reference import fields_markdown
 from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import DevicesConfig, RunConfig
+from schemas.config.servers import ServersConfig, TeacherServersConfig
 from schemas.config.settings import RunSettings
 from schemas.config.stages import (
     EvaluateConfig,
@@ -75,8 +76,10 @@ __all__ = [
     "RunSettings",
     "ScoreConfig",
     "Section",
+    "ServersConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherServersConfig",
     "TrainConfig",
     "VllmOptions",
     "WarmupConfig",

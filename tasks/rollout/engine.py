@@ -133,12 +133,17 @@ def open_engine(model: ModelRef, config: GenerateConfig, longest_sequence: int) 
         longest_sequence: No prompt with its response will be longer, in tokens.
 
     Raises:
-        ModelError: the engine is not installed, or cannot use the model's device.
+        ModelError: the engine is not installed, cannot use the model's device, or has a server that serves another
+            model.
     """
     if config.engine == "vllm":
         from tasks.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(model, config.vllm, longest_sequence)
+    if config.engine == "server":
+        from tasks.rollout.server_engine import ServerEngine
+
+        return ServerEngine(model, config.server, longest_sequence)
     from tasks.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(model, config.batch_size, longest_sequence)

@@ -1,7 +1,11 @@
 """Scoring a round shard by shard: the student, then the teacher and the table."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +55,21 @@ class Scored:
     conditional: Prefill
 
 
+class Prefiller(Protocol):
+    """Scores responses after their contexts with one model; see ``prefill``."""
+
+    def __call__(
+        self,
+        context: Ragged,
+        response: Ragged,
+        *,
+        top_k: int,
+        topk_rows: NDArray[np.bool_],
+        shared_vocab: int,
+        on_tokens: TokensDone | None,
+    ) -> Prefill: ...
+
+
 def unconditional_context(context: str, header: TokenIds | None, bos_id: int | None) -> TokenIds:
     """Return the tokens before a response whose prompt is left out; empty for `bos` without a BOS token."""
     if context == "header":
@@ -72,29 +91,61 @@ def score_rollouts(
     sampled: NDArray[np.float32] | None = None,
     on_tokens: TokensDone | None = None,
 ) -> Scored:
-    """Score responses with and without their prompts, both in the same packed passes.
+    """Score responses with and without their prompts, both in the same packed passes of a model.
 
     Args:
         model: A causal language model in eval mode.
+        prompts: See ``score_by``.
+        responses: See ``score_by``.
+        bare: See ``score_by``.
+        settings: Batch sizes.
+        top_k: See ``score_by``.
+        shared_vocab: See ``score_by``.
+        sampled: See ``score_by``.
+        on_tokens: Told the tokens of each pass.
+    """
+    return score_by(
+        partial(prefill, model, batch_tokens=settings.batch_tokens, logits_chunk=settings.logits_chunk),
+        prompts,
+        responses,
+        bare,
+        top_k=top_k,
+        shared_vocab=shared_vocab,
+        sampled=sampled,
+        on_tokens=on_tokens,
+    )
+
+
+def score_by(
+    prefiller: Prefiller,
+    prompts: Ragged,
+    responses: Ragged,
+    bare: TokenIds,
+    *,
+    top_k: int,
+    shared_vocab: int,
+    sampled: NDArray[np.float32] | None = None,
+    on_tokens: TokensDone | None = None,
+) -> Scored:
+    """Score responses with and without their prompts.
+
+    Args:
+        prefiller: Scores them.
         prompts: int32 token rows.
         responses: int32 token rows, as many.
         bare: int32 tokens that stand before a response when its prompt is left out; may be empty.
-        settings: Batch sizes.
         top_k: Targets to take at each response position after the prompt; 0 for none.
         shared_vocab: Ids at or above this are padding of the vocabulary and no targets.
         sampled: Log-probability of each flat response token after its prompt, where it is known already: then only the
             responses without their prompts are passed through the model.
-        on_tokens: Told the tokens of each pass.
+        on_tokens: Told the tokens as they are done.
     """
     contexts, texts = Ragged.repeat(bare, len(responses)), responses
     if sampled is None:
         contexts, texts = Ragged.concat([prompts, contexts]), Ragged.concat([responses, responses])
-    found = prefill(
-        model,
+    found = prefiller(
         contexts,
         texts,
-        batch_tokens=settings.batch_tokens,
-        logits_chunk=settings.logits_chunk,
         top_k=top_k,
         topk_rows=np.arange(len(texts)) < len(texts) - len(responses),
         shared_vocab=shared_vocab,
@@ -240,23 +291,43 @@ def _score_by_teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: T
     """Write the score table of each shard, with what the student said of it."""
     store, settings = job.store, job.config.score
     schema = score_schema(settings.top_k, settings.topk_dtype)
-    model = _load(ref)
-    for shard, read in read_shards(job, shards):
-        scored = score_rollouts(
-            model,
-            read.prompts,
-            read.responses,
-            bare,
-            settings,
-            top_k=settings.top_k,
-            shared_vocab=ref.shared_vocab,
-            on_tokens=on_tokens,
-        )
-        _require_finite("teacher", read, scored.nll, bare)
-        by_student = store.read_part(shard.student, SCORE_STUDENT)
-        student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
-        table = score_table(read.sample_ids, read.responses, student, scored, settings)
-        store.write_table(shard.path, table, schema, row_group_rows=128)
+    with _teacher(job, ref, shards, bare) as teacher:
+        for shard, read in read_shards(job, shards):
+            scored = score_by(
+                teacher,
+                read.prompts,
+                read.responses,
+                bare,
+                top_k=settings.top_k,
+                shared_vocab=ref.shared_vocab,
+                on_tokens=on_tokens,
+            )
+            _require_finite("teacher", read, scored.nll, bare)
+            by_student = store.read_part(shard.student, SCORE_STUDENT)
+            student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
+            table = score_table(read.sample_ids, read.responses, student, scored, settings)
+            store.write_table(shard.path, table, schema, row_group_rows=128)
+
+
+@contextmanager
+def _teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds) -> Iterator[Prefiller]:
+    """Load the teacher, or find it on its servers."""
+    settings = job.config.score
+    if settings.engine == "transformers":
+        yield partial(prefill, _load(ref), batch_tokens=settings.batch_tokens, logits_chunk=settings.logits_chunk)
+        return
+    from tasks.score.server import ServedPrefill
+
+    longest = max(
+        int((np.maximum(read.prompts.lengths, len(bare)) + read.responses.lengths).max())
+        for _, read in read_shards(job, shards)
+    )
+    served = ServedPrefill(ref, settings.server, longest, settings.top_k)
+    try:
+        yield served
+        job.counters |= {"engine": settings.engine} | served.counters()
+    finally:
+        served.close()
 
 
 def _load(ref: ModelRef) -> PreTrainedModel:
