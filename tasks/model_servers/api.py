@@ -106,7 +106,9 @@ def open_client(config: ServersConfig) -> httpx.AsyncClient:
     headers = {}
     if config.api_key_env is not None:
         if config.api_key_env not in os.environ:
-            raise ConfigError(f"{config.section}.api_key_env: the environment variable `{config.api_key_env}` is not set")
+            raise ConfigError(
+                f"{config.section}.api_key_env: the environment variable `{config.api_key_env}` is not set"
+            )
         headers["Authorization"] = f"Bearer {os.environ[config.api_key_env]}"
     # The number of connections is bounded where requests are begun, so that none waits for one unseen.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -63,6 +63,11 @@ class ServerPool:
         """Requests that the servers hold together, those that are away included; at least one."""
         return max(1, sum(s.state != "left out" for s in self._servers) * self.config.max_in_flight)
 
+    @property
+    def ready(self) -> int:
+        """Servers that take requests now."""
+        return sum(server.state == "ready" for server in self._servers)
+
     async def open(self) -> None:
         """Test every server; wait up to `wait_seconds` until all pass.
 
@@ -77,14 +82,14 @@ class ServerPool:
             missing = [server for server, verdict in zip(missing, verdicts, strict=True) if verdict != "ready"]
             if not missing or loop.time() >= deadline:
                 break
-            _logger.info("waiting %.0f s at most: %s", deadline - loop.time(), _reasons(missing))
+            _logger.warning("waiting %.0f s at most: %s", deadline - loop.time(), _reasons(missing))
             await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
         if wrong:
             raise ModelError(_reasons(wrong))
         if len(missing) == len(self._servers):
             raise ModelError(
-                f"{self.config.section}: no server answers: {_reasons(missing)}. Start them, or set `{self.config.section}.wait_seconds` to "
-                "wait for them"
+                f"{self.config.section}: no server answers: {_reasons(missing)}. Start them, or let the stage wait for "
+                f"them: `{self.config.section}.wait_seconds`"
             )
         for server in missing:
             self._send_away(server, server.reason)
@@ -130,8 +135,8 @@ class ServerPool:
                 return server
             if all(server.state == "left out" for server in self._servers):
                 raise StageError(
-                    f"{self.config.section}: no server is left: {_reasons(self._servers)}. Start them again and continue the run; "
-                    "the finished shards stay"
+                    f"{self.config.section}: no server is left: {_reasons(self._servers)}. Start them again and "
+                    "continue the run; the finished shards stay"
                 )
             await self._changed.wait()
 

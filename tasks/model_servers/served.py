@@ -71,8 +71,8 @@ class ServedModel:
                 task.cancel()
 
     def counters(self) -> dict[str, float | str]:
-        """Return how many requests were sent again."""
-        return {"retries": self._pool.retries}
+        """Return how many servers take requests now, and how many requests were sent again."""
+        return {"servers": self._pool.ready, "retries": self._pool.retries}
 
     def close(self) -> None:
         """End all connections; what is in flight is given up."""

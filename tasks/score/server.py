@@ -87,7 +87,7 @@ class ServedPrefill:
         return Prefill(logprobs, topk_ids, topk_logprobs)
 
     def counters(self) -> dict[str, float | str]:
-        """Return how often requests were sent again."""
+        """Return what is counted of the servers."""
         return self._served.counters()
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ class Scored:
 
 
 class Prefiller(Protocol):
-    """Scores responses after their contexts with one model; see ``prefill``."""
+    """Scores responses after their contexts with one model."""
 
     def __call__(
         self,
@@ -67,7 +67,9 @@ class Prefiller(Protocol):
         topk_rows: NDArray[np.bool_],
         shared_vocab: int,
         on_tokens: TokensDone | None,
-    ) -> Prefill: ...
+    ) -> Prefill:
+        """See ``tasks.language_model.prefill.prefill``."""
+        ...
 
 
 def unconditional_context(context: str, header: TokenIds | None, bos_id: int | None) -> TokenIds:
