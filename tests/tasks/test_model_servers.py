@@ -141,7 +141,7 @@ def test_a_server_that_comes_back_with_another_model_gets_no_work(start: Start) 
     server = start(swapped())
     assert answers(served(server, start(echo), max_in_flight=2), 20) == same(20)
     assert len(server.completions) <= 2
-    with pytest.raises(StageError, match="no server is left.*serves nothing"):
+    with pytest.raises(StageError, match=r"no server is left.*serves nothing"):
         answers(served(start(swapped())), 1)
 
 
@@ -172,7 +172,7 @@ def test_what_the_server_refuses_is_not_sent_again(start: Start) -> None:
 def test_the_start_waits_for_a_server_as_long_as_it_is_told(start: Start) -> None:
     server = start(echo)
     server.stop()
-    with pytest.raises(ModelError, match="no server answers.*wait_seconds"):
+    with pytest.raises(ModelError, match=r"no server answers.*wait_seconds"):
         served(server)
     threading.Timer(0.1, server.start).start()
     assert answers(served(server, wait_seconds=30), 3) == same(3)

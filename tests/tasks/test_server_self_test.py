@@ -1,10 +1,14 @@
 """Servers that serve the model are used; those that are wrong in one way are refused, with what to do."""
 
+import copy
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from schemas.config import ScoreConfig, ServersConfig, TeacherServersConfig
 from schemas.errors import ModelError
@@ -24,8 +28,6 @@ from tests.tiny_models import make_model, make_tokenizer, save_model
 @pytest.fixture(scope="module")
 def ref(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
     """A model of 264 vocabulary rows for 259 tokens, the padding rows likely."""
-    import torch
-
     model = make_model(seed=5, vocab_size=264, tie=False)
     with torch.no_grad():
         model.lm_head.weight[259:] *= 3
@@ -66,10 +68,6 @@ def test_a_server_of_the_model_is_used(server: LoopbackServer, right: ModelAnswe
 def test_other_weights_are_refused_and_the_folder_to_serve_is_named(
     server: LoopbackServer, right: ModelAnswers, probe: Probe
 ) -> None:
-    import copy
-
-    import torch
-
     other = copy.deepcopy(right.model)
     with torch.no_grad():
         # About as far as some steps of training go.
@@ -102,10 +100,8 @@ def test_other_weights_are_refused_and_the_folder_to_serve_is_named(
     ],
 )
 def test_a_server_that_answers_otherwise_is_refused(
-    server: LoopbackServer, right: ModelAnswers, probe: Probe, wrong: dict, needed: dict, words: str
+    server: LoopbackServer, right: ModelAnswers, probe: Probe, wrong: dict[str, Any], needed: dict[str, Any], words: str
 ) -> None:
-    import re
-
     refused = verdict(server, replace(right, **wrong), replace(probe, **needed))
     assert re.search(words, refused), refused
 
@@ -145,8 +141,8 @@ def test_the_prompts_own_token_is_a_target_only_by_its_rank() -> None:
         entry((5, -1.0, 1), (9, -1.0, 2)),  # it is among the most likely; equals: the lower id first
         entry((8, -2.0, 2), (4, -0.5, 1)),
     ]
-    ids, logprobs = likely_tokens(answer, 1, asked=2, top_k=2, shared_vocab=100) or (None, None)
-    assert ids is not None and logprobs is not None
-    assert ids.tolist() == [[5, 3], [5, 9], [4, 8]]
-    assert logprobs.tolist() == [[-1, -2], [-1, -1], [-0.5, -2]]
+    found = likely_tokens(answer, 1, asked=2, top_k=2, shared_vocab=100)
+    assert found is not None
+    assert found[0].tolist() == [[5, 3], [5, 9], [4, 8]]
+    assert found[1].tolist() == [[-1, -2], [-1, -1], [-0.5, -2]]
     assert likely_tokens(answer, 1, asked=2, top_k=2, shared_vocab=9) is None
