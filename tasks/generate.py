@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 from schemas.stage_key import WARMUP
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
-from tasks.language_model.sources import ANSWERS_VERSION, ModelRef, policy_model, start_model, teacher_model
+from tasks.language_model.sources import (
+    ANSWERS_VERSION,
+    ModelRef,
+    earlier_policy,
+    policy_model,
+    start_model,
+    teacher_model,
+)
 from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
 from tasks.stage import StageJob
@@ -57,7 +64,9 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         vocab_size=min(len(tokenizer), policy.shared_vocab),
     )
     longest = longest_sequence(tokens.lengths, context, config.max_new_tokens)
-    engine = LazyEngine(lambda: open_engine(policy, config, longest))
+    own_servers = config.engine == "server" and config.policy == "student"
+    earlier = earlier_policy(job.store, job.config, job.round) if own_servers else None
+    engine = LazyEngine(lambda: open_engine(policy, config, longest, earlier))
     group = Group(
         prompt_ids=prompts.column("prompt_id"),
         tokens=tokens,

@@ -51,6 +51,7 @@ class Probe:
         tokens: The model's tokens of each of TEXTS, int32.
         scored: What of the ordinary texts is scored, int32.
         local: What the model here says of it; None: weights are not compared.
+        earlier: What other weights say of it that are likely to be served by mistake; None: none are known.
         sequence_tokens: Longest prompt and response together that a server must take.
         top_k: Most likely tokens that it must give at each position of a prompt.
     """
@@ -59,7 +60,8 @@ class Probe:
     section: str
     tokens: Sequence[NDArray[np.int32]]
     scored: Sequence[NDArray[np.int32]]
-    local: "_LocalScores | None"
+    local: "LocalScores | None"
+    earlier: "LocalScores | None"
     sequence_tokens: int
     top_k: int
 
@@ -90,16 +92,21 @@ class Probe:
                 f"it with `--max-model-len {self.sequence_tokens}`"
             )
 
-    def _check_weights(self, api: ServerApi, local: "_LocalScores", found: NDArray[np.float32], root: str) -> None:
+    def _check_weights(self, api: ServerApi, local: "LocalScores", found: NDArray[np.float32], root: str) -> None:
         gap, tolerance = float(np.abs(found.astype(np.float64) - local.logprobs).mean()), gap_tolerance(local.dtype)
         # Written so that NaN fails.
         if not gap <= tolerance:
-            raise ModelError(
-                f"{api.url}: serves other weights than {self.folder}: over {len(found)} tokens its log-probabilities "
-                f"differ by {gap:.3g} nats on average, where {local.dtype} explains {tolerance} (it says that it "
-                f"serves {readable(root)}). Serve this folder: `vllm serve {self.folder}`, in the same dtype; "
-                f"`{self.section}.wait_seconds` gives a script of yours time to do so"
-            )
+            proof = f"where {local.dtype} explains {tolerance}"
+        elif self.earlier is not None and is_nearer(found, self.earlier.logprobs, local.logprobs):
+            proof = f"and are nearer to those of {self.earlier.folder}"
+        else:
+            return
+        raise ModelError(
+            f"{api.url}: serves other weights than {self.folder}: over {len(found)} tokens its log-probabilities "
+            f"differ by {gap:.3g} nats on average, {proof} (it says that it serves {readable(root)}). Serve this "
+            f"folder: `vllm serve {self.folder}`, in the same dtype; `{self.section}.wait_seconds` gives a script of "
+            "yours time to do so"
+        )
 
     async def _prompt_logprobs(self, api: ServerApi, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return the server's log-probabilities of all tokens but the first; check that they are some."""
@@ -133,14 +140,43 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class _LocalScores:
-    """Log-probabilities of all tokens of the scored texts but their first (float32, flat, nats), and their dtype."""
+class LocalScores:
+    """What a model here says of the scored texts.
 
+    Args:
+        folder: The model.
+        logprobs: Of all their tokens but each one's first, float32, flat, nats.
+        dtype: In which it was loaded.
+    """
+
+    folder: str
     logprobs: NDArray[np.float32]
     dtype: torch.dtype
 
 
-def make_probe(model: ModelRef, config: ServersConfig, *, sequence_tokens: int, top_k: int) -> Probe:
+def is_nearer(found: NDArray[np.float32], other: NDArray[np.float32], own: NDArray[np.float32]) -> bool:
+    """Say whether log-probabilities are another model's rather than one's own, beyond what rounding could do.
+
+    On the line from the own ones (0) to the other's (1) the found ones lie at `place`. Rounding moves that by about
+    `error`: the part of the difference off the line, were it random, projected onto it.
+
+    >>> own, other = np.zeros(4, np.float32), np.array([0.1, -0.1, 0.1, -0.1], np.float32)
+    >>> is_nearer(other + 0.001, other, own), is_nearer(own + 0.001, other, own), is_nearer(own, own, own)
+    (True, False, False)
+    """
+    line = other.astype(np.float64) - own
+    length = float(line @ line)
+    if length == 0:
+        return False
+    difference = found.astype(np.float64) - own
+    place = float(difference @ line) / length
+    error = float(np.sqrt(np.mean((difference - place * line) ** 2) / length))
+    return place - 0.5 > 3 * error
+
+
+def make_probe(
+    model: ModelRef, config: ServersConfig, *, sequence_tokens: int, top_k: int, earlier: ModelRef | None = None
+) -> Probe:
     """Return what a server of ``model`` must answer; loads the model for it where weights are compared, and frees it.
 
     Args:
@@ -148,6 +184,7 @@ def make_probe(model: ModelRef, config: ServersConfig, *, sequence_tokens: int, 
         config: Its servers.
         sequence_tokens: Longest prompt and response together that a server must take.
         top_k: Most likely tokens that it must give at each position of a prompt.
+        earlier: Other weights that are likely to be served by mistake, if some are.
 
     Raises:
         ModelError: the tokenizer or the model cannot be loaded.
@@ -157,16 +194,19 @@ def make_probe(model: ModelRef, config: ServersConfig, *, sequence_tokens: int, 
     # What is sampled after a text is scored with it, and a server takes one token more than it scores.
     longest = min(_PROBE_TOKENS, model.context - _SAMPLED - 1)
     scored = [row[:longest] for row in tokens[1:]]
-    local = _local_scores(model, scored) if config.compares_weights else None
+    own, other = (
+        _local_scores(each, scored) if config.compares_weights and each is not None else None
+        for each in (model, earlier)
+    )
     needed = max(sequence_tokens, longest + _SAMPLED + 1)
-    return Probe(model.path, config.section, tokens, scored, local, needed, top_k)
+    return Probe(model.path, config.section, tokens, scored, own, other, needed, top_k)
 
 
-def _local_scores(model: ModelRef, rows: Sequence[NDArray[np.int32]]) -> _LocalScores:
+def _local_scores(model: ModelRef, rows: Sequence[NDArray[np.int32]]) -> LocalScores:
     loaded = load_ref(model, packed=True)
     first, rest = (Ragged.from_rows([row[part] for row in rows]) for part in (slice(1), slice(1, None)))
     found = prefill(loaded, first, rest, batch_tokens=len(rows) * _PROBE_TOKENS, logits_chunk=_PROBE_TOKENS)
-    scores = _LocalScores(found.logprobs, loaded.dtype)
+    scores = LocalScores(model.path, found.logprobs, loaded.dtype)
     del loaded
     gc.collect()
     if torch.cuda.is_available():

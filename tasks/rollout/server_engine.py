@@ -31,15 +31,19 @@ class ServerEngine:
         model: What to sample from; it is loaded here for the servers' test, and freed.
         servers: Where it is served.
         longest_sequence: No prompt with its response will be longer, in tokens.
+        earlier: What the servers may still serve by mistake: weights so near that rounding alone could hide them.
 
     Raises:
         ModelError: a server serves something else, or none answers.
     """
 
-    def __init__(self, model: ModelRef, servers: ServersConfig, longest_sequence: int) -> None:
+    def __init__(
+        self, model: ModelRef, servers: ServersConfig, longest_sequence: int, earlier: ModelRef | None = None
+    ) -> None:
         text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
         self._vocab_rows: int = text.vocab_size
-        self._served = ServedModel(servers, make_probe(model, servers, sequence_tokens=longest_sequence, top_k=0))
+        probe = make_probe(model, servers, sequence_tokens=longest_sequence, top_k=0, earlier=earlier)
+        self._served = ServedModel(servers, probe)
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished

@@ -108,6 +108,13 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"prompts": MINIMAL["prompts"] | {"limit": 10, "held_out": 10}}, "leaves nothing to train on"),
         ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
         ({"teacher": {}}, "teacher.model: missing"),
+        ({"generate": {"engine": "server"}}, "the servers that serve the student's snapshot"),
+        ({"score": {"engine": "server"}}, "the servers that serve the teacher"),
+        ({"generate": {"engine": "server", "policy": "teacher"}}, "samples from the teacher's servers"),
+        ({"generate": {"server": {"urls": ["gpu-1:8000"]}}}, "is like `http://host:8000`"),
+        ({"generate": {"server": {"urls": ["http://gpu-1:8000/v1/"]}}}, "ends before `/v1`"),
+        ({"generate": {"server": {"urls": ["http://a", "http://a/"]}}}, "names a server twice"),
+        ({"generate": {"server": {"api_key_env": "sk-1234"}}}, "generate.server.api_key_env"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
@@ -169,8 +176,10 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
 def test_placement_does_not_touch_fingerprints() -> None:
     plain = parse_config(MINIMAL)
     moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}})
+    elsewhere = {"server": {"urls": ["http://gpu-1:8000"], "max_in_flight": 8}}
+    served = parse_config(MINIMAL | {"generate": elsewhere, "score": elsewhere})
     changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
-    assert plain.fingerprinted() == moved.fingerprinted()
+    assert plain.fingerprinted() == moved.fingerprinted() == served.fingerprinted()
     assert plain.fingerprinted() != changed.fingerprinted()
 
 

@@ -2,15 +2,19 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from schemas.config import ServersConfig
 from schemas.errors import ConfigError, ModelError, StageError
+from schemas.stage_key import StageKey
+from tasks.graph import STAGES
 from tasks.model_servers import pool
 from tasks.model_servers.api import Body, ServerApi
 from tasks.model_servers.served import ServedModel
+from tests.run_fixtures import make_config
 from tests.tasks.loopback_server import MODEL, Answer, LoopbackServer, echo, error
 
 Start = Callable[[Answer], LoopbackServer]
@@ -202,3 +206,23 @@ def test_the_key_comes_from_the_environment(start: Start, monkeypatch: pytest.Mo
     locked = start(lambda path, body: error(401, "Unauthorized"))
     with pytest.raises(ModelError, match=r"HTTP 401: Unauthorized; name the variable .* `server.api_key_env`"):
         served(locked)
+
+
+def test_no_model_is_asked_of_servers_that_are_not_its_own(tmp_path: Path) -> None:
+    """The teacher's answers come from its servers or from here, an evaluated student's from here."""
+    students = {"engine": "server", "server": {"urls": ["http://student"]}}
+    teachers = {"engine": "server", "server": {"urls": ["http://teacher"]}}
+    here = make_config(tmp_path)
+    student_served = make_config(tmp_path, generate=students)
+    both_served = make_config(tmp_path, generate=students, score=teachers)
+    assert student_served.teacher_sampling.engine == student_served.local_sampling.engine == "transformers"
+    assert both_served.teacher_sampling.server.urls == ["http://teacher"]
+    assert both_served.local_sampling.engine == "transformers"
+    read = {stage: STAGES[stage].config for stage in ("reference", "baseline", "evaluate", "generate")}
+    # Only where something else answers is a stage run again.
+    for stage, changed in {"reference": False, "baseline": False, "evaluate": False, "generate": True}.items():
+        key = StageKey(stage, None if stage in ("reference", "baseline") else 0)
+        assert (read[stage](student_served, key) != read[stage](here, key)) == changed, stage
+    for stage, changed in {"reference": True, "baseline": True, "evaluate": False, "generate": False}.items():
+        key = StageKey(stage, None if stage in ("reference", "baseline") else 0)
+        assert (read[stage](both_served, key) != read[stage](student_served, key)) == changed, stage

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,19 @@ def test_other_weights_are_refused_and_the_folder_to_serve_is_named(
     assert "`generate.server.wait_seconds`" in refused
     # A teacher too large to be loaded here is taken at its word.
     assert verdict(server, replace(right, model=other), replace(probe, local=None)) == ""
+
+
+def test_a_snapshot_so_near_that_rounding_hides_it_is_refused_by_its_likeness(
+    server: LoopbackServer, right: ModelAnswers, ref: ModelRef, tmp_path: Path
+) -> None:
+    earlier = copy.deepcopy(right.model)
+    with torch.no_grad():
+        earlier.lm_head.weight *= 1.0005
+    folder = save_model(tmp_path / "earlier", earlier)
+    probe = make_probe(ref, ServersConfig(), sequence_tokens=9, top_k=0, earlier=replace(ref, path=str(folder)))
+    assert verdict(server, replace(right, model=earlier), replace(probe, earlier=None)) == ""
+    assert f"nearer to those of {folder}" in verdict(server, replace(right, model=earlier), probe)
+    assert verdict(server, right, probe) == ""
 
 
 @pytest.mark.parametrize(
