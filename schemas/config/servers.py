@@ -31,9 +31,10 @@ class ServersConfig(Section):
     """Name under which they serve it (`--served-model-name`); null: the only one they serve."""
 
     api_key_env: str | None = Field(
-        default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64, json_schema_extra=PLACEMENT
+        default=None, pattern=r"^[A-Z][A-Z0-9_]*$", max_length=64, json_schema_extra=PLACEMENT
     )
-    """Name of the environment variable that holds their API key (`--api-key`), never the key itself; null: none."""
+    """Name of the environment variable, in capitals, that holds their API key (`--api-key`), never the key itself;
+    null: they want none."""
 
     max_in_flight: int = Field(default=256, ge=1, json_schema_extra=PLACEMENT)
     """Requests that one server holds at a time. More waits here, so that no queue grows there. vLLM decodes

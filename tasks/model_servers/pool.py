@@ -76,13 +76,16 @@ class ServerPool:
         """
         loop = asyncio.get_running_loop()
         deadline, missing, wrong = loop.time() + self.config.wait_seconds, list(self._servers), list[_Server]()
+        told = ""
         for pause in _pauses():
             verdicts = await asyncio.gather(*map(self._test, missing))
             wrong = [server for server, verdict in zip(missing, verdicts, strict=True) if verdict == "wrong"]
             missing = [server for server, verdict in zip(missing, verdicts, strict=True) if verdict != "ready"]
             if not missing or loop.time() >= deadline:
                 break
-            _logger.warning("waiting %.0f s at most: %s", deadline - loop.time(), _reasons(missing))
+            if _reasons(missing) != told:
+                told = _reasons(missing)
+                _logger.warning("waiting, %.0f s at most: %s", deadline - loop.time(), told)
             await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
         if wrong:
             raise ModelError(_reasons(wrong))
