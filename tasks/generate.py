@@ -14,7 +14,7 @@ from tasks.language_model.sources import (
     teacher_model,
 )
 from tasks.rollout.context import longest_sequence
-from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import Engine, LazyEngine, SamplingSettings, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
@@ -64,9 +64,13 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         vocab_size=min(len(tokenizer), policy.shared_vocab),
     )
     longest = longest_sequence(tokens.lengths, context, config.max_new_tokens)
-    own_servers = config.engine == "server" and config.policy == "student"
-    earlier = earlier_policy(job.store, job.config, job.round) if own_servers else None
-    engine = LazyEngine(lambda: open_engine(policy, config, longest, earlier))
+    by_own_servers = config.engine == "server" and config.policy == "student"
+
+    def opened() -> Engine:
+        earlier = earlier_policy(job.store, job.config, job.round) if by_own_servers else None
+        return open_engine(policy, config, longest, earlier)
+
+    engine = LazyEngine(opened)
     group = Group(
         prompt_ids=prompts.column("prompt_id"),
         tokens=tokens,

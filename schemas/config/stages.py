@@ -57,7 +57,7 @@ class GenerateConfig(Section):
     """Sequences decoded at a time by the transformers engine."""
 
     shard_prompts: int = Field(default=256, ge=1)
-    """Prompts per finished file; what a crash can lose at most (vLLM works on several files at once)."""
+    """Prompts per finished file; what a crash can lose at most (vLLM and servers work on several files at once)."""
 
     vllm: VllmOptions = VllmOptions()
     """Options of the vLLM engine."""

@@ -35,8 +35,8 @@ _SAMPLED = 12
 _TEMPERATURE = 2.0
 """So far from 1 that log-probabilities after it are others than before, also where the model is sure."""
 
-_DECODING_GAP = 0.15
-"""Nats by which decoding and prefilling of one server may differ on average, in 16 bits."""
+_DECODING_GAP = 0.3
+"""Nats by which decoding and prefilling of one server may differ on average: unlikely tokens, in 16 bits."""
 
 _LOGPROBS_MODE = "start it with `--logprobs-mode raw_logprobs`"
 

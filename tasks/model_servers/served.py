@@ -68,7 +68,9 @@ class ServedModel:
                     yield open_requests.pop(task), task.result()
         finally:
             for task in open_requests:
-                task.cancel()
+                if not task.cancel() and not task.cancelled():
+                    # One error ends the stage; asyncio would report each that nobody looks at.
+                    task.exception()
 
     def counters(self) -> dict[str, float | str]:
         """Return how many servers take requests now, and how many requests were sent again."""

@@ -49,7 +49,8 @@ class ModelAnswers:
         return (logits / temperature if self.logprobs_mode == "processed_logprobs" else logits).log_softmax(-1)
 
     def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
-        tokens, places = body["prompt"], [None]
+        tokens: list[int] = body["prompt"]
+        places: list[dict[str, Any] | None] = [None]
         for values, token in zip(self._values(self._logits(tokens), 1.0), tokens[1:]):
             likely = values.topk(body["prompt_logprobs"])
             own = {str(token): {"logprob": values[token].item(), "rank": int((values >= values[token]).sum())}}
