@@ -4,9 +4,16 @@ from typing import TYPE_CHECKING
 
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
-from tasks.language_model.sources import ANSWERS_VERSION, ModelRef, answering_model, asking_student, teacher_model
+from tasks.language_model.sources import (
+    ANSWERS_VERSION,
+    ModelRef,
+    answering_model,
+    asking_student,
+    earlier_policy,
+    teacher_model,
+)
 from tasks.rollout.context import longest_sequence
-from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import Engine, LazyEngine, SamplingSettings, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
     from tasks.rollout.prompts import fitting_prompts, of_split
     from tasks.rollout.shards import Group, sampled, write_shards, written_here
 
-    config = job.config.generate
+    config = job.config.generate if job.config.generate.policy == "student" else job.config.teacher_sampling
     prompts, tokens = fitting_prompts(
         job, of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train"), tokenizer, context
     )
@@ -55,7 +62,13 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         vocab_size=min(len(tokenizer), policy.shared_vocab),
     )
     longest = longest_sequence(tokens.lengths, context, config.max_new_tokens)
-    engine = LazyEngine(lambda: open_engine(policy, config, longest))
+    by_own_servers = config.engine == "server" and config.policy == "student"
+
+    def opened() -> Engine:
+        earlier = earlier_policy(job.store, job.config, job.round) if by_own_servers else None
+        return open_engine(policy, config, longest, earlier)
+
+    engine = LazyEngine(opened)
     group = Group(
         prompt_ids=prompts.column("prompt_id"),
         tokens=tokens,
@@ -66,7 +79,8 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         prefix=f"r{job.round:03d}",
         samples_per_prompt=config.samples_per_prompt,
     )
-    if job.config.ray is not None:
+    # Servers have their own machines: there is nothing to spread here.
+    if job.config.ray is not None and config.engine != "server":
         from tasks.rollout.on_ray import write_on_ray
 
         write_on_ray(job, job.config.ray, group, settings, longest)

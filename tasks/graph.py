@@ -93,7 +93,10 @@ def _prompts_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
 
 def _generate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     sampler = {"student": ["student"], "teacher": ["student", "teacher"], "answers": ["student"]}
-    return _sections("generate", *sampler[config.generate.policy])(config, key)
+    values = _sections("generate", *sampler[config.generate.policy])(config, key)
+    if config.generate.policy == "teacher":
+        values["generate"]["engine"] = config.teacher_sampling.engine
+    return values
 
 
 def _train_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def _reference_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     values = _sections("generate", "teacher")(config, key)
     for name in ("policy", "temperature", "top_p", "samples_per_prompt"):
         del values["generate"][name]
+    values["generate"]["engine"] = config.teacher_sampling.engine
     values["evaluate_max_new_tokens"] = config.evaluate.max_new_tokens
     if config.warmup is not None:
         warmup = config.warmup
@@ -155,6 +159,9 @@ def _evaluate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     values = _sections("evaluate", "generate")(config, key)
     for name in ("policy", "temperature", "top_p", "samples_per_prompt"):
         del values["generate"][name]
+    values["generate"]["engine"] = config.local_sampling.engine
+    if key == BASELINE and config.score.engine == "server":
+        values["teacher_engine"] = config.score.engine
     return values
 
 

@@ -41,7 +41,7 @@ def run(job: StageJob) -> None:
     table = job.store.read_table(PROMPTS, PROMPTS_TABLE)
     longest: list[int] = []
     # Opened after every group is known, so that `longest` covers them all.
-    engine = LazyEngine(lambda: open_engine(teacher, config.generate, max(longest)))
+    engine = LazyEngine(lambda: open_engine(teacher, config.teacher_sampling, max(longest)))
 
     def answered_by_teacher(prompts: pa.Table, temperature: float, max_new_tokens: int | None) -> "Group":
         prompts, tokens = fitting_prompts(job, prompts, tokenizer, context)
@@ -63,7 +63,7 @@ def run(job: StageJob) -> None:
         write_shards(job, groups, written_here(job, tokenizer))
     finally:
         engine.close()
-    job.counters |= {"engine": config.generate.engine} | engine.counters()
+    job.counters |= {"engine": config.teacher_sampling.engine} | engine.counters()
 
 
 def _group(prompts: pa.Table, tokens: Ragged, respond: "Respond", version: str) -> "Group":

@@ -25,6 +25,7 @@ from schemas.config.ray import RayConfig
 from schemas.config.reference import fields_markdown
 from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import DevicesConfig, RunConfig
+from schemas.config.servers import ServersConfig, TeacherServersConfig
 from schemas.config.settings import RunSettings
 from schemas.config.stages import (
     EvaluateConfig,
@@ -79,8 +80,10 @@ __all__ = [
     "RunSettings",
     "ScoreConfig",
     "Section",
+    "ServersConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherServersConfig",
     "TrainConfig",
     "VllmOptions",
     "WarmupConfig",

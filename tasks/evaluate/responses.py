@@ -60,11 +60,12 @@ class Sampling:
     seed: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Sampling":
-        """Return how the models of a distillation run answer."""
+    def of(cls, config: RunConfig, *, teacher: bool) -> "Sampling":
+        """Return how the teacher, or a student, of a distillation run answers."""
         own = config.evaluate
         limit = own.max_new_tokens or config.generate.max_new_tokens
-        return cls(config.generate, own.temperature, own.samples_per_prompt, limit, config.seed)
+        engine = config.teacher_sampling if teacher else config.local_sampling
+        return cls(engine, own.temperature, own.samples_per_prompt, limit, config.seed)
 
 
 def held_out_prompts(job: StageJob, teacher: ModelRef) -> HeldOut:

@@ -74,10 +74,10 @@ def _responses(job: StageJob, subjects: Sequence[_Subject], teacher: ModelRef, r
     """Return what all subjects answer, unless an interrupted try has written it already."""
     path = job.store.path(job.key, RESPONSES_FILE)
     if not path.is_file():
-        held_out, sampling = held_out_prompts(job, teacher), Sampling.of(job.config)
-        tables = [
-            own_responses(held_out, each.model, each.name, round_index, sampling, job.progress) for each in subjects
-        ]
+        held_out, tables = held_out_prompts(job, teacher), []
+        for each in subjects:
+            sampling = Sampling.of(job.config, teacher=each.is_teacher)
+            tables.append(own_responses(held_out, each.model, each.name, round_index, sampling, job.progress))
         job.store.write_table(path, pa.concat_tables(tables), EVALUATE_RESPONSES)
     return job.store.read_part(path, EVALUATE_RESPONSES)
 

@@ -114,6 +114,15 @@ def policy_model(store: RunStore, config: RunConfig, round_index: int) -> ModelR
     return _student(store, config, sampling_policy(config, round_index), config.devices.sampler)
 
 
+def earlier_policy(store: RunStore, config: RunConfig, round_index: int) -> ModelRef | None:
+    """Return the student as it was one export before ``policy_model``; None if that is the one the run began with."""
+    key = sampling_policy(config, round_index)
+    if key.round is None:
+        return None
+    earlier = MODELS if key.round == WARMUP else result_policy(config, key.round - 1)
+    return _student(store, config, earlier, config.devices.sampler)
+
+
 def result_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
     """Return the student that round ``round_index`` ends with; WARMUP: that the rounds start from."""
     return _student(store, config, result_policy(config, round_index), config.devices.sampler)

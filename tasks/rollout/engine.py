@@ -124,21 +124,29 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(model: ModelRef, config: GenerateConfig, longest_sequence: int) -> Engine:
+def open_engine(
+    model: ModelRef, config: GenerateConfig, longest_sequence: int, earlier: ModelRef | None = None
+) -> Engine:
     """Load ``model`` into the engine that ``config.engine`` names.
 
     Args:
         model: What to sample from.
         config: The engine and its options.
         longest_sequence: No prompt with its response will be longer, in tokens.
+        earlier: What its servers may still serve by mistake, if it has servers.
 
     Raises:
-        ModelError: the engine is not installed, or cannot use the model's device.
+        ModelError: the engine is not installed, cannot use the model's device, or has a server that serves another
+            model.
     """
     if config.engine == "vllm":
         from tasks.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(model, config.vllm, longest_sequence)
+    if config.engine == "server":
+        from tasks.rollout.server_engine import ServerEngine
+
+        return ServerEngine(model, config.server, longest_sequence, earlier)
     from tasks.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(model, config.batch_size, longest_sequence)

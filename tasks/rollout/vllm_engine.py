@@ -4,17 +4,16 @@ import gc
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from schemas.config import VllmOptions
 from schemas.errors import ModelError
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.open_shard import OpenShard
 
 INSTALL_HINT = (
     "`generate.engine: vllm` needs vLLM, which is not installed: `pip install 'near-policy-distillation[vllm]'` on a "
@@ -25,15 +24,6 @@ INSTALL_HINT = (
 _QUEUE = 32768
 """Requests that the engine is given before the next shard waits. Far more than it runs at a time, so that it never has
 to wait for the next; each costs some kilobytes of Python objects, so that millions would not do."""
-
-
-@dataclass
-class _OpenShard:
-    """Responses of a shard that is not done."""
-
-    rows: list[TokenIds]
-    logprobs: list[NDArray[np.float32]]
-    missing: int
 
 
 class VllmEngine:
@@ -95,7 +85,7 @@ class VllmEngine:
     ) -> Iterator[tuple[int, Rollouts]]:
         """See Engine. All shards together are one queue, `_QUEUE` requests at a time, and shards end as they may."""
         waiting = enumerate(requests)
-        shards: dict[int, _OpenShard] = {}
+        shards: dict[int, OpenShard] = {}
         places: dict[str, tuple[int, int]] = {}
         more = True
         while True:
@@ -104,7 +94,7 @@ class VllmEngine:
                 if shard is None:
                     more = False
                 else:
-                    shards[number] = _open_shard(len(shard.prompts))
+                    shards[number] = OpenShard(len(shard.prompts))
                     ids = self._enqueue(shard, settings)
                     places |= {request_id: (number, place) for place, request_id in enumerate(ids)}
             if not places:
@@ -112,15 +102,13 @@ class VllmEngine:
             step = [output for output in self._llm.llm_engine.step() if output.finished]
             for output in step:
                 number, place = places.pop(output.request_id)
-                completion, target = output.outputs[0], shards[number]
-                target.rows[place] = np.asarray(completion.token_ids, dtype=np.int32)
-                target.logprobs[place] = np.asarray(completion.logprobs.logprobs, dtype=np.float32)
-                target.missing -= 1
+                completion = output.outputs[0]
+                tokens = np.asarray(completion.token_ids, dtype=np.int32)
+                shards[number].put(place, tokens, np.asarray(completion.logprobs.logprobs, dtype=np.float32))
             if step:
                 finished(len(step))
-            for number in [number for number, shard in shards.items() if not shard.missing]:
-                done = shards.pop(number)
-                yield number, Rollouts.from_rows(done.rows, done.logprobs, settings.end_ids)
+            for number in [number for number, shard in shards.items() if shard.is_done]:
+                yield number, shards.pop(number).rollouts(settings.end_ids)
 
     def counters(self) -> dict[str, float | str]:
         """See Engine."""
@@ -160,10 +148,6 @@ class VllmEngine:
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _open_shard(samples: int) -> _OpenShard:
-    return _OpenShard([np.empty(0, np.int32)] * samples, [np.empty(0, np.float32)] * samples, samples)
 
 
 def _select_gpu(device: str | None) -> None:

@@ -4,26 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from schemas.errors import ArtifactError, StageError
 from schemas.tables import SCORE_CHECK
-from tasks.language_model.prefill import TokensDone, prefill
+from tasks.language_model.prefill import TokensDone, gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
 from tasks.score.shards import Rollouts
 from tasks.stage import StageJob
-
-
-def gap_tolerance(dtype: torch.dtype) -> float:
-    """Return the largest mean absolute difference that rounding explains, nats per token.
-
-    float32: 1e-2; another order of summation gives about 1e-5. 16 bits: 0.15; bfloat16 logits of 16 to 32 are multiples
-    of 1/8, which alone makes 0.03 on average, and decoding and prefilling kernels differ by about as much again.
-    """
-    return 1e-2 if dtype == torch.float32 else 0.15
 
 
 def checked_rows(samples: int, count: int, seed: Sequence[int]) -> NDArray[np.int64]:

@@ -8,16 +8,10 @@ from schemas.config import RayConfig
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import policy_model, teacher_model
 from tasks.ray_actors import joined, require_arrived
+from tasks.score.results import CHECK_NAME, write_check, write_scores, write_student
+from tasks.score.scoring import local_prefill
 from tasks.score.shards import Shard, plan_shards, read_shards
-from tasks.score.stage import (
-    CHECK_NAME,
-    bare_context,
-    load_scorer,
-    samples_to_check,
-    write_check,
-    write_scores,
-    write_student,
-)
+from tasks.score.stage import bare_context, load_scorer, samples_to_check
 from tasks.stage import StageJob
 
 
@@ -48,11 +42,13 @@ class ShardScorer:
         if isinstance(wanted, SamplerCheck):
             write_check(self._job, self._ref, self._model, samples_to_check(self._job, self._shards), passed.append)
             return sum(passed)
-        write = write_student if self._by == "student" else write_scores
         for shard, read in read_shards(self._job, [self._shards[wanted]]):
-            if self._by == "teacher":
+            if self._by == "student":
+                write_student(self._job, self._ref, self._model, shard, read, self._bare, passed.append)
+            else:
                 self._job.store.receive(shard.student)
-            write(self._job, self._ref, self._model, shard, read, self._bare, passed.append)
+                teacher = local_prefill(self._model, self._job.config.score)
+                write_scores(self._job, self._ref, teacher, shard, read, self._bare, passed.append)
         return sum(passed)
 
 

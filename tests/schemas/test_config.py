@@ -110,6 +110,13 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"teacher": {}}, "teacher.model: missing"),
         ({"ray": {}}, "ray.actors: missing"),
         ({"ray": {"actors": 2}, "devices": {"teacher": "cuda:1"}}, "set `devices.teacher: null`"),
+        ({"generate": {"engine": "server"}}, "the servers that serve the student's snapshot"),
+        ({"score": {"engine": "server"}}, "the servers that serve the teacher"),
+        ({"generate": {"engine": "server", "policy": "teacher"}}, "samples from the teacher's servers"),
+        ({"generate": {"server": {"urls": ["gpu-1:8000"]}}}, "is like `http://host:8000`"),
+        ({"generate": {"server": {"urls": ["http://gpu-1:8000/v1/"]}}}, "ends before `/v1`"),
+        ({"generate": {"server": {"urls": ["http://a", "http://a/"]}}}, "names a server twice"),
+        ({"generate": {"server": {"api_key_env": "sk-1234"}}}, "generate.server.api_key_env"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
@@ -173,8 +180,10 @@ def test_placement_does_not_touch_fingerprints() -> None:
     launch = {"processes": 8, "strategy": "fsdp2"}
     places = {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}, "ray": {"actors": 2}}
     moved = parse_config(MINIMAL | places | {"train": {"launch": launch}})
+    elsewhere = {"server": {"urls": ["http://gpu-1:8000"], "max_in_flight": 8}}
+    served = parse_config(MINIMAL | {"generate": elsewhere, "score": elsewhere})
     changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
-    assert plain.fingerprinted() == moved.fingerprinted()
+    assert plain.fingerprinted() == moved.fingerprinted() == served.fingerprinted()
     assert plain.fingerprinted() != changed.fingerprinted()
 
 

@@ -127,7 +127,7 @@ def test_shards_may_be_done_in_any_order(
         ) -> Iterator[tuple[int, Rollouts]]:
             yield from reversed(list(super().generate(requests, settings, finished)))
 
-    def open_last_first(model: ModelRef, config: GenerateConfig, longest: int) -> LastFirst:
+    def open_last_first(model: ModelRef, config: GenerateConfig, longest: int, earlier: ModelRef | None) -> LastFirst:
         return LastFirst(model, config.batch_size, longest)
 
     in_order = part_bytes(run_stage(tmp_path / "in_order", teacher_dir, student_dir)[0])

@@ -16,11 +16,12 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE, score_schema
 from tasks.language_model.chat import reply_header
+from tasks.language_model.prefill import gap_tolerance
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import policy_model
-from tasks.score.check import checked_rows, gap_tolerance
+from tasks.score.check import checked_rows
 from tasks.score.ifd import ifd, mean_nll
-from tasks.score.stage import score_rollouts, score_table
+from tasks.score.scoring import score_rollouts, score_table
 from tasks.stage import execute
 from tests.run_fixtures import finish_stage
 from tests.tasks.rollout_runs import make_run

@@ -1,0 +1,1 @@
+"""vLLM servers that run a model in place of this process: what they are asked, and which of them are trusted."""
