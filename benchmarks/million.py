@@ -120,7 +120,16 @@ def _scores(
     ).select(columns.names)
 
 
-def write_round(folder: Path, samples: int, *, shard: int, prompt: int, response: int, shard_bins: int) -> Run:
+def write_round(
+    folder: Path,
+    samples: int,
+    *,
+    shard: int,
+    prompt: int,
+    response: int,
+    shard_bins: int,
+    max_tokens: int = 32_768,
+) -> Run:
     """Write a run whose stages generate and score of round 0 are finished."""
     config = parse_config(
         {
@@ -132,7 +141,8 @@ def write_round(folder: Path, samples: int, *, shard: int, prompt: int, response
             # Bounds that depend on the whole round hold most.
             "filter": {"min_delta_ifd": {"quantile": 0.05}, "max_delta_ifd": {"quantile": 0.95}},
             "score": {"top_k": TOP_K},
-            "pack": {"shard_bins": shard_bins},
+            "pack": {"max_tokens": max_tokens, "shard_bins": shard_bins},
+            "generate": {"max_new_tokens": max_tokens},
         }
     )
     store = RunStore.create(config)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.prompts import Asked
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import StageJob
 
@@ -23,17 +24,25 @@ class Shard:
 
     Args:
         number: Of the file.
-        rows: First and one past the last prompt, in their group.
+        prompts: Its prompts, as ``Asked.read`` gives them.
         prompt_ids: Prompt of each sample.
         sample_index: Number of each sample among its prompt's (int32).
         requests: Prompt tokens and seed of each sample.
     """
 
     number: int
-    rows: tuple[int, int]
+    prompts: pa.Table
     prompt_ids: list[str]
     sample_index: NDArray[np.int32]
     requests: Requests
+
+
+class Span(NamedTuple):
+    """The prompts of one file: its number, and the first and one past the last in their group."""
+
+    number: int
+    start: int
+    stop: int
 
 
 Respond = Callable[[Iterable[Shard], Finished], Iterator[tuple[Shard, Rollouts]]]
@@ -45,8 +54,7 @@ class Group:
     """Prompts that are answered alike.
 
     Args:
-        prompt_ids: Their ids.
-        tokens: Their tokens.
+        prompts: The prompts.
         respond: Answers shards of them.
         policy_version: Hash of the weights that answer; "answers" where nothing is sampled.
         policy_step: Optimizer steps these weights have had.
@@ -55,8 +63,7 @@ class Group:
         samples_per_prompt: Responses for each.
     """
 
-    prompt_ids: pa.ChunkedArray
-    tokens: Ragged
+    prompts: Asked
     respond: Respond
     policy_version: str
     policy_step: int
@@ -64,14 +71,20 @@ class Group:
     prefix: str
     samples_per_prompt: int = 1
 
-    def shard(self, number: int, start: int, stop: int, run_seed: int) -> Shard:
-        """Return the samples of prompts ``start`` to ``stop``; samples of one prompt lie together."""
+    def shards(self, spans: Sequence[Span], run_seed: int) -> Iterator[Shard]:
+        """Return the samples of each span, which come in order; samples of one prompt lie together."""
+        tables = self.prompts.spans((span.start, span.stop) for span in spans)
+        for span, prompts in zip(spans, tables, strict=True):
+            yield self._shard(span.number, prompts, run_seed)
+
+    def _shard(self, number: int, prompts: pa.Table, run_seed: int) -> Shard:
         n = self.samples_per_prompt
-        ids = [prompt_id for prompt_id in self.prompt_ids[start:stop].to_pylist() for _ in range(n)]
-        index = np.tile(np.arange(n, dtype=np.int32), stop - start)
+        ids = [prompt_id for prompt_id in prompts.column("prompt_id").to_pylist() for _ in range(n)]
+        index = np.tile(np.arange(n, dtype=np.int32), prompts.num_rows)
         seeds = [sample_seed(run_seed, self.round, prompt_id, int(i)) for prompt_id, i in zip(ids, index, strict=True)]
-        tokens = [row for row in self.tokens.rows(start, stop) for _ in range(n)]
-        return Shard(number, (start, stop), ids, index, Requests(tokens, np.array(seeds, dtype=np.int64)))
+        tokens = Ragged.from_arrow(prompts.column("tokens"))
+        rows = [row for row in tokens.rows(0, len(tokens)) for _ in range(n)]
+        return Shard(number, prompts, ids, index, Requests(rows, np.array(seeds, dtype=np.int64)))
 
 
 def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
@@ -120,7 +133,7 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
 
 def write_shards(job: StageJob, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> None:
     """Write every shard that is not there yet; count samples, tokens and how responses ended, over all shards."""
-    total = sum(len(group.prompt_ids) * group.samples_per_prompt for group in groups)
+    total = sum(group.prompts.count * group.samples_per_prompt for group in groups)
     done = tokens = stopped = kept = shards = 0
     shard_prompts = job.config.generate.shard_prompts
 
@@ -135,24 +148,23 @@ def write_shards(job: StageJob, groups: Sequence[Group], tokenizer: PreTrainedTo
         stopped += pc.sum(pc.equal(table.column("finish_reason"), "stop")).as_py()
 
     for group in groups:
-        missing: list[tuple[int, int, int]] = []
-        for start in range(0, len(group.prompt_ids), shard_prompts):
-            path, stop = job.store.part(job.key, shards), min(start + shard_prompts, len(group.prompt_ids))
+        missing: list[Span] = []
+        for start in range(0, group.prompts.count, shard_prompts):
+            path, stop = job.store.part(job.key, shards), min(start + shard_prompts, group.prompts.count)
             if path.exists():
                 table = job.store.read_part(path, GENERATE, ["response_ids", "finish_reason"])
                 count(table)
                 finished(table.num_rows)
                 kept += 1
             else:
-                missing.append((shards, start, stop))
+                missing.append(Span(shards, start, stop))
             shards += 1
-        wanted = (group.shard(*span, job.config.seed) for span in missing)
-        for shard, rollouts in group.respond(wanted, finished):
+        for shard, rollouts in group.respond(group.shards(missing, job.config.seed), finished):
             table = rollout_table(group, shard, rollouts, tokenizer)
             job.store.write_table(job.store.part(job.key, shard.number), table, GENERATE)
             count(table)
     job.counters |= {
-        "prompts": sum(len(group.prompt_ids) for group in groups),
+        "prompts": sum(group.prompts.count for group in groups),
         "samples": total,
         "tokens": tokens,
         "stop": stopped,
