@@ -79,7 +79,8 @@ def held_out_prompts(job: StageJob, teacher: ModelRef) -> HeldOut:
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
     context = min(teacher.context, student.context)
     prompts = pa.concat_tables(ask(job, "held_out", tokenizer, context).read())
-    return HeldOut(prompts, Ragged.from_arrow(prompts.column("tokens")), tokenizer, context)
+    tokens = Ragged.from_arrow(prompts.column("tokens"))
+    return HeldOut(prompts.drop_columns("tokens"), tokens, tokenizer, context)
 
 
 def own_responses(
