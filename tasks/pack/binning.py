@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Int64 = NDArray[np.int64]
 Index = NDArray[np.int32] | NDArray[np.int64]
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 """Keys sorted at a time."""
 
 
