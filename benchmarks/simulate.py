@@ -1,5 +1,8 @@
 """The simulation beside measured runs: rates from runs at 1x and 4x prompts predict every round of one at 16x.
 
+The runs are the loop's stages in processes of their own, without Prefect, which adds the same few seconds to every
+round (`benchmarks.overhead`).
+
 With `--prompts` it measures nothing and prints what a run of so many prompts takes, from the rates in
 `benchmarks.sizing`; docs/scale.md holds those tables.
 """
@@ -15,19 +18,20 @@ import numpy as np
 
 from benchmarks.measure import Bar, Measurement, at_most
 from benchmarks.report import BenchmarkParser, main
-from benchmarks.runs import Models, Run, config_values, run_command, write_models
+from benchmarks.runs import Models, Run, make_run, write_models
 from benchmarks.scale_model import ROUND_STAGES, Observed, Simulated, fit, observe, simulate
 from benchmarks.sizing import run_table
+from flows.process import run_in_process
+from tasks.graph import loop
 
 FACTORS = (1, 4, 16)
 BAR = at_most(15)
 
 
 def run_once(folder: Path, models: Models, prompts: int, arguments: argparse.Namespace) -> Run:
-    """Run `npd run` from nothing."""
-    place = Path(tempfile.mkdtemp(dir=folder))
-    values = config_values(
-        place,
+    """Run every stage of the loop from nothing, each in a process of its own, in turn."""
+    run = make_run(
+        Path(tempfile.mkdtemp(dir=folder)),
         models,
         prompts,
         device=arguments.device,
@@ -38,7 +42,9 @@ def run_once(folder: Path, models: Models, prompts: int, arguments: argparse.Nam
         pack={"max_tokens": 2_048, "shard_bins": 4},
         train={"epochs_per_round": arguments.epochs, "gradient_checkpointing": False},
     )
-    return run_command(values, folder / "prefect")
+    for key in loop(run.config):
+        run_in_process(*run, key)
+    return run
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]]:

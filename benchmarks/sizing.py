@@ -23,8 +23,8 @@ CORE_SECONDS = {"prompts": 1 / 5_500, "filter": 1 / 85_000, "pack": 1 / 226_000}
 TABLE_BYTES = {"prompts": 233.0, "generate": 10.7, "score": 34.1, "filter": 8.2, "pack": 46.0}
 """Bytes of a prompt, of a response token with its prompt (generate, score, pack), and of a sample (filter).
 
-Score is measured on real targets (`benchmarks.storage`), the others on drawn tables (`benchmarks.million`): pack with the
-real targets' 34.1 bytes in place of the drawn ones' 17.1.
+Score is measured on real targets (`benchmarks.storage`), the others on drawn tables (`benchmarks.million`): pack with
+the real targets' 34.1 bytes in place of the drawn ones' 17.1.
 """
 
 STUDENT_PARAMETERS = 1.5e9
