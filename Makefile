@@ -1,12 +1,12 @@
 # make round   set up and run the quickstart            make test   set up and run every test
-# make lint    ruff and mypy                            make docs   write the generated parts of README
+# make lint    ruff and mypy                            make docs   write the generated parts of README and docs
 # make bench   every benchmark of BENCHMARKS.md, about an hour; it wants the machine for itself
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CONFIG ?= configs/quickstart.yaml
 
-BENCHMARKS := end_to_end train_step loss scoring packing overlap growth overhead
+BENCHMARKS := end_to_end train_step loss scoring packing million overlap growth overhead simulate
 
 .PHONY: round test test-quick lint docs bench browser clean
 

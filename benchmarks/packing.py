@@ -23,8 +23,9 @@ from benchmarks.measure import Bar, Measurement, Work, alternate_in_children, at
 from benchmarks.report import BenchmarkParser, main
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from schemas.tables import GENERATE
 from tasks.pack.binning import best_fit_decreasing
-from tasks.sequences import read_lengths
+from tasks.sequences import Source, sequence_lengths
 
 Int64 = NDArray[np.int64]
 
@@ -55,8 +56,9 @@ class Packed(NamedTuple):
 
 def run_lengths(store: RunStore, round_index: int = 0) -> Int64:
     """Return the tokens of every rollout of a round, prompt and response."""
-    lengths = read_lengths(store, StageKey("generate", round_index))
-    return lengths.prompt_tokens + lengths.response_tokens
+    rollouts = Source(StageKey("generate", round_index), GENERATE, ["prompt_ids", "response_ids"])
+    shards = [np.add(*sequence_lengths(shard)) for shard in rollouts.shards(store)]
+    return np.concatenate([np.empty(0, np.int64), *shards])
 
 
 def save_lengths(path: Path, lengths: Int64, capacity: int) -> None:

@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import REPORT_NAME, RunStore
@@ -164,8 +162,10 @@ def _resolution(evaluations: list[Manifest]) -> str:
 
 
 def _reasons(store: RunStore, index: int) -> dict[str, int]:
-    reasons = store.read_table(StageKey("filter", index), FILTER, ["reason"]).column("reason")
-    counts = {row["values"]: row["counts"] for row in pc.value_counts(reasons).to_pylist()}
+    counts: dict[str, int] = {}
+    for shard in store.iterate_table(StageKey("filter", index), FILTER, ["reason"]):
+        for row in shard.column("reason").value_counts().to_pylist():
+            counts[row["values"]] = counts.get(row["values"], 0) + row["counts"]
     return dict(sorted(counts.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
 
 

@@ -225,7 +225,9 @@ class RunStore:
         """Hash and count every file in the stage's folder."""
         folder = self.path(key)
         files = sorted(
-            p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")
+            (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME and not p.name.startswith(".")),
+            # From 100,000 shards on their numbers are longer.
+            key=lambda p: (p.parent, len(p.name) if p.name.startswith("part-") else 0, p.name),
         )
         return [
             FileRecord(

@@ -1,6 +1,7 @@
 """Stage filter: which samples are worth learning from, and a ledger of why each was kept or dropped."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from schemas.config import FilterConfig, Quantile
 from schemas.errors import StageError
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, ZONES, score_schema
-from tasks.sequences import locate, read_lengths
+from tasks.sequences import Source, sequence_lengths, side_by_side
 from tasks.stage import StageJob
 
 REASONS = (
@@ -28,78 +29,107 @@ _LEARNABLE, _DEGENERATE, _DISCONNECT, _NO_ZONE = range(len(ZONES) + 1)
 
 Float32 = NDArray[np.float32]
 
+NO_SCORES: Float32 = np.empty(0, np.float32)
+"""The delta-IFD of no sample."""
+
 
 def run(job: StageJob) -> None:
     """Write the round's ledger: one row per scored sample, in the score table's order and shards.
 
+    Memory holds one shard at a time; a bound that is a quantile takes the whole round's delta-IFD beside it, 4 bytes a
+    sample.
+
     Raises:
-        StageError: no sample is kept; says which bound dropped how many. Nothing is written then.
+        StageError: no sample is kept; says which bound dropped how many. Nothing stays written then.
         ArtifactError: the score and generate tables do not belong together.
     """
     store, config = job.store, job.config
-    score, generate = StageKey("score", job.round), StageKey("generate", job.round)
-    schema = score_schema(config.score.top_k, config.score.topk_dtype)
-    shards = list(store.iterate_table(score, schema, ["sample_id", "delta_ifd"]))
-    if not sum(shard.num_rows for shard in shards):
+    score = score_source(job, ["sample_id", "delta_ifd"])
+    generate = Source(
+        StageKey("generate", job.round), GENERATE, ["sample_id", "policy_step", "prompt_ids", "response_ids"]
+    )
+    total = score.rows(store)
+    if not total:
         raise StageError(f"{job.key.label}: the score table is empty; there is nothing to keep")
-    scores = pa.concat_tables(shards)
-    lengths = read_lengths(store, generate)
-    rows = locate(scores.column("sample_id"), lengths.sample_id, generate.label)
-    tokens = (lengths.prompt_tokens + lengths.response_tokens)[rows]
-    delta_ifd = scores.column("delta_ifd").combine_chunks()
-    bounds = applied_bounds(delta_ifd, config.filter)
-    lag = policy_lag(job)[rows]
-    table = ledger(scores.column("sample_id"), delta_ifd, tokens, bounds, config.pack.max_tokens, lag)
-    counts = dict.fromkeys(REASONS, 0) | _counts(table, "reason")
-    if not counts["kept"]:
-        raise StageError(f"{job.key.label}: {nothing_kept(counts, delta_ifd, bounds, config.pack.max_tokens)}")
-    start = 0
-    for index, shard in enumerate(shards):
-        if not store.part(job.key, index).is_file():
-            store.write_table(store.part(job.key, index), table.slice(start, shard.num_rows), FILTER)
-        start += shard.num_rows
-        job.progress(start, table.num_rows, "samples")
+    bounds = applied_bounds(read_delta_ifd(job) if takes_quantile(config.filter) else NO_SCORES, config.filter)
+    begins = first_step(job)
+    reasons, zones = dict.fromkeys(REASONS, 0), dict.fromkeys(ZONES, 0)
+    done = kept_tokens = longest_lag = 0
+    written: list[Path] = []
+    for scores, rollouts in side_by_side(store, score, generate):
+        tokens = np.add(*sequence_lengths(rollouts))
+        lag = begins - rollouts.column("policy_step").to_numpy()
+        delta_ifd = scores.column("delta_ifd").combine_chunks()
+        table = ledger(scores.column("sample_id"), delta_ifd, tokens, bounds, config.pack.max_tokens, lag)
+        written.append(store.part(job.key, len(written)))
+        if not written[-1].is_file():
+            store.write_table(written[-1], table, FILTER)
+        _count(table, "reason", reasons)
+        _count(table, "zone", zones)
+        kept_tokens += int(tokens[table.column("keep").to_numpy()].sum())
+        longest_lag = max(longest_lag, int(lag.max(initial=0)))
+        done += table.num_rows
+        job.progress(done, total, "samples")
+    if not reasons["kept"]:
+        for path in written:
+            store.remove(path)
+        delta_ifd = read_delta_ifd(job)
+        raise StageError(f"{job.key.label}: {nothing_kept(reasons, delta_ifd, bounds, config.pack.max_tokens)}")
     low, high = (float(bound) for bound in bounds)
     job.counters |= {
-        "samples": table.num_rows,
-        "kept": counts["kept"],
-        "kept_tokens": int(tokens[table.column("keep").to_numpy()].sum()),
-        "dropped": {reason: count for reason, count in counts.items() if reason != "kept"},
-        "zones": dict.fromkeys(ZONES, 0) | _counts(table, "zone"),
+        "samples": done,
+        "kept": reasons["kept"],
+        "kept_tokens": kept_tokens,
+        "dropped": {reason: count for reason, count in reasons.items() if reason != "kept"},
+        "zones": zones,
         "min_delta_ifd": low if math.isfinite(low) else None,
         "max_delta_ifd": high if math.isfinite(high) else None,
-        "policy_lag": int(lag.max()),
+        "policy_lag": longest_lag,
     }
 
 
-def policy_lag(job: StageJob) -> NDArray[np.int64]:
-    """Return the lag of every sample of the round's generate table, in its order; int64 [samples].
-
-    Lag: optimizer steps between the weights that sampled and those that begin to learn from the samples.
-    """
-    store = job.store
-    begins = int(store.finished(StageKey("train", job.round - 1)).counters["policy_step"]) if job.round > 0 else 0
-    steps = store.read_table(StageKey("generate", job.round), GENERATE, ["policy_step"]).column("policy_step")
-    lag: NDArray[np.int64] = begins - steps.to_numpy()
-    return lag
+def score_source(job: StageJob, columns: list[str]) -> Source:
+    """Return columns of the round's score table."""
+    settings = job.config.score
+    return Source(StageKey("score", job.round), score_schema(settings.top_k, settings.topk_dtype), columns)
 
 
-def applied_bounds(delta_ifd: pa.Array, config: FilterConfig) -> tuple[np.float32, np.float32]:
+def read_delta_ifd(job: StageJob) -> Float32:
+    """Return the delta-IFD of every sample of the round; float32 [samples], NaN for null."""
+    score = score_source(job, ["delta_ifd"])
+    values, row = np.empty(score.rows(job.store), np.float32), 0
+    for shard in score.shards(job.store):
+        values[row : row + shard.num_rows] = _values(shard.column("delta_ifd").combine_chunks())
+        row += shard.num_rows
+    return values
+
+
+def first_step(job: StageJob) -> int:
+    """Return the optimizer steps of the weights that begin to learn from the round's samples."""
+    if not job.round:
+        return 0
+    return int(job.store.finished(StageKey("train", job.round - 1)).counters["policy_step"])
+
+
+def takes_quantile(config: FilterConfig) -> bool:
+    """Say whether a bound depends on the whole round."""
+    return isinstance(config.min_delta_ifd, Quantile) or isinstance(config.max_delta_ifd, Quantile)
+
+
+def applied_bounds(delta_ifd: Float32, config: FilterConfig) -> tuple[np.float32, np.float32]:
     """Return the bounds as float32, the type of what they are compared with.
 
     A quantile is taken over the finite values, in float64 (linear interpolation); no bound is an infinity, and so
     is a quantile where no value is finite.
 
     Args:
-        delta_ifd: float32 [samples], with nulls.
+        delta_ifd: float32 [samples]; NaN where there is none. Read only where a bound is a quantile.
         config: The section `filter`.
     """
-    values = _values(delta_ifd)
-    finite = values[np.isfinite(values)].astype(np.float64)
 
     def applied(bound: float | Quantile | None, unbounded: float) -> np.float32:
         if isinstance(bound, Quantile):
-            bound = float(np.quantile(finite, bound.quantile)) if finite.size else None
+            bound = _quantile(delta_ifd, bound.quantile)
         return np.float32(unbounded if bound is None else bound)
 
     return applied(config.min_delta_ifd, -np.inf), applied(config.max_delta_ifd, np.inf)
@@ -108,7 +138,7 @@ def applied_bounds(delta_ifd: pa.Array, config: FilterConfig) -> tuple[np.float3
 def ledger(
     sample_id: pa.ChunkedArray,
     delta_ifd: pa.Array,
-    sequence_tokens: NDArray[np.int64],
+    sequence_tokens: NDArray[np.integer],
     bounds: tuple[np.float32, np.float32],
     max_tokens: int,
     lag: NDArray[np.int64],
@@ -129,10 +159,10 @@ def ledger(
     Args:
         sample_id: strings [samples].
         delta_ifd: float32 [samples]; null where the response had no token to score.
-        sequence_tokens: int64 [samples], prompt and response together.
+        sequence_tokens: int32 or int64 [samples], prompt and response together.
         bounds: Lowest and highest delta-IFD to keep, as ``applied_bounds`` gives them.
         max_tokens: Longest sequence that fits into a bin.
-        lag: int64 [samples]; see ``policy_lag``.
+        lag: int64 [samples]; optimizer steps between the weights that sampled and those that begin to learn from it.
 
     Returns:
         The filter table (schema FILTER), in the order of the arguments.
@@ -160,11 +190,10 @@ def ledger(
 
 
 def nothing_kept(
-    counts: dict[str, int], delta_ifd: pa.Array, bounds: tuple[np.float32, np.float32], max_tokens: int
+    counts: dict[str, int], delta_ifd: Float32, bounds: tuple[np.float32, np.float32], max_tokens: int
 ) -> str:
     """Return what to tell a user whose every sample was dropped: by what, the round's delta-IFD, what to change."""
-    values = _values(delta_ifd)
-    finite = values[np.isfinite(values)].astype(np.float64)
+    finite = delta_ifd[np.isfinite(delta_ifd)]
     low, high = bounds
     remedies = {
         "below_min_delta_ifd": (f"below the lower bound {low:.6g}", "lower `filter.min_delta_ifd`"),
@@ -175,13 +204,14 @@ def nothing_kept(
     }
     met = {reason: remedy for reason, remedy in remedies.items() if counts[reason]}
     spread = (
-        f"delta-IFD of the {finite.size} finite: min {finite.min():.6g}, median {np.median(finite):.6g}, "
+        f"delta-IFD of the {finite.size} finite: min {finite.min():.6g}, median {_quantile(finite, 0.5):.6g}, "
         f"max {finite.max():.6g}"
         if finite.size
         else "no delta-IFD is finite"
     )
     return (
-        f"none of {len(values)} samples is kept: {', '.join(f'{counts[r]} {what}' for r, (what, _) in met.items())}. "
+        f"none of {delta_ifd.size} samples is kept: "
+        f"{', '.join(f'{counts[reason]} {what}' for reason, (what, _) in met.items())}. "
         f"{spread}. To go on: {'; '.join(remedy for _, remedy in met.values())}."
     )
 
@@ -191,6 +221,20 @@ def _values(delta_ifd: pa.Array) -> Float32:
     return values
 
 
-def _counts(table: pa.Table, column: str) -> dict[str, int]:
-    pairs = table.column(column).drop_null().value_counts().to_pylist()
-    return {pair["values"]: pair["counts"] for pair in pairs}
+def _quantile(values: Float32, share: float) -> float | None:
+    """Return a quantile of the finite values in float64 (linear interpolation); None if there are none.
+
+    Sorted as float32, so that beside ``values`` only one copy of them is held.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return None
+    finite.sort()
+    below, between = divmod(share * (finite.size - 1), 1)
+    neighbours = finite[int(below) : int(below) + 2].astype(np.float64)
+    return float(np.quantile(neighbours, between if neighbours.size > 1 else 0.0))
+
+
+def _count(table: pa.Table, column: str, counts: dict[str, int]) -> None:
+    for pair in table.column(column).drop_null().value_counts().to_pylist():
+        counts[pair["values"]] += pair["counts"]

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from schemas.tables import PROMPTS as PROMPTS_TABLE
-from tasks.graph import PROMPTS
 from tasks.language_model.sources import (
     ANSWERS_VERSION,
     ModelRef,
@@ -46,13 +44,11 @@ def run(job: StageJob) -> None:
 
 def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:
     from tasks.language_model.chat import end_ids
-    from tasks.rollout.prompts import fitting_prompts, of_split
+    from tasks.rollout.prompts import ask
     from tasks.rollout.shards import Group, sampled, write_shards, written_here
 
     config = job.config.generate if job.config.generate.policy == "student" else job.config.teacher_sampling
-    prompts, tokens = fitting_prompts(
-        job, of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train"), tokenizer, context
-    )
+    asked = ask(job, "train", tokenizer, context)
     settings = SamplingSettings(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -61,7 +57,7 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         end_ids=tuple(end_ids(tokenizer, policy.path)),
         vocab_size=min(len(tokenizer), policy.shared_vocab),
     )
-    longest = longest_sequence(tokens.lengths, context, config.max_new_tokens)
+    longest = longest_sequence(asked.longest, context, config.max_new_tokens)
     by_own_servers = config.engine == "server" and config.policy == "student"
 
     def opened() -> Engine:
@@ -70,8 +66,7 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
 
     engine = LazyEngine(opened)
     group = Group(
-        prompt_ids=prompts.column("prompt_id"),
-        tokens=tokens,
+        prompts=asked,
         respond=sampled(engine, settings),
         policy_version=policy.version,
         policy_step=policy.step,
@@ -95,15 +90,12 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
 def _write_answers(job: StageJob, teacher: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:
     from tasks.language_model.chat import end_ids
     from tasks.rollout.answers import answered
-    from tasks.rollout.prompts import of_split
     from tasks.rollout.shards import Group, write_shards, written_here
 
-    train = of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train")
     ends = tuple(end_ids(tokenizer, teacher.path))
-    prompts, tokens, respond = answered(job, train, tokenizer, context, ends, "generate.policy")
+    asked, respond = answered(job, tokenizer, context, ends, "generate.policy")
     group = Group(
-        prompt_ids=prompts.column("prompt_id"),
-        tokens=tokens,
+        prompts=asked,
         respond=respond,
         policy_version=ANSWERS_VERSION,
         policy_step=0,

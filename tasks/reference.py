@@ -2,18 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
 from schemas.stage_key import WARMUP
-from schemas.tables import PROMPTS as PROMPTS_TABLE
-from tasks.graph import PROMPTS
-from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ANSWERS_VERSION, start_model, teacher_model
 from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
+    from tasks.rollout.prompts import Asked
     from tasks.rollout.shards import Group, Respond
 
 
@@ -30,7 +26,7 @@ def run(job: StageJob) -> None:
     from tasks.language_model.chat import end_ids
     from tasks.language_model.loading import load_tokenizer
     from tasks.rollout.answers import answered
-    from tasks.rollout.prompts import fitting_prompts, of_split
+    from tasks.rollout.prompts import ask
     from tasks.rollout.shards import sampled, write_shards, written_here
 
     config, warmup = job.config, job.config.warmup
@@ -38,27 +34,27 @@ def run(job: StageJob) -> None:
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
     ends = tuple(end_ids(tokenizer, teacher.path))
     context = min(teacher.context, student.context)
-    table = job.store.read_table(PROMPTS, PROMPTS_TABLE)
     longest: list[int] = []
     # Opened after every group is known, so that `longest` covers them all.
     engine = LazyEngine(lambda: open_engine(teacher, config.teacher_sampling, max(longest)))
 
-    def answered_by_teacher(prompts: pa.Table, temperature: float, max_new_tokens: int | None) -> "Group":
-        prompts, tokens = fitting_prompts(job, prompts, tokenizer, context)
+    def answered_by_teacher(
+        split: str, temperature: float, max_new_tokens: int | None, first: int | None = None
+    ) -> "Group":
+        asked = ask(job, split, tokenizer, context, limit=first)
         limit = max_new_tokens or config.generate.max_new_tokens
-        longest.append(longest_sequence(tokens.lengths, context, limit))
+        longest.append(longest_sequence(asked.longest, context, limit))
         vocab_size = min(len(tokenizer), teacher.shared_vocab)
         settings = SamplingSettings(temperature, 1.0, limit, context, ends, vocab_size)
-        return _group(prompts, tokens, sampled(engine, settings), teacher.version)
+        return _group(asked, sampled(engine, settings), teacher.version)
 
-    groups = [answered_by_teacher(of_split(table, "held_out"), 1.0, config.evaluate.max_new_tokens)]
+    groups = [answered_by_teacher("held_out", 1.0, config.evaluate.max_new_tokens)]
     if warmup is not None:
-        train = of_split(table, "train").slice(0, warmup.prompts)
         if warmup.responses == "answers":
-            prompts, tokens, respond = answered(job, train, tokenizer, context, ends, "warmup.responses")
-            groups.append(_group(prompts, tokens, respond, ANSWERS_VERSION))
+            asked, respond = answered(job, tokenizer, context, ends, "warmup.responses", warmup.prompts)
+            groups.append(_group(asked, respond, ANSWERS_VERSION))
         else:
-            groups.append(answered_by_teacher(train, warmup.temperature, warmup.max_new_tokens))
+            groups.append(answered_by_teacher("train", warmup.temperature, warmup.max_new_tokens, warmup.prompts))
     try:
         write_shards(job, groups, written_here(job, tokenizer))
     finally:
@@ -66,12 +62,11 @@ def run(job: StageJob) -> None:
     job.counters |= {"engine": config.teacher_sampling.engine} | engine.counters()
 
 
-def _group(prompts: pa.Table, tokens: Ragged, respond: "Respond", version: str) -> "Group":
+def _group(asked: "Asked", respond: "Respond", version: str) -> "Group":
     from tasks.rollout.shards import Group
 
     return Group(
-        prompt_ids=prompts.column("prompt_id"),
-        tokens=tokens,
+        prompts=asked,
         respond=respond,
         policy_version=version,
         policy_step=0,

@@ -9,17 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from schemas.config import GenerateConfig, RunConfig
 from schemas.stage_key import WARMUP
 from schemas.tables import EVALUATE_RESPONSES
-from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.evaluate.means import repetition
-from tasks.graph import PROMPTS
 from tasks.language_model.chat import end_ids
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, start_model
 from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import SamplingSettings, open_engine
-from tasks.rollout.prompts import fitting_prompts, of_split
-from tasks.rollout.shards import Group, Shard, rollout_table, sampled
+from tasks.rollout.prompts import Asked, ask
+from tasks.rollout.shards import Group, Shard, Span, rollout_table, sampled
 from tasks.stage import Progress, StageJob
 from tasks.verification import verify
 
@@ -81,9 +79,9 @@ def held_out_prompts(job: StageJob, teacher: ModelRef) -> HeldOut:
     student = start_model(job.store, job.config, WARMUP)
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
     context = min(teacher.context, student.context)
-    table = job.store.read_table(PROMPTS, PROMPTS_TABLE)
-    prompts, tokens = fitting_prompts(job, of_split(table, "held_out"), tokenizer, context)
-    return HeldOut(prompts, tokens, tokenizer, context)
+    prompts = pa.concat_tables(ask(job, "held_out", tokenizer, context).read())
+    tokens = Ragged.from_arrow(prompts.column("tokens"))
+    return HeldOut(prompts.drop_columns("tokens"), tokens, tokenizer, context)
 
 
 def own_responses(
@@ -116,10 +114,10 @@ def own_responses(
         end_ids=tuple(end_ids(held_out.tokenizer, model.path)),
         vocab_size=min(len(held_out.tokenizer), model.shared_vocab),
     )
-    engine = open_engine(model, sampling.engine, longest_sequence(held_out.tokens.lengths, held_out.context, limit))
+    asked = Asked.of(held_out.prompts, held_out.tokens)
+    engine = open_engine(model, sampling.engine, longest_sequence(asked.longest, held_out.context, limit))
     group = Group(
-        prompt_ids=held_out.prompts.column("prompt_id"),
-        tokens=held_out.tokens,
+        prompts=asked,
         respond=sampled(engine, settings),
         policy_version=model.version,
         policy_step=model.step,
@@ -127,11 +125,8 @@ def own_responses(
         prefix=name,
         samples_per_prompt=sampling.samples_per_prompt,
     )
-    count, step = len(group.prompt_ids), sampling.engine.shard_prompts
-    shards = (
-        group.shard(number, start, min(start + step, count), sampling.seed)
-        for number, start in enumerate(range(0, count, step))
-    )
+    count, step = asked.count, sampling.engine.shard_prompts
+    spans = [Span(number, start, min(start + step, count)) for number, start in enumerate(range(0, count, step))]
     done = 0
 
     def finished(more: int) -> None:
@@ -141,18 +136,18 @@ def own_responses(
 
     try:
         parts: dict[int, pa.Table] = {}
-        for shard, rollouts in group.respond(shards, finished):
+        for shard, rollouts in group.respond(group.shards(spans, sampling.seed), finished):
             table = rollout_table(group, shard, rollouts, held_out.tokenizer)
-            parts[shard.number] = _checked(table, held_out, shard, name, round_index)
+            parts[shard.number] = _checked(table, shard, name, round_index)
     finally:
         engine.close()
     return pa.concat_tables([parts[number] for number in sorted(parts)])
 
 
-def _checked(table: pa.Table, held_out: HeldOut, shard: Shard, name: str, round_index: int) -> pa.Table:
-    start, stop = shard.rows
-    rows = np.repeat(np.arange(start, stop), table.num_rows // (stop - start))
-    scores = verify(held_out.prompts.take(rows), table.column("response").to_pylist())
+def _checked(table: pa.Table, shard: Shard, name: str, round_index: int) -> pa.Table:
+    count = shard.prompts.num_rows
+    rows = np.repeat(np.arange(count), table.num_rows // count)
+    scores = verify(shard.prompts.take(rows), table.column("response").to_pylist())
     responses = Ragged.from_arrow(table.column("response_ids"))
     return pa.table(
         {

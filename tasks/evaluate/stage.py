@@ -144,10 +144,17 @@ def held_out_references(job: StageJob) -> tuple[Ragged, Ragged]:
         ArtifactError: the reference table has none.
     """
     store = job.store
-    held_out = store.read_table(StageKey("prompts"), PROMPTS, ["prompt_id", "split"])
-    ids = held_out.filter(pc.equal(held_out["split"], "held_out")).column("prompt_id")
-    table = store.read_table(StageKey("reference"), GENERATE, ["prompt_id", "prompt_ids", "response_ids"])
-    table = table.filter(pc.is_in(table["prompt_id"], value_set=ids.combine_chunks())).combine_chunks()
+    of_split = (
+        shard.filter(pc.equal(shard["split"], "held_out"))["prompt_id"]
+        for shard in store.iterate_table(StageKey("prompts"), PROMPTS, ["prompt_id", "split"])
+    )
+    ids = pa.chunked_array([chunk for column in of_split for chunk in column.chunks], pa.string())
+    columns = ["prompt_id", "prompt_ids", "response_ids"]
+    kept = [
+        shard.filter(pc.is_in(shard["prompt_id"], value_set=ids))
+        for shard in store.iterate_table(StageKey("reference"), GENERATE, columns)
+    ]
+    table = pa.concat_tables(kept).combine_chunks()
     if table.num_rows == 0:
         raise ArtifactError("reference: no held-out responses to evaluate on; re-run stage `reference`")
     return Ragged.from_arrow(table["prompt_ids"]), Ragged.from_arrow(table["response_ids"])

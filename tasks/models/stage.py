@@ -30,7 +30,7 @@ from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models.fingerprint import folder_fingerprint
 from tasks.models.prune import prune_layers
 from tasks.models.tokenizers import check_same_tokenizer
-from tasks.rollout.context import prompts_that_fit
+from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.stage import StageJob
 
 _WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -222,11 +222,10 @@ def _check_prompts(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: i
     for table in job.store.iterate_table(StageKey("prompts"), PROMPTS, ["messages", "source", "source_row"]):
         prompts = encode_prompts(tokenizer, table.column("messages").to_pylist())
         prompts_that_fit(
-            np.fromiter((len(ids) for ids in prompts), np.int64, len(prompts)),
+            np.fromiter((len(ids) for ids in prompts), np.int32, len(prompts)),
             context,
             too_long=job.config.prompts.too_long,
-            sources=table.column("source"),
-            source_rows=table.column("source_row"),
+            source_of=source_in(table),
         )
 
 

@@ -1,22 +1,39 @@
-"""Rows of a sharded table, regrouped by the shard they go to, with one shard in memory at a time.
+"""Rows of a sharded table, regrouped by the shard they go to, with a few megabytes in memory at a time.
 
-Best-fit decreasing sends neighbours to bins far apart, so every shard written needs rows of every shard read. Each
-shard read is therefore laid down once, sorted by destination, as an Arrow file with one
-record batch per destination; a destination then reads its own batches and nothing else.
+Best-fit decreasing sends neighbours to bins far apart, so every shard written needs rows of every shard read. Rows are
+therefore laid down in piles, each for a range of destinations, as Arrow streams; a pile of several destinations is
+split again, until each has its own. However many shards there are, a row is laid down once for every FAN_OUT-fold of
+them (twice for 4,096), and no more than FAN_OUT files are open.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas.run_store import RunStore
-from schemas.stage_key import StageKey
-from schemas.tables import TableSchema
+from tasks.sequences import Source
 
 _PLACE = "place"
+
+FAN_OUT = 64
+"""Piles that rows are split into at a time."""
+
+_SPLIT_BYTES = 8 << 20
+"""Rows collected before they are split, so that a pile gets some at a time."""
+
+
+class _Pile(NamedTuple):
+    """A file of rows for the destinations from ``low`` up to ``high``."""
+
+    path: Path
+    low: int
+    high: int
 
 
 class Regrouped:
@@ -30,66 +47,83 @@ class Regrouped:
     def __init__(self, folder: Path, starts: NDArray[np.int64]) -> None:
         self._folder = folder
         self._starts = starts
-        self._files: list[tuple[Path, dict[int, int]]] = []
-        self._empty: pa.Table | None = None
+        self._piles: list[_Pile] = []
 
     def scatter(
-        self,
-        store: RunStore,
-        key: StageKey,
-        schema: TableSchema,
-        columns: list[str],
-        places: NDArray[np.int64],
-        shard_done: Callable[[], None],
+        self, store: RunStore, source: Source, places: NDArray[np.integer], shard_done: Callable[[], None]
     ) -> None:
-        """Lay down the rows of ``key``'s table.
+        """Lay down the rows of a table.
 
         Args:
             store: The run's files.
-            key: The stage whose table to read.
-            schema: Its schema.
-            columns: The columns to keep.
-            places: int64 [rows]; where each row goes, or -1 to leave it out.
+            source: The table.
+            places: int32 or int64 [rows]; where each row goes, or -1 to leave it out.
             shard_done: Called after each shard.
         """
-        self._empty = pa.schema([schema.columns.field(name) for name in columns]).empty_table()
-        row = 0
-        for shard in store.iterate_table(key, schema, columns):
-            of_shard = places[row : row + shard.num_rows]
-            row += shard.num_rows
-            self._write(shard, of_shard)
-            shard_done()
 
-    def gather(self, destination: int) -> pa.Table:
-        """Return the rows of one destination, in the order of their places."""
-        if self._empty is None:
-            raise ValueError("gather comes after scatter")
-        batches = []
-        for path, batch_of in self._files:
-            if destination in batch_of:
-                with pa.memory_map(str(path)) as source:
-                    batches.append(pa.ipc.open_file(source).get_batch(batch_of[destination]))
-        if not batches:
-            return self._empty
-        rows = pa.Table.from_batches(batches)
-        return rows.take(np.argsort(rows.column(_PLACE).to_numpy())).drop_columns(_PLACE)
+        def placed() -> Iterator[pa.Table]:
+            row = 0
+            for shard in source.shards(store):
+                of_shard = places[row : row + shard.num_rows]
+                row += shard.num_rows
+                table = shard.append_column(_PLACE, pa.array(of_shard.astype(np.int64)))
+                yield table.take(np.flatnonzero(of_shard >= 0))
+                shard_done()
 
-    def _write(self, shard: pa.Table, places: NDArray[np.int64]) -> None:
-        rows = np.flatnonzero(places >= 0)
-        rows = rows[np.argsort(places[rows])]
-        if not rows.size:
-            return
-        sorted_places = places[rows]
-        table = shard.take(rows).append_column(_PLACE, pa.array(sorted_places))
-        (batch,) = table.combine_chunks().to_batches()
-        edges = np.searchsorted(sorted_places, self._starts)
-        path = self._folder / f"{len(self._files):06d}.arrow"
-        batch_of: dict[int, int] = {}
-        with pa.OSFile(str(path), "wb") as sink:
-            options = pa.ipc.IpcWriteOptions(compression="lz4")
-            with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
-                for destination in np.flatnonzero(np.diff(edges)).tolist():
-                    low, high = int(edges[destination]), int(edges[destination + 1])
-                    batch_of[destination] = len(batch_of)
-                    writer.write_batch(batch.slice(low, high - low))
-        self._files.append((path, batch_of))
+        self._piles = self._split(placed(), 0, self._starts.size - 1)
+
+    def gather(self) -> Iterator[pa.Table]:
+        """Return the rows of one destination after another, of those that have any, in the order of their places."""
+        waiting = self._piles[::-1]
+        while waiting:
+            pile = waiting.pop()
+            if pile.high - pile.low > 1:
+                waiting += self._split(_read(pile.path), pile.low, pile.high)[::-1]
+            else:
+                rows = pa.concat_tables(_read(pile.path))
+                yield rows.take(np.argsort(rows.column(_PLACE).to_numpy())).drop_columns(_PLACE)
+            pile.path.unlink()
+
+    def _split(self, tables: Iterable[pa.Table], low: int, high: int) -> list[_Pile]:
+        """Lay rows for the destinations ``low`` to ``high`` down in piles; return those with rows, in order."""
+        firsts = np.append(np.arange(low, high, -(-(high - low) // FAN_OUT)), high)
+        piles = [
+            _Pile(self._folder / f"{first:08d}-{last:08d}.arrows", int(first), int(last))
+            for first, last in pairwise(firsts)
+        ]
+        writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with ExitStack() as files:
+            for table in _collected(tables):
+                places = table.column(_PLACE).to_numpy()
+                order = np.argsort(places)
+                ordered = table.take(order).combine_chunks()
+                edges = np.searchsorted(places[order], self._starts[firsts])
+                for number in np.flatnonzero(np.diff(edges)).tolist():
+                    if number not in writers:
+                        sink = files.enter_context(pa.OSFile(str(piles[number].path), "wb"))
+                        writer = pa.ipc.new_stream(sink, table.schema, options=options)
+                        writers[number] = files.enter_context(writer)
+                    writers[number].write_table(ordered.slice(edges[number], edges[number + 1] - edges[number]))
+        return [piles[number] for number in sorted(writers)]
+
+
+def _read(path: Path) -> Iterator[pa.Table]:
+    with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def _collected(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join tables until they have some size."""
+    waiting: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        if table.num_rows:
+            waiting.append(table)
+            size += table.nbytes
+        if size >= _SPLIT_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)

@@ -1,23 +1,20 @@
 """Stage prompts: every source's rows become one table of distinct prompts, split into train and held-out."""
 
 from schemas.config import RunConfig
-from schemas.tables import PROMPTS
 from tasks.prompts.sources import source_fingerprint
-from tasks.prompts.table import prompts_table
+from tasks.prompts.table import write_prompts
 from tasks.stage import StageJob
 
 __all__ = ["run", "source_fingerprints"]
 
 
 def run(job: StageJob) -> None:
-    """Read all sources and write the prompts table, in one part.
+    """Read all sources and write the prompts table.
 
     Raises:
         PromptError: a source is missing, empty or has rows that cannot be used, or nothing is left to train on.
     """
-    table, counters = prompts_table(job.config.prompts, job.config.split_seed, job.progress)
-    job.store.write_table(job.store.part(job.key, 0), table, PROMPTS)
-    job.counters.update(counters)
+    write_prompts(job, job.config.prompts, job.config.split_seed)
 
 
 def source_fingerprints(config: RunConfig) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """All sources become the prompts table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from schemas.config import PromptsConfig
 from schemas.errors import PromptError
@@ -12,25 +14,46 @@ from schemas.tables import PROMPTS
 from schemas.untrusted_text import readable
 from tasks.prompts.messages import RowProblem, prompt_id, row_answer, row_messages
 from tasks.prompts.sources import SourceRows, open_sources
-from tasks.prompts.split import draw_splits
-from tasks.stage import Progress
+from tasks.prompts.split import draw_splits, ids_of
+from tasks.stage import Progress, StageJob
 
 BATCH_ROWS = 4096
 """Rows held as Python objects at a time; everything before them is Arrow."""
 
+PART_ROWS = 16_384
+"""Prompts in a file of the table."""
+
 _READ = pa.schema([PROMPTS.columns.field(name) for name in PROMPTS.columns.names if name != "split"])
 
 
-def prompts_table(config: PromptsConfig, seed: int, progress: Progress) -> tuple[pa.Table, dict[str, Any]]:
+def write_prompts(job: StageJob[Any], config: PromptsConfig, seed: int) -> None:
+    """Write the prompts table in files of PART_ROWS, and count what ``prompts_tables`` counts.
+
+    Raises:
+        PromptError: a source is missing, empty or has rows that cannot be used, or nothing is left to train on.
+    """
+    with job.store.scratch_folder(job.key) as scratch:
+        tables, counters = prompts_tables(config, seed, scratch, job.progress)
+        for index, table in enumerate(tables):
+            job.store.write_table(job.store.part(job.key, index), table, PROMPTS)
+    job.counters.update(counters)
+
+
+def prompts_tables(
+    config: PromptsConfig, seed: int, scratch: Path, progress: Progress
+) -> tuple[Iterator[pa.Table], dict[str, Any]]:
     """Read every source, keep each distinct prompt once, and split them.
+
+    The rows wait in a file while all ids are read; held are about 40 bytes a row.
 
     Args:
         config: The sources, and how many prompts to take and to hold out.
         seed: The run's seed; draws `limit` and the split.
+        scratch: An empty folder that stays until the tables are read.
         progress: Told the rows read, of all.
 
     Returns:
-        The table of schema ``PROMPTS``, in reading order, and what was counted: `rows`, `duplicates`,
+        Tables of schema ``PROMPTS`` of PART_ROWS rows, in reading order, and what was counted: `rows`, `duplicates`,
         `left_out_by_limit`, `held_out`, `train`, `not_verifiable` (prompts with nothing to check a response against),
         and under `sources` the rows of each.
 
@@ -40,42 +63,68 @@ def prompts_table(config: PromptsConfig, seed: int, progress: Progress) -> tuple
     sources = open_sources(config.sources)
     total = sum(source.total for source in sources)
     progress(0, total, "prompts")
-    batches: list[pa.RecordBatch] = []
-    seen: set[str] = set()
+    ids: list[NDArray[np.uint64]] = []
+    verifiable: list[NDArray[np.bool_]] = []
     counts: dict[str, int] = {}
     done = 0
 
     def report(rows: int) -> None:
         progress(done + rows, total, "prompts")
 
-    for source in sources:
-        read = _read_source(source, seen, batches, report)
-        counts[source.label] = counts.get(source.label, 0) + read
-        done += source.total
-        report(0)
-    table = pa.Table.from_batches(batches, _READ)
-    rows = sum(counts.values())
-    taken, held_out = draw_splits(
-        table.column("prompt_id").to_pylist(), seed=seed, held_out=config.held_out, limit=config.limit
-    )
-    split = pa.DictionaryArray.from_arrays(pa.array(held_out).cast(pa.int8()), pa.array(["train", "held_out"]))
+    path = scratch / "rows.arrows"
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _READ, options=options) as writer:
+        for source in sources:
+
+            def keep(batch: pa.RecordBatch) -> None:
+                ids.append(ids_of(batch.column("prompt_id").to_pylist()))
+                verifiable.append(batch.column("verification").is_valid().to_numpy(zero_copy_only=False))
+                writer.write_batch(batch)
+
+            read = _read_source(source, keep, report)
+            counts[source.label] = counts.get(source.label, 0) + read
+            done += source.total
+            report(0)
+    rows = np.concatenate([np.empty(0, np.uint64), *ids])
+    distinct, first = np.unique(rows, return_index=True)
+    first.sort()
+    taken, held_out = draw_splits(rows[first], seed=seed, held_out=config.held_out, limit=config.limit)
+    # Of each row: left out, train or held-out.
+    place = np.zeros(rows.size, np.int8)
+    place[first] = taken.astype(np.int8) + held_out
     counters = {
-        "rows": rows,
-        "duplicates": rows - table.num_rows,
-        "left_out_by_limit": int(table.num_rows - taken.sum()),
+        "rows": rows.size,
+        "duplicates": rows.size - distinct.size,
+        "left_out_by_limit": int(distinct.size - taken.sum()),
         "held_out": int(held_out.sum()),
         "train": int(taken.sum() - held_out.sum()),
-        "not_verifiable": int(pc.sum(pc.is_null(table.column("verification").filter(pa.array(taken)))).as_py() or 0),
+        "not_verifiable": int(np.count_nonzero(place) - np.concatenate(verifiable)[place > 0].sum()),
         "sources": counts,
     }
-    table = table.append_column(PROMPTS.columns.field("split"), split.cast(pa.string())).filter(pa.array(taken))
-    return table, counters
+    return _parts(path, place), counters
 
 
-def _read_source(
-    source: SourceRows, seen: set[str], batches: list[pa.RecordBatch], progress: Callable[[int], None]
-) -> int:
-    """Append a source's new prompts to ``batches`` and return how many rows it has."""
+def _parts(path: Path, place: NDArray[np.int8]) -> Iterator[pa.Table]:
+    """Read the rows that are taken from ``path`` again, in tables of PART_ROWS."""
+    names = pa.array(["", "train", "held_out"])
+    waiting, row = PROMPTS.columns.empty_table(), 0
+    with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as batches:
+        for batch in batches:
+            of_batch = place[row : row + batch.num_rows]
+            row += batch.num_rows
+            table = pa.Table.from_batches([batch]).append_column(
+                PROMPTS.columns.field("split"), names.take(pa.array(of_batch))
+            )
+            waiting = pa.concat_tables([waiting, table.filter(pa.array(of_batch > 0))])
+            while waiting.num_rows >= PART_ROWS:
+                yield waiting.slice(0, PART_ROWS)
+                waiting = waiting.slice(PART_ROWS)
+    if waiting.num_rows:
+        yield waiting
+
+
+def _read_source(source: SourceRows, keep: Callable[[pa.RecordBatch], None], progress: Callable[[int], None]) -> int:
+    """Hand a source's prompts to ``keep``, some at a time, and return how many rows it has."""
     columns: dict[str, list[Any]] = {name: [] for name in _READ.names}
     first: tuple[int, RowProblem] | None = None
     read = unusable = 0
@@ -83,7 +132,7 @@ def _read_source(
 
     def flush() -> None:
         if columns["prompt_id"]:
-            batches.append(pa.RecordBatch.from_pydict(columns, _READ))
+            keep(pa.RecordBatch.from_pydict(columns, _READ))
             for values in columns.values():
                 values.clear()
 
@@ -98,13 +147,10 @@ def _read_source(
             unusable += 1
             continue
         answered = answered or source.columns.answer in row
-        name = prompt_id(messages)
-        if name not in seen:
-            seen.add(name)
-            check = source.verification(row, answer)
-            found = (name, messages, answer, check, source.label, number)
-            for values, value in zip(columns.values(), found, strict=True):
-                values.append(value)
+        check = source.verification(row, answer)
+        found = (prompt_id(messages), messages, answer, check, source.label, number)
+        for values, value in zip(columns.values(), found, strict=True):
+            values.append(value)
         if read % BATCH_ROWS == 0:
             flush()
             progress(read)

@@ -4,13 +4,13 @@ from schemas.config import RLConfig
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
 from tasks.prompts.sources import source_fingerprint
-from tasks.prompts.table import prompts_table
+from tasks.prompts.table import write_prompts
 from tasks.rl.start import source_run
 from tasks.stage import StageJob
 
 
 def run(job: StageJob[RLConfig]) -> None:
-    """Write the prompts table, in one part.
+    """Write the prompts table.
 
     Raises:
         ArtifactError: the distillation run, or its prompts, are not there.
@@ -18,11 +18,10 @@ def run(job: StageJob[RLConfig]) -> None:
     """
     config = job.config
     if config.prompts is not None:
-        table, counters = prompts_table(config.prompts, config.seed, job.progress)
-        job.counters.update(counters)
-    else:
-        table = source_run(config).store.read_table(PROMPTS, PROMPTS_TABLE)
-    job.store.write_table(job.store.part(job.key, 0), table, PROMPTS_TABLE)
+        write_prompts(job, config.prompts, config.seed)
+        return
+    for index, table in enumerate(source_run(config).store.iterate_table(PROMPTS, PROMPTS_TABLE)):
+        job.store.write_table(job.store.part(job.key, index), table, PROMPTS_TABLE)
 
 
 def source_fingerprints(config: RLConfig) -> dict[str, str]:

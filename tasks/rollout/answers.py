@@ -8,71 +8,65 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import PromptError
-from tasks.language_model.ragged import Ragged
-from tasks.rollout.context import prompts_that_fit
 from tasks.rollout.engine import Finished, Rollouts, TokenIds
-from tasks.rollout.prompts import encode_answers, fitting_prompts
+from tasks.rollout.prompts import Asked, ask, encode_answers, read_split
 from tasks.rollout.shards import Respond, Shard
 from tasks.stage import StageJob
 
 
 def answered(
     job: StageJob,
-    prompts: pa.Table,
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     ends: tuple[int, ...],
     key: str,
-) -> tuple[pa.Table, Ragged, Respond]:
-    """Return the prompts that fit with their answers, as rows and as tokens, and what responds with the answers.
+    limit: int | None = None,
+) -> tuple[Asked, Respond]:
+    """Return the train prompts that fit with their answers, and what responds with the answers.
 
     Each answer is followed by the first of ``ends``; its log-probabilities are NaN, since nothing sampled it.
 
     Args:
-        job: The stage, for `prompts.too_long` and its counters.
-        prompts: Rows of table prompts.
+        job: The stage, for the prompts table, `prompts.too_long` and its counters.
         tokenizer: The student's.
         context: Longest sequence, in tokens.
         ends: Tokens that end a response.
-        key: The config key and value that want answers, for errors: `warmup.responses: answers`.
+        key: The config key that wants answers, for errors.
+        limit: Take the first prompts only.
 
     Raises:
         PromptError: an answer is missing, or does not fit with its prompt; names the source and row.
     """
-    require_answers(prompts, key)
-    prompts, tokens = fitting_prompts(job, prompts, tokenizer, context)
-    replies = encode_answers(tokenizer, prompts.column("answer"), ends[0])
-    fits = prompts_that_fit(
-        tokens.lengths,
-        context,
-        too_long=job.config.prompts.too_long,
-        sources=prompts.column("source"),
-        source_rows=prompts.column("source_row"),
-        reply_lengths=replies.lengths,
-    )
-    job.counters["dropped_prompts"] += int((~fits).sum())
-    replies = replies.filter(fits)
+    require_answers(read_split(job.store, "train", limit), key)
+    asked = ask(job, "train", tokenizer, context, limit=limit, answer_end=ends[0])
 
     def respond(shards: Iterable[Shard], finished: Finished) -> Iterator[tuple[Shard, Rollouts]]:
         for shard in shards:
-            rows: list[TokenIds] = replies.rows(*shard.rows)
+            replies = encode_answers(tokenizer, shard.prompts.column("answer"), ends[0])
+            rows: list[TokenIds] = replies.rows(0, len(replies))
             unsampled = [np.full(len(row), np.nan, np.float32) for row in rows]
             finished(len(rows))
             yield shard, Rollouts.from_rows(rows, unsampled, ends)
 
-    return prompts.filter(pa.array(fits)), tokens.filter(fits), respond
+    return asked, respond
 
 
-def require_answers(prompts: pa.Table, key: str) -> None:
+def require_answers(prompts: Iterable[pa.Table], key: str) -> None:
     """Check that every prompt has an answer.
 
     Raises:
         PromptError: one has none; names its source and row, and the setting ``key`` that needs it.
     """
-    missing = prompts.filter(pc.is_null(prompts.column("answer")))
-    if missing.num_rows:
+    first: tuple[str, int] | None = None
+    lacking = total = 0
+    for table in prompts:
+        total += table.num_rows
+        missing = table.filter(pc.is_null(table.column("answer")))
+        lacking += missing.num_rows
+        if missing.num_rows and first is None:
+            first = missing.column("source")[0].as_py(), missing.column("source_row")[0].as_py()
+    if first is not None:
         raise PromptError(
-            f"{missing.column('source')[0].as_py()}: row {missing.column('source_row')[0].as_py()}: no answer, which "
-            f"`{key}: answers` needs ({missing.num_rows} of {prompts.num_rows} prompts lack one); add them or set "
-            f"`{key}: teacher`"
+            f"{first[0]}: row {first[1]}: no answer, which "
+            f"`{key}: answers` needs ({lacking} of {total} prompts lack one); add them or set `{key}: teacher`"
         )

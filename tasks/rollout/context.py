@@ -1,6 +1,6 @@
 """Which prompts leave room for a reply in the models' context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -11,13 +11,12 @@ from schemas.errors import PromptError
 
 
 def prompts_that_fit(
-    lengths: NDArray[np.int64],
+    lengths: NDArray[np.int32],
     context: int,
     *,
     too_long: Literal["error", "drop"],
-    sources: Sequence[str] | pa.ChunkedArray,
-    source_rows: Sequence[int] | pa.ChunkedArray,
-    reply_lengths: NDArray[np.int64] | None = None,
+    source_of: Callable[[int], tuple[str, int]],
+    reply_lengths: NDArray[np.int32] | None = None,
 ) -> NDArray[np.bool_]:
     """Say which prompts leave room for a reply of at least one token.
 
@@ -25,8 +24,7 @@ def prompts_that_fit(
         lengths: Tokens of each prompt, up to where the reply begins.
         context: Longest sequence, in tokens, that both models take.
         too_long: `prompts.too_long`.
-        sources: Source of each prompt, for the error.
-        source_rows: Row of each prompt in its source, for the error.
+        source_of: Tells a prompt's source and its row there, for the error.
         reply_lengths: Tokens of each prompt's reply, where it is known already; None: one token must fit.
 
     Returns:
@@ -40,7 +38,7 @@ def prompts_that_fit(
     if too_long == "drop" or fits.all():
         return fits
     first = int(np.argmin(fits))
-    source, row = (_value(column, first) for column in (sources, source_rows))
+    source, row = source_of(first)
     size = f"the prompt has {lengths[first]} tokens"
     if reply_lengths is not None:
         size += f" and its answer {reply_lengths[first]}"
@@ -61,11 +59,15 @@ def response_limits(lengths: NDArray[np.int64], context: int, max_new_tokens: in
     return np.minimum(max_new_tokens, context - lengths)
 
 
-def longest_sequence(lengths: NDArray[np.int64], context: int, max_new_tokens: int) -> int:
-    """Return the most tokens that a prompt and its response can have together."""
-    return int((lengths + response_limits(lengths, context, max_new_tokens)).max())
+def longest_sequence(longest_prompt: int, context: int, max_new_tokens: int) -> int:
+    """Return the most tokens that a prompt and its response can have together.
+
+    >>> longest_sequence(3, context=10, max_new_tokens=5), longest_sequence(8, context=10, max_new_tokens=5)
+    (8, 10)
+    """
+    return min(longest_prompt + max_new_tokens, context)
 
 
-def _value(column: Sequence[object] | pa.ChunkedArray, index: int) -> object:
-    value = column[index]
-    return value.as_py() if isinstance(value, pa.Scalar) else value
+def source_in(prompts: pa.Table) -> Callable[[int], tuple[str, int]]:
+    """Return what tells the source of a row of table PROMPTS, and its row there."""
+    return lambda row: (prompts.column("source")[row].as_py(), prompts.column("source_row")[row].as_py())

@@ -5,14 +5,12 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
-import pyarrow as pa
-
 from schemas.config import RayConfig
 from tasks.language_model.loading import load_tokenizer
-from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import answering_model, asking_student
 from tasks.ray_actors import joined, require_arrived
 from tasks.rollout.engine import Finished, LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.prompts import Asked
 from tasks.rollout.shards import Group, Shard, ShardCounts, sampled, write_shards, written_here
 from tasks.stage import StageJob
 
@@ -43,8 +41,8 @@ class ShardSampler:
         self._engine = LazyEngine(lambda: open_engine(policy, config.generate, longest))
         self._write = written_here(job, load_tokenizer(student.path, trust_remote_code=student.trust_remote_code))
         self._group = Group(
-            prompt_ids=pa.chunked_array([], pa.string()),
-            tokens=Ragged.from_rows([]),
+            # Shards bring theirs.
+            prompts=Asked(0, 0, lambda: iter(())),
             respond=sampled(self._engine, settings),
             policy_version=policy.version,
             policy_step=policy.step,

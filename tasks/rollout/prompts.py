@@ -1,18 +1,23 @@
 """The prompts of a split as tokens, columnar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import PromptError
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.control_tokens import encode_texts
 from tasks.language_model.ragged import Ragged
-from tasks.rollout.context import prompts_that_fit
+from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.engine import TokenIds
 from tasks.stage import StageJob
 
@@ -40,38 +45,122 @@ def _encoded(column: pa.ChunkedArray, encode: Callable[[list[Any]], list[TokenId
     return Ragged.concat([Ragged.from_rows([]), *chunks])
 
 
-def fitting_prompts(
-    job: StageJob, prompts: pa.Table, tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[pa.Table, Ragged]:
-    """Return the prompts that leave room for a reply, as rows and as tokens; count the others as `dropped_prompts`.
-
-    The rows have no messages any more: once they are tokens, the text is only memory.
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of a split that leave room for a reply, as tokens that are made a file of the table at a time.
 
     Args:
-        job: The stage, for `prompts.too_long` and its counters.
-        prompts: Rows of table prompts, all of one split.
+        count: How many there are.
+        longest: Tokens of the longest.
+        read: Reads them in order: the columns of table PROMPTS but the messages, and `tokens` (list<int32>).
+    """
+
+    count: int
+    longest: int
+    read: Callable[[], Iterator[pa.Table]]
+
+    @classmethod
+    def of(cls, prompts: pa.Table, tokens: Ragged) -> "Asked":
+        """Take prompts that are few enough to be held."""
+        table = _with_tokens(prompts, tokens)
+        return cls(table.num_rows, int(tokens.lengths.max(initial=0)), lambda: iter([table]))
+
+    def spans(self, wanted: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
+        """Return the prompts of each span (the first, and one past the last), which come in order."""
+        tables = self.read()
+        held, first = next(tables, None), 0
+        for start, stop in wanted:
+            while held is not None and first + held.num_rows < stop:
+                more = next(tables)
+                kept = held.slice(max(start - first, 0))
+                first += held.num_rows - kept.num_rows
+                held = pa.concat_tables([kept, more])
+            assert held is not None
+            yield held.slice(start - first, stop - start)
+
+
+def ask(
+    job: StageJob,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    *,
+    limit: int | None = None,
+    answer_end: int | None = None,
+) -> Asked:
+    """Return the prompts of a split that leave room for a reply; count the others as `dropped_prompts`.
+
+    The prompts are read twice, now for their lengths and later for their tokens: held are 4 bytes a prompt.
+
+    Args:
+        job: The stage, for the prompts table, `prompts.too_long` and its counters.
+        split: `train` or `held_out`.
         tokenizer: Whose chat template to use.
         context: Longest sequence, in tokens, that both models take.
+        limit: Take the first of them only.
+        answer_end: Closes a prompt's own answer, which must have room; None: one token must.
 
     Raises:
         PromptError: a prompt does not fit and may not be dropped, or none is left.
     """
-    tokens = encode_messages(tokenizer, prompts.column("messages"))
+
+    def lengths_of(tokens: Callable[[pa.Table], Ragged]) -> NDArray[np.int32]:
+        parts = (tokens(table).lengths.astype(np.int32) for table in read_split(job.store, split, limit))
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    lengths = lengths_of(lambda table: encode_messages(tokenizer, table.column("messages")))
+    replies = None
+    if answer_end is not None:
+        replies = lengths_of(lambda table: encode_answers(tokenizer, table.column("answer"), answer_end))
     mask = prompts_that_fit(
-        tokens.lengths,
+        lengths,
         context,
         too_long=job.config.prompts.too_long,
-        sources=prompts.column("source"),
-        source_rows=prompts.column("source_row"),
+        source_of=lambda row: _source_of(read_split(job.store, split, limit), row),
+        reply_lengths=replies,
     )
-    job.counters["dropped_prompts"] = job.counters.get("dropped_prompts", 0) + int((~mask).sum())
-    if not mask.any():
+    count = int(mask.sum())
+    job.counters["dropped_prompts"] = job.counters.get("dropped_prompts", 0) + mask.size - count
+    if not count:
         raise PromptError(
-            f"none of the {len(mask)} prompts leaves room for a reply in the models' context of {context} tokens; "
+            f"none of the {mask.size} prompts leaves room for a reply in the models' context of {context} tokens; "
             "shorten them or choose models with a longer context"
         )
-    kept = prompts.drop_columns("messages")
-    return (kept, tokens) if mask.all() else (kept.filter(pa.array(mask)), tokens.filter(mask))
+
+    def read() -> Iterator[pa.Table]:
+        row = 0
+        for table in read_split(job.store, split, limit):
+            fits = pa.array(mask[row : row + table.num_rows])
+            row += table.num_rows
+            kept = table.filter(fits)
+            yield _with_tokens(kept, encode_messages(tokenizer, kept.column("messages")))
+
+    return Asked(count, int(lengths[mask].max()), read)
+
+
+def _with_tokens(prompts: pa.Table, tokens: Ragged) -> pa.Table:
+    """Return the prompts with their tokens in place of their messages: text of what is tokens is only memory."""
+    lists = pa.ListArray.from_arrays(pa.array(tokens.offsets.astype(np.int32)), pa.array(tokens.values))
+    return prompts.select([name for name in prompts.column_names if name != "messages"]).append_column("tokens", lists)
+
+
+def _source_of(tables: Iterator[pa.Table], row: int) -> tuple[str, int]:
+    """Return the source of a prompt and its row there."""
+    for table in tables:
+        if row < table.num_rows:
+            return source_in(table)(row)
+        row -= table.num_rows
+    raise IndexError(row)
+
+
+def read_split(store: RunStore, split: str, limit: int | None = None) -> Iterator[pa.Table]:
+    """Read the prompts of one split in order, a file at a time; the first ``limit`` of them."""
+    for shard in store.iterate_table(StageKey("prompts"), PROMPTS):
+        prompts = of_split(shard, split).slice(0, limit)
+        if limit is not None:
+            limit -= prompts.num_rows
+        if prompts.num_rows:
+            yield prompts
 
 
 def of_split(prompts: pa.Table, split: str) -> pa.Table:

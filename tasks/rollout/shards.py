@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.prompts import Asked
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import StageJob
 
@@ -23,14 +24,14 @@ class Shard:
 
     Args:
         number: Of the file.
-        rows: First and one past the last prompt, in their group.
+        prompts: Its prompts, as ``Asked.read`` gives them.
         prompt_ids: Prompt of each sample.
         sample_index: Number of each sample among its prompt's (int32).
         requests: Prompt tokens and seed of each sample.
     """
 
     number: int
-    rows: tuple[int, int]
+    prompts: pa.Table
     prompt_ids: list[str]
     sample_index: NDArray[np.int32]
     requests: Requests
@@ -67,8 +68,7 @@ class Group:
     """Prompts that are answered alike.
 
     Args:
-        prompt_ids: Their ids.
-        tokens: Their tokens.
+        prompts: The prompts.
         respond: Answers shards of them.
         policy_version: Hash of the weights that answer; "answers" where nothing is sampled.
         policy_step: Optimizer steps these weights have had.
@@ -77,8 +77,7 @@ class Group:
         samples_per_prompt: Responses for each.
     """
 
-    prompt_ids: pa.ChunkedArray
-    tokens: Ragged
+    prompts: Asked
     respond: Respond
     policy_version: str
     policy_step: int
@@ -86,14 +85,20 @@ class Group:
     prefix: str
     samples_per_prompt: int = 1
 
-    def shard(self, number: int, start: int, stop: int, run_seed: int) -> Shard:
-        """Return the samples of prompts ``start`` to ``stop``; samples of one prompt lie together."""
+    def shards(self, spans: Sequence[Span], run_seed: int) -> Iterator[Shard]:
+        """Return the samples of each span, which come in order; samples of one prompt lie together."""
+        tables = self.prompts.spans((span.start, span.stop) for span in spans)
+        for span, prompts in zip(spans, tables, strict=True):
+            yield self._shard(span.number, prompts, run_seed)
+
+    def _shard(self, number: int, prompts: pa.Table, run_seed: int) -> Shard:
         n = self.samples_per_prompt
-        ids = [prompt_id for prompt_id in self.prompt_ids[start:stop].to_pylist() for _ in range(n)]
-        index = np.tile(np.arange(n, dtype=np.int32), stop - start)
+        ids = [prompt_id for prompt_id in prompts.column("prompt_id").to_pylist() for _ in range(n)]
+        index = np.tile(np.arange(n, dtype=np.int32), prompts.num_rows)
         seeds = [sample_seed(run_seed, self.round, prompt_id, int(i)) for prompt_id, i in zip(ids, index, strict=True)]
-        tokens = [row for row in self.tokens.rows(start, stop) for _ in range(n)]
-        return Shard(number, (start, stop), ids, index, Requests(tokens, np.array(seeds, dtype=np.int64)))
+        tokens = Ragged.from_arrow(prompts.column("tokens"))
+        rows = [row for row in tokens.rows(0, len(tokens)) for _ in range(n)]
+        return Shard(number, prompts, ids, index, Requests(rows, np.array(seeds, dtype=np.int64)))
 
 
 def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
@@ -146,7 +151,7 @@ Write = Callable[[Group, Iterator[Shard], Finished], Iterator[ShardCounts]]
 
 def write_shards(job: StageJob, groups: Sequence[Group], write: Write) -> None:
     """Write every shard that is not there yet; count samples, tokens and how responses ended, over all shards."""
-    total = sum(len(group.prompt_ids) * group.samples_per_prompt for group in groups)
+    total = sum(group.prompts.count * group.samples_per_prompt for group in groups)
     done = tokens = stopped = kept = shards = 0
     shard_prompts = job.config.generate.shard_prompts
 
@@ -162,8 +167,8 @@ def write_shards(job: StageJob, groups: Sequence[Group], write: Write) -> None:
 
     for group in groups:
         missing: list[Span] = []
-        for start in range(0, len(group.prompt_ids), shard_prompts):
-            path, stop = job.store.part(job.key, shards), min(start + shard_prompts, len(group.prompt_ids))
+        for start in range(0, group.prompts.count, shard_prompts):
+            path, stop = job.store.part(job.key, shards), min(start + shard_prompts, group.prompts.count)
             if path.exists():
                 there = ShardCounts.of(job.store.read_part(path, GENERATE, ["response_ids", "finish_reason"]))
                 count(there)
@@ -172,11 +177,10 @@ def write_shards(job: StageJob, groups: Sequence[Group], write: Write) -> None:
             else:
                 missing.append(Span(shards, start, stop))
             shards += 1
-        wanted = (group.shard(*span, job.config.seed) for span in missing)
-        for counts in write(group, wanted, finished):
+        for counts in write(group, group.shards(missing, job.config.seed), finished):
             count(counts)
     job.counters |= {
-        "prompts": sum(len(group.prompt_ids) for group in groups),
+        "prompts": sum(group.prompts.count for group in groups),
         "samples": total,
         "tokens": tokens,
         "stop": stopped,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -24,7 +25,7 @@ from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_model, load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import start_model, teacher_model
-from tasks.rollout.context import prompts_that_fit
+from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
@@ -218,11 +219,10 @@ def _messages(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: int) -
     """Return the train prompts that leave room for a reply."""
     train = of_split(job.store.read_table(PROMPTS, PROMPTS_TABLE), "train")
     fits = prompts_that_fit(
-        encode_messages(tokenizer, train.column("messages")).lengths,
+        encode_messages(tokenizer, train.column("messages")).lengths.astype(np.int32),
         context,
         too_long=job.config.prompts.too_long,
-        sources=train.column("source"),
-        source_rows=train.column("source_row"),
+        source_of=source_in(train),
     )
     job.counters["dropped_prompts"] = int((~fits).sum())
     messages: list[list[dict[str, str]]] = train.filter(pa.array(fits)).column("messages").to_pylist()

@@ -16,7 +16,7 @@ from tasks.language_model.ragged import Ragged
 
 
 class PackReader:
-    """Packs by number, over the files of a pack table; holds a few row groups in memory at most.
+    """Packs by number, over the files of a pack table; holds a few row groups and open files at most.
 
     Raises:
         ArtifactError: a file is no Parquet, or damaged; from every method.
@@ -24,12 +24,11 @@ class PackReader:
 
     def __init__(self, files: list[Path]) -> None:
         self._paths = files
-        self._files = [_open(path) for path in files]
-        groups = [
-            (file, group, self._files[file].metadata.row_group(group).num_rows)
-            for file in range(len(files))
-            for group in range(self._files[file].metadata.num_row_groups)
-        ]
+        self._open = lru_cache(maxsize=8)(_open)
+        groups: list[tuple[int, int, int]] = []
+        for number, path in enumerate(files):
+            metadata = _open(path).metadata
+            groups += [(number, group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)]
         self._groups = [(file, group) for file, group, _ in groups]
         self._starts = np.cumsum([0, *(rows for _, _, rows in groups)])
         self._read_group = lru_cache(maxsize=4)(self._read_group_from_disk)
@@ -41,15 +40,15 @@ class PackReader:
     def seq_lengths(self) -> Ragged:
         """Lengths of the sequences of every pack, int32 tokens."""
         columns = []
-        for path, file in zip(self._paths, self._files, strict=True):
+        for path in self._paths:
             with reading(str(path)):
-                columns.append(file.read(columns=["seq_lengths"]).column("seq_lengths"))
+                columns.append(_open(path).read(columns=["seq_lengths"]).column("seq_lengths"))
         return Ragged.from_arrow(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
 
     def _read_group_from_disk(self, index: int) -> pa.Table:
         file, group = self._groups[index]
         with reading(str(self._paths[file])):
-            rows = self._files[file].read_row_group(group)
+            rows = self._open(self._paths[file]).read_row_group(group)
             rows.validate(full=True)
         return rows
 

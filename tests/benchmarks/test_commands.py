@@ -12,8 +12,8 @@ import pytest
 from benchmarks.report import main
 
 ROOT = Path(__file__).parents[2]
-OF_STAGES = ("packing", "storage", "growth")
-OF_WHOLE_RUNS = ("overlap", "overhead")
+OF_STAGES = ("packing", "storage", "growth", "million")
+OF_WHOLE_RUNS = ("overlap", "overhead", "simulate")
 OF_MODELS = ("end_to_end", "train_step", "loss", "scoring", "utilisation")
 
 
@@ -49,6 +49,10 @@ def test_a_benchmark_of_whole_runs(name: str, tmp_path: Path, capsys: pytest.Cap
     values = {row["what"]: row["median"] for row in result["rows"]}
     if name == "overhead":
         assert values["a round, from the manifests"] >= values["of it, in stages"] > 0
+    elif name == "simulate":
+        assert values["round 0, wall-clock: measured"] > values["generate, time of a round: measured"] > 0
+        # What a row takes on disk is known from two sizes, however small.
+        assert values["generate, size of a round: off by"] < 15
     else:
         assert values["saved"] == pytest.approx(values["rounds without overlap"] - values["rounds with overlap"])
 

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from schemas.config import PromptsConfig
 from schemas.tables import PROMPTS
-from tasks.prompts.table import prompts_table
-from tasks.stage import no_progress
 from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import ODD_TEXT, changed, damaged
+from tests.tasks.prompt_files import read_prompts
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "one", "answer": "1"},
@@ -162,7 +161,7 @@ def parquet_originals() -> list[bytes]:
 
 def _check(kind: str, path: Path) -> None:
     config = PromptsConfig.model_validate({"sources": [{"type": kind, "path": str(path)}], "held_out": 1})
-    table, counters = prompts_table(config, 0, no_progress)
+    table, counters = read_prompts(config)
     PROMPTS.validate(table, "result").validate(full=True)
     assert counters["train"] + counters["held_out"] == table.num_rows >= 2
 

@@ -234,3 +234,12 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path: Path) -> None:
             store.manifest(KEY)
     path.write_bytes(data)
     assert store.manifest(KEY) is not None
+
+
+def test_a_hundred_thousand_shards_stay_in_order(tmp_path: Path) -> None:
+    store, key = make_store(tmp_path, make_config(tmp_path)), StageKey("prompts")
+    parts = [store.part(key, index) for index in (9, 99_999, 100_000)]
+    finish_stage(store, key, PROMPTS, [])
+    for index, path in enumerate(parts):
+        store.write_table(path, prompts_table({f"p{index}": "train"}), PROMPTS)
+    assert [record.path for record in store.outputs(key)] == [store.relative(path) for path in parts]

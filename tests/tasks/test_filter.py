@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from schemas.errors import ArtifactError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, score_schema
-from tasks.filter import applied_bounds, ledger
+from tasks.filter import NO_SCORES, applied_bounds, ledger
 from tasks.stage import StageJob, execute
 from tests.run_fixtures import (
     finish_stage,
@@ -40,14 +41,13 @@ def _ledger(
 def _round(
     tmp_path: Path, delta_ifd: list[float | None], *, score_rows: int = 7, **sections: Any
 ) -> tuple[StageJob, pa.Table, pa.Table]:
-    """Write generate and score, in other shards and another order than each other."""
+    """Write generate and score, in other shards than each other."""
     config = make_config(tmp_path, score={"top_k": 3}, **sections)
     store = make_store(tmp_path, config)
     rng = np.random.default_rng(3)
     prompts, responses = random_sequences(rng, len(delta_ifd))
     rollouts = rollout_table(prompts, responses)
-    scored = rollouts.take(rng.permutation(len(delta_ifd)))
-    scores = score_table(scored, delta_ifd, top_k=3)
+    scores = score_table(rollouts, delta_ifd, top_k=3)
     finish_stage(store, GENERATE_KEY, GENERATE, split_rows(rollouts, 5))
     finish_stage(store, SCORE_KEY, score_schema(3, "float16"), split_rows(scores, score_rows))
     return StageJob(store, config, FILTER_KEY), rollouts, scores
@@ -87,15 +87,15 @@ def test_bounds_are_inclusive_in_the_precision_of_the_ledger() -> None:
 
 
 def test_no_bounds_keep_every_finite_sample() -> None:
-    delta_ifd = pa.array([-5.0, 7.0, None, float("inf")], pa.float32())
-    bounds = applied_bounds(delta_ifd, FilterConfig(min_delta_ifd=None, max_delta_ifd=None))
+    delta_ifd = [-5.0, 7.0, None, float("inf")]
+    bounds = applied_bounds(NO_SCORES, FilterConfig(min_delta_ifd=None, max_delta_ifd=None))
     assert [float(bound) for bound in bounds] == [float("-inf"), float("inf")]
-    rows = _ledger(delta_ifd.to_pylist(), [1] * 4, (float(bounds[0]), float(bounds[1])))
+    rows = _ledger(delta_ifd, [1] * 4, (float(bounds[0]), float(bounds[1])))
     assert [row["keep"] for row in rows] == [True, True, False, False]
 
 
 def test_quantile_is_taken_over_finite_values_only() -> None:
-    delta_ifd = pa.array([None, float("nan"), float("inf"), *np.linspace(-1, 1, 21)], pa.float32())
+    delta_ifd = np.array([np.nan, np.inf, -np.inf, *np.linspace(1, -1, 21)], np.float32)
     low, high = applied_bounds(
         delta_ifd, FilterConfig(min_delta_ifd=Quantile(quantile=0.1), max_delta_ifd=Quantile(quantile=1.0))
     )
@@ -193,11 +193,54 @@ def test_quantile_without_a_finite_value_still_explains_itself(tmp_path: Path) -
         execute(job.store, job.config, FILTER_KEY)
 
 
-def test_a_scored_sample_that_was_never_generated_is_an_error(tmp_path: Path) -> None:
-    job, rollouts, _ = _round(tmp_path, [0.1, 0.2, 0.3])
-    finish_stage(job.store, GENERATE_KEY, GENERATE, [rollouts.slice(0, 2)])
-    with pytest.raises(ArtifactError, match=r"generate: lacks `r0-00002`"):
+@pytest.mark.parametrize("shares", [[0.0], [0.1, 0.37], [0.5, 1.0]])
+def test_a_quantile_is_numpys_of_all_finite_values(shares: list[float]) -> None:
+    values = np.random.default_rng(2).normal(size=997).astype(np.float32)
+    for share in shares:
+        _, high = applied_bounds(values, FilterConfig(min_delta_ifd=None, max_delta_ifd=Quantile(quantile=share)))
+        assert high == np.float32(np.quantile(values.astype(np.float64), share))
+
+
+def _fewer(table: pa.Table) -> pa.Table:
+    return table.slice(0, table.num_rows - 1)
+
+
+def _swapped(table: pa.Table) -> pa.Table:
+    return table.take([0, 1, 2, 3, 4, 5, 6, 7, 9, 8])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_fewer, r"round 0 · generate: row 9 holds no sample, where round 0 · score holds `r0-00009`"),
+        (_swapped, r"round 0 · generate: row 8 holds `r0-00009`, where round 0 · score holds `r0-00008`"),
+    ],
+)
+def test_tables_of_other_samples_than_each_other_are_an_error(
+    tmp_path: Path, change: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    job, rollouts, _ = _round(tmp_path, [0.1] * 10)
+    finish_stage(job.store, GENERATE_KEY, GENERATE, split_rows(change(rollouts), 4))
+    with pytest.raises(ArtifactError, match=message):
         execute(job.store, job.config, FILTER_KEY)
+
+
+def test_a_sample_that_was_never_scored_is_an_error(tmp_path: Path) -> None:
+    job, _, scores = _round(tmp_path, [0.1] * 10)
+    finish_stage(job.store, SCORE_KEY, score_schema(3, "float16"), split_rows(_fewer(scores), 4))
+    with pytest.raises(ArtifactError, match=r"generate: row 9 holds `r0-00009`, where round 0 · score holds no sample"):
+        execute(job.store, job.config, FILTER_KEY)
+
+
+def test_the_ledger_does_not_depend_on_the_rollouts_shards(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    delta_ifd: list[float | None] = [None, *rng.uniform(-0.5, 1.3, 39).tolist()]
+    digests = []
+    for rows in (3, 40):
+        job, rollouts, _ = _round(tmp_path / str(rows), delta_ifd)
+        finish_stage(job.store, GENERATE_KEY, GENERATE, split_rows(rollouts, rows))
+        digests.append([record.sha256 for record in execute(job.store, job.config, FILTER_KEY).outputs])
+    assert digests[0] == digests[1]
 
 
 def test_filter_reads_a_store_opened_again(tmp_path: Path) -> None:

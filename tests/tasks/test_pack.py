@@ -137,14 +137,14 @@ def _config(root: Path, dtype: str = "float16", **pack: Any) -> RunConfig:
 
 
 def _write_round(root: Path, config: RunConfig, *, count: int = 90) -> tuple[RunStore, pa.Table, pa.Table]:
-    """Write generate and score in shards and orders of their own, then run the real filter."""
+    """Write generate and score in shards of their own, then run the real filter."""
     rng = np.random.default_rng(11)
     prompts, responses = random_sequences(rng, count)
     store = make_store(root, config)
     rollouts = rollout_table(prompts, responses)
     delta_ifd: list[float | None] = [None, *rng.uniform(-0.4, 1.2, count - 1).tolist()]
     dtype = config.score.topk_dtype
-    scores = score_table(rollouts.take(rng.permutation(count)), delta_ifd, top_k=TOP_K, dtype=dtype)
+    scores = score_table(rollouts, delta_ifd, top_k=TOP_K, dtype=dtype)
     finish_stage(store, GENERATE_KEY, GENERATE, split_rows(rollouts, 13))
     finish_stage(store, SCORE_KEY, score_schema(TOP_K, dtype), split_rows(scores, 31))
     execute(store, config, FILTER_KEY)
@@ -219,6 +219,19 @@ def test_same_input_gives_the_same_bytes_whatever_the_input_shards(tmp_path: Pat
     assert digests[0] == digests[1]
 
 
+def test_packs_of_many_shards_are_those_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go to their shards over several splits where there are more shards than files that may be open."""
+    packs = []
+    for name, fan_out in (("a", 64), ("b", 2)):
+        monkeypatch.setattr("tasks.pack.regroup.FAN_OUT", fan_out)
+        monkeypatch.setattr("tasks.pack.regroup._SPLIT_BYTES", 1 if fan_out == 2 else 1 << 20)
+        config = _config(tmp_path / name, shard_bins=1)
+        store, _, _ = _write_round(tmp_path / name, config)
+        assert execute(store, config, PACK_KEY).counters["shards"] > 8
+        packs.append(_digests(store.finished(PACK_KEY)))
+    assert packs[0] == packs[1]
+
+
 def test_a_half_written_stage_continues_from_its_finished_shards(tmp_path: Path) -> None:
     config = _config(tmp_path)
     store, _, _ = _write_round(tmp_path, config)
@@ -255,7 +268,9 @@ def test_a_ledger_of_another_round_is_refused(tmp_path: Path) -> None:
     store, rollouts, _ = _write_round(tmp_path, config)
     renamed = rollouts.set_column(0, "sample_id", pa.array([f"other-{i}" for i in range(90)]))
     finish_stage(store, GENERATE_KEY, GENERATE, [renamed])
-    with pytest.raises(ArtifactError, match=r"generate: lacks `r0-.*more"):
+    with pytest.raises(
+        ArtifactError, match=r"generate: row 0 holds `other-0`, where round 0 · filter holds `r0-00000`"
+    ):
         execute(store, config, PACK_KEY)
 
 
@@ -280,14 +295,15 @@ def test_progress_reaches_its_total(tmp_path: Path) -> None:
 def _write_references(root: Path, config: RunConfig, splits: dict[str, str]) -> tuple[RunStore, pa.Table]:
     prompts, responses = random_sequences(np.random.default_rng(5), len(splits))
     store = make_store(root, config)
+    asked = sorted(splits, key=lambda name: splits[name] != "held_out")
     references = rollout_table(
         prompts,
         responses,
         round_index=WARMUP,
-        names=[f"ref-{name}-000" for name in splits],
-        prompt_names=list(splits),
+        names=[f"ref-{name}-000" for name in asked],
+        prompt_names=asked,
     )
-    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table(dict(reversed(splits.items())))])
+    finish_stage(store, StageKey("prompts"), PROMPTS, split_rows(prompts_table(splits), 11))
     finish_stage(store, StageKey("reference"), GENERATE, split_rows(references, 7))
     return store, references
 
@@ -318,7 +334,7 @@ def test_warmup_with_every_reference_too_long_stops(tmp_path: Path) -> None:
     config = _warmup_config(tmp_path, max_tokens=16)
     store = make_store(tmp_path, config)
     finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table({"a": "train", "b": "held_out"})])
-    references = rollout_table([[1] * 9, [1]], [[2] * 8, [2]], prompt_names=["a", "b"])
+    references = rollout_table([[1], [1] * 9], [[2], [2] * 8], prompt_names=["b", "a"])
     finish_stage(store, StageKey("reference"), GENERATE, [references])
     with pytest.raises(StageError, match=r"of 1 for train prompts, 1 are longer than `pack.max_tokens` 16"):
         execute(store, config, WARMUP_KEY)

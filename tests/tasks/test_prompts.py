@@ -391,3 +391,14 @@ def test_a_config_file_finds_its_prompts_beside_it(tmp_path: Path) -> None:
     )
     rows, _ = run_prompts(load_config(tmp_path / "configs" / "a.yaml"))
     assert [prompt_of(row) for row in rows] == ["x", "y"]
+
+
+def test_many_files_of_prompts_hold_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{n % 37}"} for n in range(60)])
+    sources = [{"type": "jsonl", "path": str(path)}]
+    whole, _ = run_prompts(make_config(tmp_path, sources, name="whole", held_out=5, limit=33))
+    monkeypatch.setattr("tasks.prompts.table.BATCH_ROWS", 7)
+    monkeypatch.setattr("tasks.prompts.table.PART_ROWS", 4)
+    parts, manifest = run_prompts(make_config(tmp_path, sources, name="parts", held_out=5, limit=33))
+    assert parts == whole
+    assert [record.rows for record in manifest.outputs] == [4] * 8 + [1]

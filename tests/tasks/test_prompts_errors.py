@@ -13,15 +13,13 @@ import pytest
 from schemas.config import PromptsConfig
 from schemas.errors import PromptError
 from tasks.prompts import sources as prompt_sources
-from tasks.prompts.table import prompts_table
-from tasks.stage import no_progress
-from tests.tasks.prompt_files import write_jsonl
+from tests.tasks.prompt_files import read_prompts, write_jsonl
 
 
 def fails(source: dict[str, Any], *parts: str) -> str:
     """Read ``source``, expect a PromptError that holds every one of ``parts``, and return its text."""
     with pytest.raises(PromptError) as caught:
-        prompts_table(PromptsConfig.model_validate({"sources": [source], "held_out": 1}), 0, no_progress)
+        read_prompts(PromptsConfig.model_validate({"sources": [source], "held_out": 1}))
     text = str(caught.value)
     for part in parts:
         assert part in text
@@ -123,7 +121,7 @@ def test_the_first_bad_row_is_reported_and_the_others_are_counted(tmp_path: Path
             "held_out": 1,
         }
     )
-    assert prompts_table(config, 0, no_progress)[0].num_rows == 2
+    assert read_prompts(config)[0].num_rows == 2
 
 
 def test_files_that_are_missing_empty_or_folders(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from schemas.config import PromptsConfig
 from tasks.prompts import sources
-from tasks.prompts.table import prompts_table
-from tasks.stage import no_progress
+from tests.tasks.prompt_files import read_prompts
 from tests.tasks.test_prompts_errors import fails
 
 CHAT = [[{"role": "user", "content": "x"}]] * 2
@@ -28,7 +27,7 @@ def test_an_answer_beyond_every_float_is_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "answer": %s}\n{"prompt": "b"}\n' % ("9" * 400))
     config = PromptsConfig.model_validate({"sources": [{"type": "jsonl", "path": str(path)}], "held_out": 1})
-    assert sorted(map(str, prompts_table(config, 0, no_progress)[0].column("answer").to_pylist())) == [
+    assert sorted(map(str, read_prompts(config)[0].column("answer").to_pylist())) == [
         "9" * 400,
         "None",
     ]
@@ -41,7 +40,7 @@ def test_a_line_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fails({"type": "jsonl", "path": str(path)}, f"{path}: row 2: is longer than 1000 bytes")
     path.write_text('{"prompt": "' + "b" * 985 + '"}\n{"prompt": "c"}\n')
     config = PromptsConfig.model_validate({"sources": [{"type": "jsonl", "path": str(path)}], "held_out": 1})
-    assert prompts_table(config, 0, no_progress)[0].num_rows == 2
+    assert read_prompts(config)[0].num_rows == 2
 
 
 @pytest.mark.parametrize(

@@ -240,18 +240,18 @@ def test_finished_samples_are_reported_while_a_batch_decodes(engine: Transformer
 def test_response_limits_and_the_longest_sequence() -> None:
     lengths = np.array([3, 8])
     assert response_limits(lengths, 10, 5).tolist() == [5, 2]
-    assert longest_sequence(lengths, 10, 1) == 9
-    assert longest_sequence(lengths, 10, 5) == 10
+    assert longest_sequence(8, 10, 1) == 9
+    assert longest_sequence(8, 10, 5) == 10
 
 
 def test_a_prompt_without_room_for_a_reply_is_named_or_left_out() -> None:
-    lengths = np.array([9, 10, 4, 11])
-    sources, rows = ["a.jsonl", "b.jsonl", "b.jsonl", "c.jsonl"], [1, 5, 6, 2]
-    fits = prompts_that_fit(lengths, 10, too_long="drop", sources=sources, source_rows=rows)
+    lengths = np.array([9, 10, 4, 11], np.int32)
+    source_of = [("a.jsonl", 1), ("b.jsonl", 5), ("b.jsonl", 6), ("c.jsonl", 2)].__getitem__
+    fits = prompts_that_fit(lengths, 10, too_long="drop", source_of=source_of)
     assert fits.tolist() == [True, False, True, False]
     with pytest.raises(PromptError, match=r"b\.jsonl: row 5: .* 10 tokens.* context of 10 .*\(1 more.*too_long: drop"):
-        prompts_that_fit(lengths, 10, too_long="error", sources=sources, source_rows=rows)
-    assert prompts_that_fit(lengths[:1], 10, too_long="error", sources=sources, source_rows=rows).all()
+        prompts_that_fit(lengths, 10, too_long="error", source_of=source_of)
+    assert prompts_that_fit(lengths[:1], 10, too_long="error", source_of=source_of).all()
 
 
 def test_a_missing_vllm_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, student_dir: Path) -> None:

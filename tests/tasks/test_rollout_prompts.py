@@ -5,7 +5,7 @@ import pytest
 from schemas.tables import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.rollout import prompts
-from tasks.rollout.prompts import encode_answers, encode_messages
+from tasks.rollout.prompts import Asked, encode_answers, encode_messages
 from tests.tiny_models import make_tokenizer
 
 MESSAGES = [[{"role": "user", "content": "Say " + "ha" * index}] for index in range(8)]
@@ -33,3 +33,14 @@ def test_answers_are_closed_by_the_end_token(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_prompts_are_no_tokens() -> None:
     tokens = encode_messages(make_tokenizer(), pa.chunked_array([], type=PROMPTS.columns.field("messages").type))
     assert (len(tokens), len(tokens.values)) == (0, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_spans_are_the_prompts_of_any_files(rows: int) -> None:
+    table = pa.table({"prompt_id": [f"p{index}" for index in range(9)]})
+    files = [table.slice(start, rows) for start in range(0, 9, rows)]
+    asked = Asked(9, 1, lambda: iter(files))
+    spans = [(0, 3), (3, 4), (6, 9)]
+    assert [part.column("prompt_id").to_pylist() for part in asked.spans(spans)] == [
+        [f"p{index}" for index in range(*span)] for span in spans
+    ]
