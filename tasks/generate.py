@@ -7,7 +7,7 @@ from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
 from tasks.language_model.sources import ANSWERS_VERSION, ModelRef, policy_model, start_model, teacher_model
 from tasks.rollout.context import longest_sequence
-from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import LazyEngine, SamplingSettings, engine_name, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         write_shards(job, [group], tokenizer)
     finally:
         engine.close()
-    job.counters |= {"engine": config.engine} | engine.counters()
+    job.counters |= {"engine": engine_name(policy, config)} | engine.counters()
 
 
 def _write_answers(job: StageJob, teacher: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:

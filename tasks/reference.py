@@ -10,7 +10,7 @@ from tasks.graph import PROMPTS
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ANSWERS_VERSION, start_model, teacher_model
 from tasks.rollout.context import longest_sequence
-from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import LazyEngine, SamplingSettings, engine_name, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(job: StageJob) -> None:
         write_shards(job, groups, tokenizer)
     finally:
         engine.close()
-    job.counters |= {"engine": config.generate.engine} | engine.counters()
+    job.counters |= {"engine": engine_name(teacher, config.generate)} | engine.counters()
 
 
 def _group(prompts: pa.Table, tokens: Ragged, respond: "Respond", version: str) -> "Group":

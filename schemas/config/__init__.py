@@ -11,7 +11,7 @@ from schemas.config.comparison import (
     method_config,
 )
 from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
-from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
+from schemas.config.models import DeviceMap, MemoryLimits, ModelSource, Quantization, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
     DatasetSource,
     JsonlSource,
@@ -49,6 +49,7 @@ __all__ = [
     "ComparisonConfig",
     "ComparisonRLConfig",
     "DatasetSource",
+    "DeviceMap",
     "DevicesConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -59,6 +60,7 @@ __all__ = [
     "JsonlSource",
     "LmEvalConfig",
     "LoraConfig",
+    "MemoryLimits",
     "MethodConfig",
     "ModelSource",
     "OnPolicyConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "PromptSource",
     "PromptsConfig",
     "Quantile",
+    "Quantization",
     "RLConfig",
     "RLEvaluateConfig",
     "ReasoningGymSource",

@@ -17,7 +17,7 @@ class DevicesConfig(Section):
     """Torch device (`cuda:0`, `cpu`) of the student when it samples and is scored."""
 
     teacher: str | None = None
-    """Device of the teacher."""
+    """Device of the teacher; null with `teacher.device_map`, which may use them all."""
 
     trainer: str | None = None
     """Device the student trains on."""
@@ -89,6 +89,14 @@ class RunConfig(RunSettings):
                     f"`{key}` {tokens} does not fit into `pack.max_tokens` {self.pack.max_tokens}: the longest "
                     "responses would all be dropped"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_has_one_place(self) -> "RunConfig":
+        if self.teacher.device_map is not None and self.devices.teacher is not None:
+            raise ValueError(
+                "`teacher.device_map` spreads the teacher over devices and `devices.teacher` names one: set one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -124,8 +124,16 @@ class Engine(Protocol):
         ...
 
 
+def engine_name(model: ModelRef, config: GenerateConfig) -> str:
+    """Return the engine that samples from ``model``: the config's, unless vLLM cannot read its weights.
+
+    vLLM reads bitsandbytes no more (0.32), and no other of its kinds of rounding gives the weights that are scored.
+    """
+    return config.engine if model.quantization is None else "transformers"
+
+
 def open_engine(model: ModelRef, config: GenerateConfig, longest_sequence: int) -> Engine:
-    """Load ``model`` into the engine that ``config.engine`` names.
+    """Load ``model`` into its engine; see ``engine_name``.
 
     Args:
         model: What to sample from.
@@ -135,7 +143,7 @@ def open_engine(model: ModelRef, config: GenerateConfig, longest_sequence: int) 
     Raises:
         ModelError: the engine is not installed, or cannot use the model's device.
     """
-    if config.engine == "vllm":
+    if engine_name(model, config) == "vllm":
         from tasks.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(model, config.vllm, longest_sequence)

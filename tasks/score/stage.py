@@ -1,11 +1,9 @@
 """Scoring a round shard by shard: the student, then the teacher and the table."""
 
-import gc
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -15,7 +13,7 @@ from schemas.tables import SCORE_CHECK, SCORE_STUDENT, score_schema
 from tasks.language_model.chat import reply_header
 from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.head import check_head
-from tasks.language_model.loading import load_ref, load_tokenizer
+from tasks.language_model.loading import free_memory, load_ref, load_tokenizer
 from tasks.language_model.prefill import Prefill, TokensDone, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, policy_model, teacher_model
@@ -177,10 +175,10 @@ def score_round(job: StageJob) -> None:
     # The whole round by the student first, so that its memory is free again when the teacher is loaded.
     if unlearned:
         _score_by_student(job, student, unlearned, checked, bare, on_tokens)
-        _free_memory()
+        free_memory()
     if untaught:
         _score_by_teacher(job, teacher, untaught, bare, on_tokens)
-        _free_memory()
+        free_memory()
     job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}
     if checks.is_file():
         job.counters["sampled_logprob_gap"] = mean_gap(store.read_part(checks, SCORE_CHECK))
@@ -263,12 +261,6 @@ def _load(ref: ModelRef) -> PreTrainedModel:
     model = load_ref(ref, packed=True)
     check_head(model)
     return model
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _require_finite(name: str, read: Rollouts, nll: MeanNll, bare: TokenIds) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"prompts": MINIMAL["prompts"] | {"limit": 10, "held_out": 10}}, "leaves nothing to train on"),
         ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
         ({"teacher": {}}, "teacher.model: missing"),
+        ({"teacher": {"model": "a", "max_memory": {"cpu": "2GiB"}}}, "`max_memory` goes with `device_map`"),
+        ({"teacher": {"model": "a", "device_map": "auto", "max_memory": {0: "70"}}}, "teacher.max_memory.0"),
+        ({"teacher": {"model": "a", "device_map": "auto"}, "devices": {"teacher": "cuda:1"}}, "set one of them"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
@@ -168,10 +172,14 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
 
 def test_placement_does_not_touch_fingerprints() -> None:
     plain = parse_config(MINIMAL)
-    moved = parse_config(MINIMAL | {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}})
-    changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
+    spread = {"model": "a", "device_map": "auto", "max_memory": {0: "70GiB", "cpu": "1.5GiB"}, "offload_folder": "o"}
+    moved = parse_config(
+        MINIMAL | {"name": "other", "root": "/elsewhere", "devices": {"sampler": "cpu"}, "teacher": spread}
+    )
+    changed = [{"score": {"top_k": 3}}, {"teacher": {"model": "a", "quantization": "int8"}}]
     assert plain.fingerprinted() == moved.fingerprinted()
-    assert plain.fingerprinted() != changed.fingerprinted()
+    assert all(plain.fingerprinted() != parse_config(MINIMAL | change).fingerprinted() for change in changed)
+    assert parse_settings(json.loads(moved.model_dump_json())) == moved
 
 
 def sections(section: type[Section]) -> set[type[Section]]:
