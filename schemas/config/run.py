@@ -17,7 +17,8 @@ class DevicesConfig(Section):
     """Torch device (`cuda:0`, `cpu`) of the student when it samples and is scored."""
 
     teacher: str | None = None
-    """Device of the teacher; null with `teacher.device_map`, which may use them all."""
+    """Device of the teacher; null with `teacher.device_map` or `teacher.tensor_parallel`,
+    which take them all."""
 
     trainer: str | None = None
     """Device the student trains on."""
@@ -93,9 +94,11 @@ class RunConfig(RunSettings):
 
     @model_validator(mode="after")
     def _the_teacher_has_one_place(self) -> "RunConfig":
-        if self.teacher.device_map is not None and self.devices.teacher is not None:
+        spread = self.teacher.device_map is not None or self.teacher.tensor_parallel > 1
+        if spread and self.devices.teacher is not None:
             raise ValueError(
-                "`teacher.device_map` spreads the teacher over devices and `devices.teacher` names one: set one of them"
+                "`teacher.device_map` and `teacher.tensor_parallel` spread the teacher over devices and "
+                "`devices.teacher` names one: set one of them"
             )
         return self
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedModel
 
 from schemas.errors import ArtifactError, StageError
 from schemas.stage_key import WARMUP, StageKey
@@ -18,16 +18,17 @@ from schemas.tables import (
     PROMPTS,
     RESPONSES_FILE,
 )
-from tasks.evaluate.agreement import compare_with_teacher, keep_states
+from tasks.evaluate.agreement import KeptStates, compare_with_teacher, keep_states
 from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
 from tasks.graph import BASELINE
-from tasks.language_model.head import check_head
-from tasks.language_model.loading import free_memory, load_ref
+from tasks.language_model.loading import free_memory
+from tasks.language_model.prefill import TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
+from tasks.language_model.tensor_parallel import prefill_model
 from tasks.stage import StageJob
 
 _LOGITS_CHUNK = 512
@@ -102,17 +103,9 @@ def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> d
         job.progress(done, total, "tokens")
 
     with job.store.scratch_folder(job.key) as scratch:
-        student = keep_states(_load(student_ref), prompts, responses, scratch, batch_tokens, on_tokens)
+        student = _keep(student_ref, prompts, responses, scratch, batch_tokens, on_tokens)
         free_memory()
-        metrics = compare_with_teacher(
-            _load(teacher_ref),
-            student,
-            prompts,
-            responses,
-            batch_tokens=batch_tokens,
-            logits_chunk=_LOGITS_CHUNK,
-            on_tokens=on_tokens,
-        )
+        metrics = _compare(teacher_ref, student, prompts, responses, batch_tokens, on_tokens)
     free_memory()
     for name, mean in metrics.items():
         if not np.isfinite(mean.value):
@@ -121,10 +114,26 @@ def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> d
     return metrics
 
 
-def _load(ref: ModelRef) -> PreTrainedModel:
-    model = load_ref(ref, packed=True)
-    check_head(model)
-    return model
+def _keep(
+    ref: ModelRef, prompts: Ragged, responses: Ragged, folder: Path, batch_tokens: int, on_tokens: TokensDone
+) -> KeptStates:
+    with prefill_model(ref) as student:
+        return keep_states(student, prompts, responses, folder, batch_tokens, on_tokens)
+
+
+def _compare(
+    ref: ModelRef, student: KeptStates, prompts: Ragged, responses: Ragged, batch_tokens: int, on_tokens: TokensDone
+) -> dict[str, Mean]:
+    with prefill_model(ref) as teacher:
+        return compare_with_teacher(
+            teacher,
+            student,
+            prompts,
+            responses,
+            batch_tokens=batch_tokens,
+            logits_chunk=_LOGITS_CHUNK,
+            on_tokens=on_tokens,
+        )
 
 
 def _tell_resolution(job: StageJob, metrics: dict[str, dict[str, Mean]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from schemas.config import Quantization
 from schemas.errors import ModelError
@@ -98,6 +99,7 @@ def load_model(
     packed: bool = False,
     quantization: Quantization | None = None,
     spread: Spread | None = None,
+    tensor_parallel: int = 1,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode onto its device, or its devices.
 
@@ -111,6 +113,8 @@ def load_model(
             its architecture can.
         quantization: As in the config of the teacher.
         spread: Over which devices; None: whole on ``device``.
+        tensor_parallel: Ranks of the process group this process is in, each of which loads its part of the layers on
+            its own device; 1: there is no group.
 
     Raises:
         ModelError: the folder has no safetensors weights that `transformers` can load, or not so.
@@ -129,7 +133,9 @@ def load_model(
         options["quantization_config"] = bitsandbytes_config(quantization, compute)
         # Such weights are rounded where they will lie.
         options["device_map"] = {"": target}
-    if spread is not None:
+    if tensor_parallel > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
+    elif spread is not None:
         # A copy: accelerate writes numbers of bytes into it.
         limits = None if spread.max_memory is None else dict(spread.max_memory)
         options |= {"device_map": spread.device_map, "max_memory": limits, "offload_folder": spread.offload_folder}
@@ -137,7 +143,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (*UNREADABLE, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
-    if quantization is None and spread is None:
+    if quantization is None and spread is None and tensor_parallel == 1:
         model.to(target)  # type: ignore[arg-type]
     loaded: PreTrainedModel = model.eval()
     if attn_implementation is None:
@@ -179,8 +185,8 @@ def prefer_packed_attention(model: PreTrainedModel) -> bool:
     return False
 
 
-def load_ref(ref: ModelRef, *, packed: bool = False) -> PreTrainedModel:
-    """Load the model that ``ref`` names; ``packed`` as in ``load_model``."""
+def load_ref(ref: ModelRef, *, packed: bool = False, tensor_parallel: int = 1) -> PreTrainedModel:
+    """Load the model that ``ref`` names; ``packed`` and ``tensor_parallel`` as in ``load_model``."""
     return load_model(
         ref.path,
         dtype=ref.dtype,
@@ -190,6 +196,7 @@ def load_ref(ref: ModelRef, *, packed: bool = False) -> PreTrainedModel:
         packed=packed,
         quantization=ref.quantization,
         spread=ref.spread,
+        tensor_parallel=tensor_parallel,
     )
 
 

@@ -46,6 +46,7 @@ class ModelRef:
         trust_remote_code: As in the config.
         quantization: As in the config of the teacher.
         spread: Over which devices; None: whole on ``device``.
+        tensor_parallel: As in the config of the teacher.
     """
 
     path: str
@@ -59,6 +60,7 @@ class ModelRef:
     trust_remote_code: bool = False
     quantization: Quantization | None = None
     spread: Spread | None = None
+    tensor_parallel: int = 1
 
 
 class ResolvedModels(BaseModel):
@@ -123,6 +125,7 @@ def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
         spread=None
         if source.device_map is None
         else Spread(source.device_map, source.max_memory, source.offload_folder),
+        tensor_parallel=source.tensor_parallel,
     )
 
 

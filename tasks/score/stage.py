@@ -17,6 +17,7 @@ from tasks.language_model.loading import free_memory, load_ref, load_tokenizer
 from tasks.language_model.prefill import Prefill, TokensDone, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, policy_model, teacher_model
+from tasks.language_model.tensor_parallel import prefill_model
 from tasks.score.check import check_sampler, checked_rows, mean_gap, require_sampled
 from tasks.score.ifd import ifd, mean_nll
 from tasks.score.shards import Rollouts, Shard, plan_shards, read_rows, read_shards
@@ -238,23 +239,23 @@ def _score_by_teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: T
     """Write the score table of each shard, with what the student said of it."""
     store, settings = job.store, job.config.score
     schema = score_schema(settings.top_k, settings.topk_dtype)
-    model = _load(ref)
-    for shard, read in read_shards(job, shards):
-        scored = score_rollouts(
-            model,
-            read.prompts,
-            read.responses,
-            bare,
-            settings,
-            top_k=settings.top_k,
-            shared_vocab=ref.shared_vocab,
-            on_tokens=on_tokens,
-        )
-        _require_finite("teacher", read, scored.nll, bare)
-        by_student = store.read_part(shard.student, SCORE_STUDENT)
-        student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
-        table = score_table(read.sample_ids, read.responses, student, scored, settings)
-        store.write_table(shard.path, table, schema, row_group_rows=128)
+    with prefill_model(ref) as model:
+        for shard, read in read_shards(job, shards):
+            scored = score_rollouts(
+                model,
+                read.prompts,
+                read.responses,
+                bare,
+                settings,
+                top_k=settings.top_k,
+                shared_vocab=ref.shared_vocab,
+                on_tokens=on_tokens,
+            )
+            _require_finite("teacher", read, scored.nll, bare)
+            by_student = store.read_part(shard.student, SCORE_STUDENT)
+            student = MeanNll(*(by_student.column(name).to_numpy() for name in ("nll", "nll_uncond")))
+            table = score_table(read.sample_ids, read.responses, student, scored, settings)
+            store.write_table(shard.path, table, schema, row_group_rows=128)
 
 
 def _load(ref: ModelRef) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from docker.types import HostConfig
+from prefect.client.orchestration import PrefectClient
 from prefect_docker.worker import DockerWorkerJobConfiguration
 
 from schemas.run_store import RunStore
@@ -58,16 +59,21 @@ def test_every_deployment_has_its_pool_and_no_two_runs_share_a_gpu(server: Serve
         (step,) = each["pull_steps"]
         folder = step["prefect.deployments.steps.set_working_directory"]["directory"]
         assert folder == (str(CHECKOUT) if where == "local" else "/opt/npd")
-    assert found["npd-round", "ray"]["parameters"]["overrides"] == ["ray.address=auto"]
+    assert found["npd-round", "ray"]["parameters"]["overrides"] == ["ray.address=auto", "ray.actors=4"]
 
 
 def test_a_gpu_deployment_asks_docker_for_the_image_and_all_gpus(server: Server) -> None:
     """What Prefect's worker would give to Docker, which is not here to run it."""
     (pool,) = (pool for pool in server.find("work_pools") if pool["name"] == "gpu")
     (gpu, *_) = (each for each in server.find("deployments") if each["name"] == "gpu")
-    job = asyncio.run(
-        DockerWorkerJobConfiguration.from_template_and_values(pool["base_job_template"], gpu["job_variables"])
-    )
+
+    async def configured() -> DockerWorkerJobConfiguration:
+        async with PrefectClient(server.api) as client:
+            return await DockerWorkerJobConfiguration.from_template_and_values(
+                pool["base_job_template"], gpu["job_variables"], client=client
+            )
+
+    job = asyncio.run(configured())
     assert job.image == "near-policy-distillation:gpu"
     assert job.volumes == ["npd-runs:/opt/npd/runs", "npd-cache:/home/npd/.cache"]
     host = HostConfig(version="1.50", **(job.container_create_kwargs or {}))

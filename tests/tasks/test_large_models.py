@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from tasks.language_model.loading import load_model, load_ref
 from tasks.language_model.packed_attention import PackedRow
 from tasks.language_model.prefill import Prefill, prefill
 from tasks.language_model.sources import Spread, policy_model, teacher_model
-from tasks.stage import execute
+from tasks.stage import Progress, execute, no_progress
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.tasks.rollout_runs import make_run
 from tests.tasks.test_prefill import random_rows
@@ -77,17 +79,16 @@ def sampled_run(
     tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_dir: Path
 ) -> tuple[RunStore, RunConfig]:
     """A run whose samples are there."""
-    store, config = make_run(
-        tmp_path_factory.mktemp("sampled"), teacher_dir, student_dir, score={"top_k": TOP_K, "topk_dtype": "float32"}
-    )
+    score = {"top_k": TOP_K, "topk_dtype": "float32", "batch_tokens": 128}
+    store, config = make_run(tmp_path_factory.mktemp("sampled"), teacher_dir, student_dir, score=score)
     execute(store, config, SAMPLES)
     return store, config
 
 
-def scores(store: RunStore, config: RunConfig, **teacher: Any) -> pa.Table:
+def scores(store: RunStore, config: RunConfig, progress: Progress = no_progress, **teacher: Any) -> pa.Table:
     changed = config.model_copy(update={"teacher": config.teacher.model_copy(update=teacher)})
     store.supersede(SCORE)
-    execute(store, changed, SCORE)
+    execute(store, changed, SCORE, progress)
     return store.read_table(SCORE, score_schema(TOP_K, "float32"))
 
 
@@ -111,6 +112,35 @@ def test_a_rounded_teacher_scores_nearly_the_same(
     assert (np.exp(logprobs).sum(1) <= 1 + 1e-5).all()
     assert ((ids >= 0) & (ids < 259)).all()
     assert all(len(set(row)) == TOP_K for row in ids.tolist())
+
+
+def test_two_processes_share_the_teacher(sampled_run: tuple[RunStore, RunConfig]) -> None:
+    store, config = sampled_run
+    whole, shared = scores(store, config), scores(store, config, tensor_parallel=2)
+    assert shared["teacher_topk_ids"].equals(whole["teacher_topk_ids"])
+    for name in ("teacher_nll", "teacher_nll_uncond"):
+        np.testing.assert_allclose(shared[name].to_numpy(), whole[name].to_numpy(), atol=1e-5)
+    assert not multiprocessing.active_children()
+    assert not torch.distributed.is_initialized()
+    assert "RANK" not in os.environ
+
+
+def test_a_rank_that_dies_is_told(sampled_run: tuple[RunStore, RunConfig]) -> None:
+    store, config = sampled_run
+
+    def kill(done: int, total: int, unit: str) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(ModelError, match=r"teacher\.tensor_parallel: rank 1 failed: .*SIGKILL"):
+        scores(store, config, kill, tensor_parallel=2)
+    assert not multiprocessing.active_children()
+
+
+def test_heads_that_cannot_be_shared_are_told(sampled_run: tuple[RunStore, RunConfig]) -> None:
+    store, config = sampled_run
+    with pytest.raises(ModelError, match=r"tensor_parallel: 3 does not divide the teacher's num_attention_heads, 4"):
+        scores(store, config, tensor_parallel=3)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
