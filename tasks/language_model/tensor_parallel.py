@@ -26,7 +26,7 @@ from tasks.language_model.sources import ModelRef
 _END, _BODY, _HEAD = 0, 1, 2
 _READY = "ready-{}"
 _POLL_SECONDS = 0.2
-_EXIT_SECONDS = 30.0
+_EXIT_SECONDS = 10.0
 # Of waiting for another rank: between two passes rank 0 reads and writes shards.
 _TIMEOUT = timedelta(minutes=30)
 
@@ -51,15 +51,21 @@ def prefill_model(ref: ModelRef) -> Iterator[PreTrainedModel]:
             while len(list(folder.glob(_READY.format("*")))) < ref.tensor_parallel - 1:
                 others.join(_POLL_SECONDS)
             with _rank(0, ref.tensor_parallel, folder):
-                model = _load_part(ref)
-                device = input_device(model)
-                _tell(model, device)
-                check_head(model)
-                yield model
-                _send(_END, None, device)
+                try:
+                    model = _load_part(ref)
+                    device = input_device(model)
+                    _tell(model, device)
+                    check_head(model)
+                    yield model
+                    _send(_END, None, device)
+                except RuntimeError:
+                    # Of another rank's death this one sees a lost connection; this raises what it died of.
+                    others.join(_EXIT_SECONDS)
+                    raise
             others.join(_EXIT_SECONDS)
-        except (ModelError, RuntimeError, ProcessException) as error:
-            raise _first_failure(others, error) from error
+        except ProcessException as error:
+            rank = error.error_index + 1
+            raise ModelError(f"teacher.tensor_parallel: rank {rank} failed: {str(error).strip()}") from error
         finally:
             for process in others.processes:
                 process.kill()
@@ -148,12 +154,3 @@ def _follow(index: int, ref: ModelRef, folder: Path) -> None:
                 hidden_states(model, *given.split(1))
             else:
                 head.projection(given)
-
-
-def _first_failure(others: Any, error: Exception) -> Exception:
-    """Return what failed in another rank, which rank 0 only saw as a lost connection; else rank 0's own error."""
-    try:
-        others.join(_EXIT_SECONDS)
-    except ProcessException as theirs:
-        return ModelError(f"teacher.tensor_parallel: rank {theirs.error_index + 1} failed: {str(theirs).strip()}")
-    return error
