@@ -176,7 +176,7 @@ def test_placement_does_not_touch_fingerprints() -> None:
     moved = parse_config(
         MINIMAL | {"name": "other", "root": "/elsewhere", "devices": {"sampler": "cpu"}, "teacher": spread}
     )
-    changed = [{"score": {"top_k": 3}}, {"teacher": {"model": "a", "quantization": "int8"}}]
+    changed: list[dict[str, Any]] = [{"score": {"top_k": 3}}, {"teacher": {"model": "a", "quantization": "int8"}}]
     assert plain.fingerprinted() == moved.fingerprinted()
     assert all(plain.fingerprinted() != parse_config(MINIMAL | change).fingerprinted() for change in changed)
     assert parse_settings(json.loads(moved.model_dump_json())) == moved
