@@ -1,5 +1,5 @@
 # make round   set up and run the quickstart            make test   set up and run every test
-# make lint    ruff and mypy                            make docs   write the generated parts of README and docs
+# make lint    ruff, mypy and hadolint                  make docs   write the generated parts of README and docs
 # make bench   every benchmark of BENCHMARKS.md, about an hour; it wants the machine for itself
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -23,6 +23,7 @@ lint: .venv/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 docs: .venv/.run-ready
 	$(BIN)/python docs/write_reference.py

@@ -11,7 +11,7 @@ from tasks.language_model.sources import (
     teacher_model,
 )
 from tasks.rollout.context import longest_sequence
-from tasks.rollout.engine import Engine, LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import Engine, LazyEngine, SamplingSettings, engine_name, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         write_shards(job, [group], written_here(job, tokenizer))
     finally:
         engine.close()
-    job.counters |= {"engine": config.engine} | engine.counters()
+    job.counters |= {"engine": engine_name(policy, config)} | engine.counters()
 
 
 def _write_answers(job: StageJob, teacher: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:

@@ -25,17 +25,19 @@ from tasks.stage import execute, settle
 EVENT_SECONDS = 0.1
 """Least time between two progress events of one unit; the last one of a unit always goes out."""
 
+_LARGE_TEACHER = ", or set `teacher.quantization` or `teacher.device_map`"
+
 MEMORY_SETTINGS = {
     "models": "nothing can be lowered here: choose a smaller model, or give the machine more memory",
-    "reference": "lower `generate.batch_size` or `evaluate.max_new_tokens`",
+    "reference": "lower `generate.batch_size` or `evaluate.max_new_tokens`" + _LARGE_TEACHER,
     "generate": "lower `generate.batch_size` or `generate.max_new_tokens` "
     "(vLLM: `generate.vllm.gpu_memory_utilization`, `generate.vllm.max_num_seqs`)",
-    "score": "lower `score.batch_tokens` or `score.logits_chunk`",
+    "score": "lower `score.batch_tokens` or `score.logits_chunk`" + _LARGE_TEACHER,
     "train": "lower `pack.max_tokens` or `train.loss_chunk`, keep `train.gradient_checkpointing: true`, "
     "or set `train.lora`",
     "export": "set `export.dtype: bfloat16`, or give the machine more memory",
     "baseline": "lower `evaluate.batch_tokens` or `generate.batch_size` (of an RL run: `evaluate.batch_size`)",
-    "evaluate": "lower `evaluate.batch_tokens` or `generate.batch_size`",
+    "evaluate": "lower `evaluate.batch_tokens` or `generate.batch_size`" + _LARGE_TEACHER,
     "rl": "lower `grpo.sequences_per_batch` or `grpo.max_new_tokens`, or keep `grpo.gradient_checkpointing: true`",
 }
 """What to change where a stage's memory runs out."""

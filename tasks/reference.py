@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from schemas.stage_key import WARMUP
 from tasks.language_model.sources import ANSWERS_VERSION, start_model, teacher_model
 from tasks.rollout.context import longest_sequence
-from tasks.rollout.engine import LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import LazyEngine, SamplingSettings, engine_name, open_engine
 from tasks.stage import StageJob
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(job: StageJob) -> None:
         write_shards(job, groups, written_here(job, tokenizer))
     finally:
         engine.close()
-    job.counters |= {"engine": config.teacher_sampling.engine} | engine.counters()
+    job.counters |= {"engine": engine_name(teacher, config.teacher_sampling)} | engine.counters()
 
 
 def _group(asked: "Asked", respond: "Respond", version: str) -> "Group":

@@ -12,7 +12,7 @@ from schemas.config.comparison import (
 )
 from schemas.config.launch import LaunchConfig
 from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
-from schemas.config.models import ModelSource, StudentConfig, TeacherConfig
+from schemas.config.models import DeviceMap, MemoryLimits, ModelSource, Quantization, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
     DatasetSource,
     JsonlSource,
@@ -52,6 +52,7 @@ __all__ = [
     "ComparisonConfig",
     "ComparisonRLConfig",
     "DatasetSource",
+    "DeviceMap",
     "DevicesConfig",
     "EvaluateConfig",
     "ExportConfig",
@@ -63,6 +64,7 @@ __all__ = [
     "LaunchConfig",
     "LmEvalConfig",
     "LoraConfig",
+    "MemoryLimits",
     "MethodConfig",
     "ModelSource",
     "OnPolicyConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "PromptSource",
     "PromptsConfig",
     "Quantile",
+    "Quantization",
     "RLConfig",
     "RLEvaluateConfig",
     "RayConfig",

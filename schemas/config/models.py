@@ -1,12 +1,18 @@
 """Where the teacher and the student come from."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from schemas.config.base import Section
+from schemas.config.base import PLACEMENT, Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+MemoryLimits = dict[
+    Annotated[int, Field(ge=0)] | Literal["cpu"],
+    Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB|KiB|GB|MB|KB)$")],
+]
 
 
 class ModelSource(Section):
@@ -32,6 +38,44 @@ class ModelSource(Section):
 
 class TeacherConfig(ModelSource):
     """The model that annotates. It prefills, and decodes only warm-up and held-out references."""
+
+    quantization: Quantization | None = None
+    """Round its weights when they are loaded, all but the output head (extra `quantization`, which is bitsandbytes).
+    `int8`: a byte each, LLM.int8. `int4`: half a byte, NF4 with double quantization. It computes in `dtype`, and what
+    it says changes a little. null: the weights as stored, quantized or not. vLLM does not read bitsandbytes: such a
+    teacher samples by `transformers`, whatever `generate.engine` says."""
+
+    device_map: DeviceMap | None = Field(default=None, json_schema_extra=PLACEMENT)
+    """Spread its layers over all GPUs, then the CPU's memory, then the disk, as `accelerate` knows it, for a teacher
+    larger than one GPU. What is not on a GPU is fetched layer by layer at every pass, so give `score.batch_tokens` all
+    that fits. null: whole on `devices.teacher`. vLLM spreads by `generate.vllm.tensor_parallel_size`."""
+
+    max_memory: MemoryLimits | None = Field(default=None, json_schema_extra=PLACEMENT)
+    """With `device_map`: what its weights may take of each GPU, by number, and of the CPU, as in
+    `{0: 70GiB, 1: 70GiB, cpu: 200GiB}`; leave room for a pass. A device that is left out takes no weights. null: what
+    is free."""
+
+    offload_folder: str | None = Field(default=None, json_schema_extra=PLACEMENT)
+    """With `device_map`: where layers wait that are kept on disk in another form than the model's own files (mixtures
+    of experts); others are read from the model's folder. null: such layers must fit into memory."""
+
+    tensor_parallel: int = Field(default=1, ge=1, json_schema_extra=PLACEMENT)
+    """Processes, each with a GPU (without any: on the CPU) and a part of every layer, that prefill together; faster
+    than `device_map`, whose GPUs work one after another. Must divide the teacher's heads. It samples as without:
+    vLLM has `generate.vllm.tensor_parallel_size`, `transformers` takes `device_map`, which may be set beside this."""
+
+    @model_validator(mode="after")
+    def _quantized_weights_stay_whole(self) -> "TeacherConfig":
+        if self.quantization is not None and self.tensor_parallel > 1:
+            raise ValueError("`quantization` and `tensor_parallel`: weights of bitsandbytes cannot be split; set one")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_need_a_map(self) -> "TeacherConfig":
+        for name in ("max_memory", "offload_folder"):
+            if self.device_map is None and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` goes with `device_map`; without one the teacher is whole on one device")
+        return self
 
 
 class StudentConfig(Section):

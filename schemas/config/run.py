@@ -18,7 +18,8 @@ class DevicesConfig(Section):
     """Torch device (`cuda:0`, `cpu`) of the student when it samples and is scored."""
 
     teacher: str | None = None
-    """Device of the teacher."""
+    """Device of the teacher; null with `teacher.device_map` or `teacher.tensor_parallel`,
+    which take them all."""
 
     trainer: str | None = None
     """Device the student trains on."""
@@ -96,6 +97,16 @@ class RunConfig(RunSettings):
         return self
 
     @model_validator(mode="after")
+    def _the_teacher_has_one_place(self) -> "RunConfig":
+        spread = self.teacher.device_map is not None or self.teacher.tensor_parallel > 1
+        if spread and self.devices.teacher is not None:
+            raise ValueError(
+                "`teacher.device_map` and `teacher.tensor_parallel` spread the teacher over devices and "
+                "`devices.teacher` names one: set one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_schedule_refreshes(self) -> "RunConfig":
         if self.refresh_every > 1 and self.train.guard.action == "refresh":
             raise ValueError(
@@ -145,6 +156,16 @@ class RunConfig(RunSettings):
         if self.train.launch.machines > 1 and "://" in self.root:
             raise ValueError(
                 "`train.launch.machines` above 1 needs a `root` that all machines see as a folder, not a URL"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_actor_is_one_process(self) -> "RunConfig":
+        if self.ray is not None and self.teacher.tensor_parallel > 1:
+            raise ValueError(
+                "`teacher.tensor_parallel` starts processes beside its own, and an actor of `ray` is one: give an actor "
+                "several GPUs (`ray.gpus_per_actor`) and set `teacher.device_map: auto`, or score by servers "
+                "(`score.engine: server`)"
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +18,17 @@ from schemas.tables import (
     PROMPTS,
     RESPONSES_FILE,
 )
-from tasks.evaluate.agreement import compare_models
+from tasks.evaluate.agreement import KeptStates, compare_with_teacher, keep_states
 from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
 from tasks.graph import BASELINE
-from tasks.language_model.head import check_head
-from tasks.language_model.loading import load_ref
+from tasks.language_model.loading import free_memory
+from tasks.language_model.prefill import TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
+from tasks.language_model.tensor_parallel import prefill_model
 from tasks.stage import StageJob
 
 _LOGITS_CHUNK = 512
@@ -87,33 +89,51 @@ def _on_sampler(job: StageJob) -> ModelRef:
 
 
 def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> dict[str, Mean]:
-    """Compare student and teacher token by token on the teacher's responses to the held-out prompts."""
+    """Compare student and teacher token by token on the teacher's responses to the held-out prompts.
+
+    The student first, which is freed before the teacher is loaded: its hidden states wait on disk.
+    """
     prompts, responses = held_out_references(job)
-    teacher = load_ref(teacher_ref, packed=True)
-    student = load_ref(student_ref, packed=True)
-    check_head(teacher)
-    check_head(student)
-    total, done = len(prompts.values) + len(responses.values), 0
+    batch_tokens = job.config.evaluate.batch_tokens
+    total, done = 2 * (len(prompts.values) + len(responses.values)), 0
 
     def on_tokens(count: int) -> None:
         nonlocal done
         done += count
         job.progress(done, total, "tokens")
 
-    metrics = compare_models(
-        teacher,
-        student,
-        prompts,
-        responses,
-        batch_tokens=job.config.evaluate.batch_tokens,
-        logits_chunk=_LOGITS_CHUNK,
-        on_tokens=on_tokens,
-    )
+    with job.store.scratch_folder(job.key) as scratch:
+        student = _keep(student_ref, prompts, responses, scratch, batch_tokens, on_tokens)
+        free_memory()
+        metrics = _compare(teacher_ref, student, prompts, responses, batch_tokens, on_tokens)
+    free_memory()
     for name, mean in metrics.items():
         if not np.isfinite(mean.value):
             raise StageError(f"{job.key.label}: {name} is not finite; the student's weights are damaged")
     job.counters |= {"tokens": done, "held_out_responses": len(responses)}
     return metrics
+
+
+def _keep(
+    ref: ModelRef, prompts: Ragged, responses: Ragged, folder: Path, batch_tokens: int, on_tokens: TokensDone
+) -> KeptStates:
+    with prefill_model(ref) as student:
+        return keep_states(student, prompts, responses, folder, batch_tokens, on_tokens)
+
+
+def _compare(
+    ref: ModelRef, student: KeptStates, prompts: Ragged, responses: Ragged, batch_tokens: int, on_tokens: TokensDone
+) -> dict[str, Mean]:
+    with prefill_model(ref) as teacher:
+        return compare_with_teacher(
+            teacher,
+            student,
+            prompts,
+            responses,
+            batch_tokens=batch_tokens,
+            logits_chunk=_LOGITS_CHUNK,
+            on_tokens=on_tokens,
+        )
 
 
 def _tell_resolution(job: StageJob, metrics: dict[str, dict[str, Mean]]) -> None:

@@ -1,17 +1,21 @@
 """Load tokenizers and causal language models for inference."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
+from schemas.config import Quantization
 from schemas.errors import ModelError
-from tasks.language_model.head import agree, probe_states
+from tasks.language_model.head import agree, probe_states, rounding
 from tasks.language_model.packed_attention import PACKED_SEQUENCES
-from tasks.language_model.sources import ModelRef
+from tasks.language_model.quantization import bitsandbytes_config
+from tasks.language_model.sources import ModelRef, Spread
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What `transformers` raises where a model's files are missing or damaged; of other shapes a RuntimeError."""
@@ -93,8 +97,11 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     packed: bool = False,
+    quantization: Quantization | None = None,
+    spread: Spread | None = None,
+    tensor_parallel: int = 1,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode onto its device.
+    """Load a causal language model in eval mode onto its device, or its devices.
 
     Args:
         folder: A Hugging Face model.
@@ -104,9 +111,13 @@ def load_model(
         trust_remote_code: As in the config.
         packed: It will be given packed rows: with no ``attn_implementation``, let it attend by `packed_sequences` if
             its architecture can.
+        quantization: As in the config of the teacher.
+        spread: Over which devices; None: whole on ``device``.
+        tensor_parallel: Ranks of the process group this process is in, each of which loads its part of the layers on
+            its own device; 1: there is no group.
 
     Raises:
-        ModelError: the folder has no safetensors weights that `transformers` can load.
+        ModelError: the folder has no safetensors weights that `transformers` can load, or not so.
     """
     target = resolve_device(device)
     require_safetensors(folder)
@@ -117,11 +128,23 @@ def load_model(
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        compute = _compute_dtype(folder, options["dtype"], trust_remote_code)
+        options["quantization_config"] = bitsandbytes_config(quantization, compute)
+        # Such weights are rounded where they will lie.
+        options["device_map"] = {"": target}
+    if tensor_parallel > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
+    elif spread is not None:
+        # A copy: accelerate writes numbers of bytes into it.
+        limits = None if spread.max_memory is None else dict(spread.max_memory)
+        options |= {"device_map": spread.device_map, "max_memory": limits, "offload_folder": spread.offload_folder}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (*UNREADABLE, RuntimeError) as error:
+    except (*UNREADABLE, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
-    model.to(target)  # type: ignore[arg-type]
+    if quantization is None and spread is None and tensor_parallel == 1:
+        model.to(target)  # type: ignore[arg-type]
     loaded: PreTrainedModel = model.eval()
     if attn_implementation is None:
         text = loaded.config.get_text_config()
@@ -131,6 +154,14 @@ def load_model(
         if packed:
             prefer_packed_attention(loaded)
     return loaded
+
+
+def _compute_dtype(folder: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> torch.dtype:
+    """Return the type a model computes in that is loaded with ``from_pretrained(dtype=dtype)``."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
 
 
 @torch.no_grad()
@@ -146,7 +177,7 @@ def prefer_packed_attention(model: PreTrainedModel) -> bool:
     expected, _ = probe_states(model)
     model.set_attn_implementation(PACKED_SEQUENCES)
     try:
-        if agree(probe_states(model)[0], expected):
+        if agree(probe_states(model)[0], expected, rounding(model)):
             return True
     except ModelError:  # it asks for something that this attention does not do
         pass
@@ -154,8 +185,8 @@ def prefer_packed_attention(model: PreTrainedModel) -> bool:
     return False
 
 
-def load_ref(ref: ModelRef, *, packed: bool = False) -> PreTrainedModel:
-    """Load the model that ``ref`` names; ``packed`` as in ``load_model``."""
+def load_ref(ref: ModelRef, *, packed: bool = False, tensor_parallel: int = 1) -> PreTrainedModel:
+    """Load the model that ``ref`` names; ``packed`` and ``tensor_parallel`` as in ``load_model``."""
     return load_model(
         ref.path,
         dtype=ref.dtype,
@@ -163,4 +194,14 @@ def load_ref(ref: ModelRef, *, packed: bool = False) -> PreTrainedModel:
         attn_implementation=ref.attn_implementation,
         trust_remote_code=ref.trust_remote_code,
         packed=packed,
+        quantization=ref.quantization,
+        spread=ref.spread,
+        tensor_parallel=tensor_parallel,
     )
+
+
+def free_memory() -> None:
+    """Give back what models took that nothing refers to any more, to the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

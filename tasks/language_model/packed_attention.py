@@ -67,6 +67,7 @@ class PackedRow:
     lengths: NDArray[np.int64]
     unserved_windows: set[int] = field(default_factory=set)
     _bands: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, "PackedRow"] = field(default_factory=dict)
 
     @classmethod
     def of(cls, position_ids: Tensor) -> "PackedRow":
@@ -76,6 +77,14 @@ class PackedRow:
         new[1:] = positions.diff() != 1
         starts = functional.pad(new.nonzero()[:, 0], (0, 1), value=len(positions)).int()
         return cls(starts, np.diff(starts.cpu().numpy().astype(np.int64)))
+
+    def at(self, device: torch.device) -> "PackedRow":
+        """Return the row for layers on ``device``: a model's may lie on several."""
+        if device == self.starts.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = PackedRow(self.starts.to(device), self.lengths, self.unserved_windows)
+        return self._elsewhere[device]
 
     @property
     def longest(self) -> int:
@@ -208,6 +217,7 @@ def packed_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise _unsupported(module, f"apply `{name}`")
+    packed_row = None if packed_row is None else packed_row.at(query.device)
     if packed_row is None:
         if _ROW.get() is not None:
             raise _unsupported(module, "find the sequences: they do not reach the attention layers")

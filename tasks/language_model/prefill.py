@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tasks.language_model.head import OutputHead, hidden_states, input_device
+from tasks.language_model.head import OutputHead, hidden_states, input_device, module_device
 from tasks.language_model.ragged import Ragged, offsets_of
 
 TokensDone = Callable[[int], None]
@@ -146,7 +146,7 @@ def prefill(
         on_tokens: Called with the number of tokens after each pass.
     """
     head = OutputHead.of(model)
-    device = input_device(model)
+    device, head_device = input_device(model), module_device(head.projection)
     wanted = np.ones(len(response), bool) if topk_rows is None else topk_rows
     wanted = np.repeat(wanted & (top_k > 0), response.lengths)
     topk_places = np.cumsum(wanted) - 1
@@ -158,13 +158,13 @@ def prefill(
         order = np.argsort(~wanted[batch.targets], kind="stable")
         targets = batch.targets[order]
         topk_targets = topk_places[targets[wanted[targets]]]
-        states_at = torch.from_numpy(batch.states_at[order]).to(device)
-        labels = torch.from_numpy(response.values[targets].astype(np.int64)).to(device)
         states = hidden_states(
             model,
             torch.from_numpy(batch.input_ids).to(device),
             torch.from_numpy(batch.position_ids).to(device),
         )[0]
+        states_at = torch.from_numpy(batch.states_at[order]).to(states.device)
+        labels = torch.from_numpy(response.values[targets].astype(np.int64)).to(head_device)
         chunks = [
             _score_chunk(
                 head.logits(states[states_at[start : start + logits_chunk]]),

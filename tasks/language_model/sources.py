@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from schemas.config import RunConfig
+from schemas.config import DeviceMap, MemoryLimits, Quantization, RunConfig
 from schemas.errors import ArtifactError, ModelError
 from schemas.manifest import hash_json
 from schemas.run_store import RunStore
@@ -19,6 +19,15 @@ PACKAGE_SCHEME = "package://"
 
 ANSWERS_VERSION = "answers"
 """``policy_version`` of responses that no model sampled."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model is spread over devices, CPU memory and disk; each field as in the config of the teacher."""
+
+    device_map: DeviceMap
+    max_memory: MemoryLimits | None = None
+    offload_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,9 @@ class ModelRef:
         device: As in the config.
         attn_implementation: As in the config.
         trust_remote_code: As in the config.
+        quantization: As in the config of the teacher.
+        spread: Over which devices; None: whole on ``device``.
+        tensor_parallel: As in the config of the teacher.
     """
 
     path: str
@@ -46,6 +58,9 @@ class ModelRef:
     device: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
+    spread: Spread | None = None
+    tensor_parallel: int = 1
 
 
 class ResolvedModels(BaseModel):
@@ -106,6 +121,11 @@ def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
         device=config.devices.teacher,
         attn_implementation=source.attn_implementation,
         trust_remote_code=source.trust_remote_code,
+        quantization=source.quantization,
+        spread=None
+        if source.device_map is None
+        else Spread(source.device_map, source.max_memory, source.offload_folder),
+        tensor_parallel=source.tensor_parallel,
     )
 
 

@@ -26,6 +26,7 @@ from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
 from tasks.language_model.loading import UNREADABLE, require_safetensors
+from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models.fingerprint import folder_fingerprint
 from tasks.models.prune import prune_layers
@@ -45,8 +46,11 @@ def resolve_models(job: StageJob) -> None:
     tokenizers = fitting_tokenizers(found, config)
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
+    student_config = teacher_config if same else _config(found.student, found.trust_student)
+    require_loadable(teacher_config, config.teacher.quantization)
+    require_full_weights(student_config, "teacher.model" if config.student.model is None else "student.model")
     teacher_context = _context(teacher_config, found.teacher)
-    student_context = teacher_context if same else _context(_config(found.student, found.trust_student), found.student)
+    student_context = _context(student_config, found.student)
     _check_prompts(job, tokenizers.student, min(teacher_context, student_context))
     job.progress(1, 3, "steps")
 

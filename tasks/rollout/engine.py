@@ -124,10 +124,18 @@ class Engine(Protocol):
         ...
 
 
+def engine_name(model: ModelRef, config: GenerateConfig) -> str:
+    """Return the engine that samples from ``model``: the config's, unless vLLM cannot read its weights.
+
+    vLLM reads bitsandbytes no more (0.32), and no other of its kinds of rounding gives the weights that are scored.
+    """
+    return "transformers" if config.engine == "vllm" and model.quantization is not None else config.engine
+
+
 def open_engine(
     model: ModelRef, config: GenerateConfig, longest_sequence: int, earlier: ModelRef | None = None
 ) -> Engine:
-    """Load ``model`` into the engine that ``config.engine`` names.
+    """Load ``model`` into its engine; see ``engine_name``.
 
     Args:
         model: What to sample from.
@@ -139,11 +147,12 @@ def open_engine(
         ModelError: the engine is not installed, cannot use the model's device, or has a server that serves another
             model.
     """
-    if config.engine == "vllm":
+    engine = engine_name(model, config)
+    if engine == "vllm":
         from tasks.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(model, config.vllm, longest_sequence)
-    if config.engine == "server":
+    if engine == "server":
         from tasks.rollout.server_engine import ServerEngine
 
         return ServerEngine(model, config.server, longest_sequence, earlier)

@@ -13,13 +13,16 @@ ATTENTION = "grouped_sdpa"
 
 
 def fits_slots(model: PreTrainedModel, longest_sequence: int) -> bool:
-    """Say whether ``model`` can decode over a SlotCache: every layer sees the whole sequence and keeps nothing else.
+    """Say whether ``model`` can decode over a SlotCache: every layer sees the whole sequence and keeps nothing else,
+    and all lie on one device.
 
     Args:
         model: A causal language model.
         longest_sequence: In tokens; a sliding window no shorter than this is no window.
     """
     config = model.config.get_text_config(decoder=True)
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return False
     if model._is_stateful or not model._supports_attention_backend or not model._supports_sdpa:
         return False
     # Kernels that cap the scores, or were asked for as they are written, are not replaced.

@@ -15,6 +15,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from tasks.language_model.head import input_device
 from tasks.rollout.context import response_limits
 from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
 from tasks.rollout.sampling import choose_tokens, logprobs_of
@@ -58,7 +59,7 @@ class BatchDecoder:
     def _batch(
         self, requests: Requests, settings: SamplingSettings, finished: Finished
     ) -> list[tuple[TokenIds, NDArray[np.float32]]]:
-        device, lengths = self._model.device, requests.lengths
+        device, lengths = input_device(self._model), requests.lengths
         limits = response_limits(lengths, settings.context, settings.max_new_tokens)
         width = int(lengths.max())
         padded = np.full((len(lengths), width), settings.end_ids[0], dtype=np.int64)

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
-
-from tasks.language_model.loading import load_ref
+from tasks.language_model.loading import free_memory, load_ref
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
 from tasks.rollout.slot_cache import fits_slots
@@ -50,5 +48,4 @@ class TransformersEngine:
     def close(self) -> None:
         """See Engine."""
         del self._decoder
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()

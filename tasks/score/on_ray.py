@@ -67,7 +67,7 @@ def score_on_ray(
         job: The stage.
         ray: The cluster.
         unlearned: Shards without the student's part.
-        untaught: Shards without scores.
+        untaught: Shards that the teacher is to score here.
         on_tokens: Told the tokens of each shard.
         check: Whether the sampler's log-probabilities are to be checked, beside the first shards.
 
@@ -83,6 +83,8 @@ def score_on_ray(
             on_tokens(tokens)
         if check:
             require_arrived(job.store, job.store.path(job.key, CHECK_NAME))
+        for shard in unlearned:
+            require_arrived(job.store, shard.student)
         for tokens in cluster.map(job, partial(ShardScorer, by="teacher"), [places[s.path] for s in untaught]):
             on_tokens(tokens)
     for shard in untaught:

@@ -1,11 +1,9 @@
 """Scoring a round shard by shard: the student, then the teacher and the table."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from schemas.errors import ModelError
@@ -13,9 +11,10 @@ from schemas.tables import SCORE_CHECK
 from tasks.language_model.chat import reply_header
 from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.head import check_head
-from tasks.language_model.loading import load_ref, load_tokenizer
+from tasks.language_model.loading import free_memory, load_ref, load_tokenizer
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import ModelRef, policy_model, teacher_model
+from tasks.language_model.tensor_parallel import prefill_model
 from tasks.score.check import checked_rows, mean_gap, require_sampled
 from tasks.score.results import CHECK_NAME, has_sampled_logprobs, write_check, write_scores, write_student
 from tasks.score.scoring import Prefiller, local_prefill, unconditional_context
@@ -57,9 +56,9 @@ def score_round(job: StageJob) -> None:
     elif untaught:
         if unlearned or checked is not None:
             _score_by_student(job, student, unlearned, checked, bare, on_tokens)
-            _free_memory()
+            free_memory()
         _score_by_teacher(job, teacher, untaught, bare, on_tokens)
-        _free_memory()
+        free_memory()
     job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}
     if checks.is_file():
         job.counters["sampled_logprob_gap"] = mean_gap(store.read_part(checks, SCORE_CHECK))
@@ -120,7 +119,8 @@ def _teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds) 
     """Load the teacher, or find it on its servers."""
     settings = job.config.score
     if settings.engine == "transformers":
-        yield local_prefill(load_scorer(ref), settings)
+        with prefill_model(ref) as model:
+            yield local_prefill(model, settings)
         return
     from tasks.score.server import ServedPrefill
 
@@ -141,9 +141,3 @@ def load_scorer(ref: ModelRef) -> PreTrainedModel:
     model = load_ref(ref, packed=True)
     check_head(model)
     return model
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

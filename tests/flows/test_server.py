@@ -1,5 +1,6 @@
 """The deployments against a real Prefect server and worker, as README tells users to do it."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -7,26 +8,79 @@ from pathlib import Path
 
 import pytest
 import yaml
+from docker.types import HostConfig
+from prefect.client.orchestration import PrefectClient
+from prefect_docker.worker import DockerWorkerJobConfiguration
 
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import FinishedRun, write_smoke_config
-from tests.flows.prefect_server import Server
+from tests.flows.prefect_server import CHECKOUT, Server
 from tests.tasks.rl_runs import checked_prompts, rl_values, source_store
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("finished_run")]
+
+
+def documented_commands() -> list[list[str]]:
+    """Return the commands by which prefect.yaml says to make work pools and deployments."""
+    lines = (CHECKOUT / "prefect.yaml").read_text(encoding="utf-8").splitlines()
+    told = [line.removeprefix("#   prefect ").split() for line in lines if line.startswith("#   prefect ")]
+    return [command for command in told if command[0] in ("work-pool", "deploy")]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
     try:
-        server.call("work-pool", "create", "local", "--type", "process")
-        server.call("deploy", "--all", "--no-prompt")
-        server.start("worker", "start", "--pool", "local", "--type", "process")
+        for command in documented_commands():
+            server.call(*command)
+        server.start("worker", "start", "--pool", "local", "--limit", "1")
         yield server
     finally:
         server.stop()
+
+
+def test_every_deployment_has_its_pool_and_no_two_runs_share_a_gpu(server: Server) -> None:
+    pools = {pool["name"]: pool for pool in server.find("work_pools")}
+    assert {name: pool["type"] for name, pool in pools.items()} == {
+        "local": "process",
+        "gpu": "docker",
+        "ray": "process",
+    }
+    assert (pools["gpu"]["concurrency_limit"], pools["ray"]["concurrency_limit"]) == (1, 1)
+    flows = {flow["id"]: flow["name"] for flow in server.find("flows")}
+    found = {(flows[each["flow_id"]], each["name"]): each for each in server.find("deployments")}
+    everywhere = {(f"npd-{what}", where) for what in ("round", "stage", "rl", "compare") for where in ("local", "gpu")}
+    assert set(found) == everywhere | {("npd-round", "ray"), ("npd-stage", "ray")}
+    assert all(each["work_pool_name"] == where for (_, where), each in found.items())
+    for (_, where), each in found.items():
+        limit = each["global_concurrency_limit"]
+        assert (limit and limit["limit"]) == (None if where == "gpu" else 1)
+        (step,) = each["pull_steps"]
+        folder = step["prefect.deployments.steps.set_working_directory"]["directory"]
+        assert folder == (str(CHECKOUT) if where == "local" else "/opt/npd")
+    assert found["npd-round", "ray"]["parameters"]["overrides"] == ["ray.address=auto", "ray.actors=4"]
+
+
+def test_a_gpu_deployment_asks_docker_for_the_image_and_all_gpus(server: Server) -> None:
+    """What Prefect's worker would give to Docker, which is not here to run it."""
+    (pool,) = (pool for pool in server.find("work_pools") if pool["name"] == "gpu")
+    (gpu, *_) = (each for each in server.find("deployments") if each["name"] == "gpu")
+
+    async def configured() -> DockerWorkerJobConfiguration:
+        async with PrefectClient(server.api) as client:
+            return await DockerWorkerJobConfiguration.from_template_and_values(
+                pool["base_job_template"], gpu["job_variables"], client=client
+            )
+
+    job = asyncio.run(configured())
+    assert job.image == "near-policy-distillation:gpu"
+    assert job.volumes == ["npd-runs:/opt/npd/runs", "npd-cache:/home/npd/.cache"]
+    host = HostConfig(version="1.50", **(job.container_create_kwargs or {}))
+    assert host["ShmSize"] == 16 * 2**30
+    assert host["Init"] is True
+    (devices,) = host["DeviceRequests"]
+    assert (devices["Driver"], devices["Count"], devices["Capabilities"]) == ("nvidia", -1, [["gpu"]])
 
 
 def test_npd_round_runs_as_a_deployment(server: Server, tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:

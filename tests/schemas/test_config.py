@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
         ({"teacher": {}}, "teacher.model: missing"),
         ({"ray": {}}, "ray.actors: missing"),
+        ({"ray": {"actors": 2}, "teacher": {"model": "a", "tensor_parallel": 2}}, "set `teacher.device_map: auto`"),
         ({"ray": {"actors": 2}, "devices": {"teacher": "cuda:1"}}, "set `devices.teacher: null`"),
         ({"generate": {"engine": "server"}}, "the servers that serve the student's snapshot"),
         ({"score": {"engine": "server"}}, "the servers that serve the teacher"),
@@ -117,6 +119,9 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"generate": {"server": {"urls": ["http://gpu-1:8000/v1/"]}}}, "ends before `/v1`"),
         ({"generate": {"server": {"urls": ["http://a", "http://a/"]}}}, "names a server twice"),
         ({"generate": {"server": {"api_key_env": "sk-1234"}}}, "generate.server.api_key_env"),
+        ({"teacher": {"model": "a", "max_memory": {"cpu": "2GiB"}}}, "`max_memory` goes with `device_map`"),
+        ({"teacher": {"model": "a", "device_map": "auto", "max_memory": {0: "70"}}}, "teacher.max_memory.0"),
+        ({"teacher": {"model": "a", "device_map": "auto"}, "devices": {"teacher": "cuda:1"}}, "set one of them"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
@@ -178,13 +183,15 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
 def test_placement_does_not_touch_fingerprints() -> None:
     plain = parse_config(MINIMAL)
     launch = {"processes": 8, "strategy": "fsdp2"}
-    places = {"name": "other", "root": "/elsewhere", "devices": {"teacher": "cpu"}, "ray": {"actors": 2}}
-    moved = parse_config(MINIMAL | places | {"train": {"launch": launch}})
+    spread = {"model": "a", "device_map": "auto", "max_memory": {0: "70GiB", "cpu": "1.5GiB"}, "offload_folder": "o"}
+    places = {"name": "other", "root": "/elsewhere", "devices": {"sampler": "cpu"}, "ray": {"actors": 2}}
+    moved = parse_config(MINIMAL | places | {"teacher": spread, "train": {"launch": launch}})
     elsewhere = {"server": {"urls": ["http://gpu-1:8000"], "max_in_flight": 8}}
     served = parse_config(MINIMAL | {"generate": elsewhere, "score": elsewhere})
-    changed = parse_config(MINIMAL | {"score": {"top_k": 3}})
+    changed: list[dict[str, Any]] = [{"score": {"top_k": 3}}, {"teacher": {"model": "a", "quantization": "int8"}}]
     assert plain.fingerprinted() == moved.fingerprinted() == served.fingerprinted()
-    assert plain.fingerprinted() != changed.fingerprinted()
+    assert all(plain.fingerprinted() != parse_config(MINIMAL | change).fingerprinted() for change in changed)
+    assert parse_settings(json.loads(moved.model_dump_json())) == moved
 
 
 @pytest.mark.parametrize(
