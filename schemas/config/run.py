@@ -163,7 +163,7 @@ class RunConfig(RunSettings):
     def _an_actor_is_one_process(self) -> "RunConfig":
         if self.ray is not None and self.teacher.tensor_parallel > 1:
             raise ValueError(
-                "`teacher.tensor_parallel` starts processes beside its own, and an actor of `ray` is one: give an actor "
+                "`teacher.tensor_parallel` starts processes of its own, and an actor of `ray` is one: give an actor "
                 "several GPUs (`ray.gpus_per_actor`) and set `teacher.device_map: auto`, or score by servers "
                 "(`score.engine: server`)"
             )
