@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from schemas.config import RunConfig, parse_settings
 from schemas.errors import NPDError
@@ -95,8 +96,8 @@ def _train(job: Job, key: StageKey, link: StageLink | None) -> None:
 
 def _shared(line: bytes | None, rank: int) -> bytes:
     """Return what the first process was told, in every process."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_JOIN_SECONDS))
+    # Where the processes will meet to train, too.
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
     if rank == 0:
         assert line is not None
         store.set(_JOB, line.decode())

@@ -5,13 +5,13 @@ import pyarrow as pa
 from schemas.errors import StageError
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS
-from tasks.checkpoint import name_last_checkpoint, read_state
+from tasks.checkpoint import name_last_checkpoint
 from tasks.graph import sampled_round, sampling_policy
 from tasks.stage import StageJob
 from tasks.train.guard import first_breach, is_over_budget, last_breach
 from tasks.train.launch import train_on_ranks
 from tasks.train.optimize import optimize
-from tasks.train.plan import plan_round, resume_point
+from tasks.train.plan import plan_round
 from tasks.train.schedule import RoundSchedule
 
 
@@ -28,9 +28,7 @@ def train_round(job: StageJob) -> None:
     if not plan.is_over:
         if config.train.launch.world_size > 1:
             train_on_ranks(job)
-            newest = resume_point(job)
-            assert newest is not None, "the last step is always saved"
-            state = read_state(newest)
+            state = plan_round(job).state
         else:
             state = optimize(job, plan)
     if guard is not None and guard.action == "stop" and is_over_budget(state.log_history, schedule.start_step, guard):

@@ -173,6 +173,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer, of the divided weights where they are to be divided."""
         if self.shards and self.optimizer is None:
+            assert self.model is not None
             shard_model(self.model, self.args.device)
         return super().create_optimizer(model)
 

@@ -36,7 +36,7 @@ def copied(finished_run: FinishedRun, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run.folder, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("name", ["run", "rl", "status", "rerun", "inspect", "config"])
+@pytest.mark.parametrize("name", ["run", "join", "rl", "status", "rerun", "inspect", "config"])
 def test_every_command_explains_itself_and_its_exit_codes(name: str) -> None:
     code, output = invoke(name, "--help")
     assert code == 0
