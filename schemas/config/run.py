@@ -142,6 +142,16 @@ class RunConfig(RunSettings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _an_actor_has_the_gpus_of_its_model(self) -> "RunConfig":
+        wanted = self.generate.vllm.tensor_parallel_size if self.generate.engine == "vllm" else 1
+        if self.ray is not None and wanted > 1 and (self.ray.gpus_per_actor or 1) < wanted:
+            raise ValueError(
+                f"`generate.vllm.tensor_parallel_size: {wanted}` spreads a model over more GPUs than an actor of `ray` "
+                f"has: set `ray.gpus_per_actor: {wanted}`"
+            )
+        return self
+
     @property
     def total_epochs(self) -> int:
         """Epochs of the whole training run, which the cosine schedule spans where rounds are counted in epochs."""

@@ -109,6 +109,10 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
         ({"teacher": {}}, "teacher.model: missing"),
         ({"ray": {}}, "ray.actors: missing"),
+        (
+            {"ray": {"actors": 2}, "generate": {"engine": "vllm", "vllm": {"tensor_parallel_size": 4}}},
+            "set `ray.gpus_per_actor: 4`",
+        ),
         ({"ray": {"actors": 2}, "devices": {"teacher": "cuda:1"}}, "set `devices.teacher: null`"),
     ],
 )
