@@ -180,6 +180,16 @@ class RunConfig(RunSettings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _an_actor_has_the_gpus_of_its_model(self) -> "RunConfig":
+        wanted = self.generate.vllm.tensor_parallel_size if self.generate.engine == "vllm" else 1
+        if self.ray is not None and wanted > 1 and (self.ray.gpus_per_actor or 1) < wanted:
+            raise ValueError(
+                f"`generate.vllm.tensor_parallel_size: {wanted}` spreads a model over more GPUs than an actor of `ray` "
+                f"has: set `ray.gpus_per_actor: {wanted}`"
+            )
+        return self
+
     @property
     def teacher_sampling(self) -> GenerateConfig:
         """How the teacher samples: by its own servers if it has some, never by the student's."""

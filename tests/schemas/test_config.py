@@ -111,6 +111,10 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"teacher": {}}, "teacher.model: missing"),
         ({"ray": {}}, "ray.actors: missing"),
         ({"ray": {"actors": 2}, "teacher": {"model": "a", "tensor_parallel": 2}}, "set `teacher.device_map: auto`"),
+        (
+            {"ray": {"actors": 2}, "generate": {"engine": "vllm", "vllm": {"tensor_parallel_size": 4}}},
+            "set `ray.gpus_per_actor: 4`",
+        ),
         ({"ray": {"actors": 2}, "devices": {"teacher": "cuda:1"}}, "set `devices.teacher: null`"),
         ({"generate": {"engine": "server"}}, "the servers that serve the student's snapshot"),
         ({"score": {"engine": "server"}}, "the servers that serve the teacher"),
