@@ -6,13 +6,12 @@ Pure functions: rates come from finished runs' manifests (`observe`, `fit`), or 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 import numpy as np
 
 from benchmarks.runs import Run
 from schemas.manifest import Manifest
-from schemas.stage_key import WARMUP, StageKey
+from schemas.stage_key import StageKey
 from tasks.graph import SAMPLING_STAGES, TRAINING_STAGES
 
 ROUND_STAGES = (*SAMPLING_STAGES, *TRAINING_STAGES)
@@ -106,7 +105,7 @@ class Observed:
         load: What it worked on.
         seconds: Of each stage.
         bytes: Each stage wrote.
-        wall: Seconds from the end of what was before it to its own end.
+        wall: Seconds of all its stages, their starts and ends included.
     """
 
     load: Workload
@@ -115,18 +114,17 @@ class Observed:
     wall: float
 
 
-def observe(run: Run) -> list[Observed]:
-    """Return every round of a finished run, from its manifests alone."""
+def observe(run: Run, walls: Sequence[float]) -> list[Observed]:
+    """Return every round of a finished run, from its manifests; ``walls``: what each round took in all, seconds."""
     rounds = []
-    for index in range(run.config.rounds):
+    for index, wall in enumerate(walls):
         manifests = {stage: run.store.finished(StageKey(stage, index)) for stage in ROUND_STAGES}
-        before = run.store.finished(StageKey("evaluate", index - 1 if index else WARMUP))
         rounds.append(
             Observed(
                 load_of(manifests, run.config.rounds, run.config.train.epochs_per_round),
                 {stage: float(manifest.counters["seconds"]) for stage, manifest in manifests.items()},
                 {stage: sum(record.bytes for record in manifest.outputs) for stage, manifest in manifests.items()},
-                _moment(manifests["evaluate"].finished) - _moment(before.finished),
+                wall,
             )
         )
     return rounds
@@ -183,7 +181,7 @@ class Simulated:
     Args:
         seconds: Of each stage, by round.
         bytes: Each stage writes, by round.
-        walls: Seconds from the end of each round's predecessor to its own end.
+        walls: Seconds from the end of one round to that of the next.
     """
 
     seconds: list[dict[str, float]]
@@ -223,7 +221,3 @@ def simulate(
     waits = max(0.0, ahead - training) if overlap else ahead
     walls = [rates.between + wait + then + training for wait in [ahead] + [waits] * (load.rounds - 1)]
     return Simulated([seconds] * load.rounds, [size] * load.rounds, walls)
-
-
-def _moment(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()

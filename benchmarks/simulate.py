@@ -10,6 +10,7 @@ With `--prompts` it measures nothing and prints what a run of so many prompts ta
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,40 +23,49 @@ from benchmarks.runs import Models, Run, make_run, write_models
 from benchmarks.scale_model import ROUND_STAGES, Observed, Simulated, fit, observe, simulate
 from benchmarks.sizing import run_table
 from flows.process import run_in_process
+from schemas.stage_key import WARMUP
 from tasks.graph import loop
 
 FACTORS = (1, 4, 16)
 BAR = at_most(15)
 
 
-def run_once(folder: Path, models: Models, prompts: int, arguments: argparse.Namespace) -> Run:
-    """Run every stage of the loop from nothing, each in a process of its own, in turn."""
-    run = make_run(
+def run_sizes(folder: Path, models: Models, arguments: argparse.Namespace) -> dict[int, list[Observed]]:
+    """Run the loop at all sizes, stage by stage in turn, so that what else the machine does meets all of them."""
+    runs = {factor: make_sized(folder, models, factor * arguments.size, arguments) for factor in FACTORS}
+    walls = {factor: [0.0] * arguments.rounds for factor in FACTORS}
+    for key in loop(runs[1].config):
+        for factor, run in runs.items():
+            began = time.perf_counter()
+            run_in_process(*run, key)
+            if key.round is not None and key.round != WARMUP:
+                walls[factor][key.round] += time.perf_counter() - began
+    return {factor: observe(run, walls[factor]) for factor, run in runs.items()}
+
+
+def make_sized(folder: Path, models: Models, prompts: int, arguments: argparse.Namespace) -> Run:
+    """Create a run whose every file is full, at 1x too."""
+    return make_run(
         Path(tempfile.mkdtemp(dir=folder)),
         models,
         prompts,
         device=arguments.device,
         rounds=arguments.rounds,
         devices={"cpu_threads": 1},
-        generate={"max_new_tokens": arguments.new_tokens, "shard_prompts": 64},
-        score={"shard_samples": 64},
-        pack={"max_tokens": 2_048, "shard_bins": 4},
+        generate={"max_new_tokens": arguments.new_tokens, "shard_prompts": arguments.size},
+        score={"shard_samples": arguments.size},
+        pack={"max_tokens": 1_024, "shard_bins": 4},
         train={"epochs_per_round": arguments.epochs, "gradient_checkpointing": False},
     )
-    for key in loop(run.config):
-        run_in_process(*run, key)
-    return run
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
-    """Run all sizes in turn, fit the rates to the smaller two, and predict the largest."""
-    rounds: dict[int, list[list[Observed]]] = {factor: [] for factor in FACTORS}
+    """Run all sizes, fit the rates to the smaller two, and predict the largest."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = write_models(folder, arguments.model, arguments.model, device=arguments.device)
-        for _ in range(arguments.repeats):
-            for factor in FACTORS:
-                rounds[factor].append(observe(run_once(folder, models, factor * arguments.size, arguments)))
+        passes = [run_sizes(folder, models, arguments) for _ in range(arguments.repeats)]
+    rounds = {factor: [sizes[factor] for sizes in passes] for factor in FACTORS}
     known = [one for factor in FACTORS[:2] for run in rounds[factor] for one in run]
     load = replace(rounds[4][0][0].load, prompts=FACTORS[-1] * arguments.size)
     rows = compare(simulate(load, fit(known)), rounds[FACTORS[-1]])

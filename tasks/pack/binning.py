@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
-Index = NDArray[np.int32] | NDArray[np.int64]
+Index = NDArray[np.int32 | np.int64]
 
 _BLOCK = 1 << 16
 """Keys sorted at a time."""
