@@ -49,7 +49,7 @@ def test_layers_head_and_embedding_on_disk_change_no_bit(tmp_path: Path, tie: bo
     """With the lower limit all of the model waits on disk, with the higher a part."""
     folder = save_model(tmp_path, make_model(seed=1, layers=4, vocab_size=264, tie=tie))
     plain = prefilled(load_model(folder, packed=True))
-    model = load_model(folder, packed=True, spread=Spread("auto", {"cpu": limit}))
+    model: Any = load_model(folder, packed=True, spread=Spread("auto", {"cpu": limit}))
     places = list(model.hf_device_map.values())
     assert "disk" in places
     assert ("cpu" in places) == (limit != "1KiB")
