@@ -1,11 +1,14 @@
 """What every trainer is told alike, whatever it trains by."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import TrainingArguments
 
 from schemas.config import GRPOConfig, OptimizerConfig
+
+A = TypeVar("A", bound=TrainingArguments)
 
 
 def trainer_settings(
@@ -35,3 +38,17 @@ def trainer_settings(
         "report_to": settings.report_to or "none",
         "disable_tqdm": True,
     }
+
+
+def on_device(arguments: A, device: torch.device) -> A:
+    """Let a trainer compute on ``device``, and return its ``arguments``.
+
+    By itself transformers takes the first GPU, and where it sees several gives each a part of every batch.
+    """
+    if device.type == "cuda" and not torch.distributed.is_initialized():
+        own = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(own)
+        assert arguments.n_gpu > 0, "it has settled on its devices"
+        arguments.__dict__["_setup_devices"] = own
+        arguments._n_gpu = 1
+    return arguments

@@ -31,7 +31,7 @@ from tasks.rl.start import start_fingerprint, start_folder, start_label
 from tasks.rl.trainer import VerifiedGRPOTrainer, prompt_order
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
-from tasks.trainer_settings import trainer_settings
+from tasks.trainer_settings import on_device, trainer_settings
 
 
 def train_model(job: StageJob[RLConfig]) -> None:
@@ -149,7 +149,7 @@ def trainer_arguments(
         "vllm_gpu_memory_utilization": grpo.vllm_gpu_memory_utilization,
         "vllm_max_model_length": longest_prompt + grpo.max_new_tokens,
     }
-    return TRLConfig(
+    arguments = TRLConfig(
         **trainer_settings(grpo, folder, config.seed, device),
         max_steps=grpo.steps,
         per_device_train_batch_size=per_batch,
@@ -175,6 +175,7 @@ def trainer_arguments(
         trust_remote_code=config.trust_remote_code,
         **(vllm if grpo.engine == "vllm" else {}),
     )
+    return on_device(arguments, device)
 
 
 def metrics_table(log_history: list[dict[str, Any]]) -> pa.Table:

@@ -29,7 +29,7 @@ from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
-from tasks.trainer_settings import trainer_settings
+from tasks.trainer_settings import on_device, trainer_settings
 
 
 def train_on_policy(job: StageJob) -> None:
@@ -199,7 +199,7 @@ def on_policy_arguments(
     assert on_policy is not None, "the config says so"
     assert settings.steps_per_round is not None, "the config says so"
     batch = on_policy.batch_prompts or on_policy.prompts_per_step
-    return DistillationConfig(
+    arguments = DistillationConfig(
         **trainer_settings(settings, folder, seed, device),
         max_steps=settings.steps_per_round,
         per_device_train_batch_size=batch,
@@ -213,6 +213,7 @@ def on_policy_arguments(
         if sampling.temperature > 0
         else {"do_sample": False},
     )
+    return on_device(arguments, device)
 
 
 def _messages(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: int) -> list[list[dict[str, str]]]:

@@ -24,7 +24,7 @@ from tasks.train.plan import RoundPlan
 from tasks.train.policy_probe import PolicyProbe, open_probe, probe_size, read_probe_row
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
-from tasks.trainer_settings import trainer_settings
+from tasks.trainer_settings import on_device, trainer_settings
 
 
 def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
@@ -106,7 +106,7 @@ def trainer_arguments(
     settings: OptimizerConfig, schedule: RoundSchedule, folder: Path, seed: int, device: torch.device, processes: int
 ) -> SFTConfig:
     """Return TRL's settings for a round, for each of the processes that train it."""
-    return SFTConfig(
+    arguments = SFTConfig(
         **trainer_settings(settings, folder, seed, device),
         max_steps=schedule.end_step,
         per_device_train_batch_size=1,
@@ -118,6 +118,7 @@ def trainer_arguments(
         max_length=None,
         packing=False,
     )
+    return on_device(arguments, device)
 
 
 def peft_config(lora: LoraConfig) -> Any:
