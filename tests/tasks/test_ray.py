@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, student_d
 
 
 def on_ray(config: RunConfig, address: str | None, **settings: Any) -> RunConfig:
+    """Return ``config`` with two actors on the cluster at ``address``, and further ``settings`` of `ray`."""
     return RunConfig.model_validate(config.model_dump() | {"ray": {"address": address, "actors": 2} | settings})
 
 
@@ -131,6 +132,31 @@ def test_what_an_actor_finds_wrong_is_raised_as_the_same_class(
         execute(store, on_ray(config, cluster, actors=1), GENERATE)
     assert type(caught.value) is ModelError
     assert store.manifest(GENERATE) is None
+
+
+def test_a_shard_that_kills_every_actor_fails_the_stage_with_what_to_lower(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, cluster: str
+) -> None:
+    store, config = make_run(tmp_path, teacher_dir, student_dir)
+    store.begin(GENERATE, "at work")
+    config = on_ray(config, cluster, actors=1, restarts=1)
+    assert config.ray is not None
+
+    def make(job: StageJob) -> Callable[[int], int]:
+        def work(shard: int) -> int:
+            if shard == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return shard
+
+        return work
+
+    with (
+        pytest.raises(
+            StageError, match=r"an actor of `ray` died, with `ray\.restarts: 1`.*lower `generate\.batch_size`"
+        ),
+        joined(config.ray) as joined_cluster,
+    ):
+        list(joined_cluster.map(StageJob(store, config, GENERATE), make, range(3)))
 
 
 def test_an_actor_that_finds_no_room_is_an_error_not_a_wait(
