@@ -197,6 +197,8 @@ def joined(settings: RayConfig) -> Iterator[Cluster]:
             "of the cluster; or set `ray: null`"
         ) from None
     if settings.address is None:
+        # Else its workers give way to whatever else runs on the machine, unlike a stage of one process.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=settings.actors * settings.cpus_per_actor,

@@ -60,8 +60,9 @@ def on_ray(config: RunConfig, address: str | None, **settings: Any) -> RunConfig
 
 
 def actors() -> list[psutil.Process]:
-    found = psutil.process_iter(["cmdline"])
-    return [process for process in found if "ray::ShardActor" in " ".join(process.info["cmdline"] or [])]
+    """Return the actors' processes: children of the cluster's, which is this process's."""
+    ours = psutil.Process().children(recursive=True)
+    return [process for process in ours if "ray::ShardActor" in " ".join(process.cmdline())]
 
 
 def parts(store: RunStore, key: StageKey) -> dict[str, int]:
