@@ -9,7 +9,7 @@ from schemas.config import RayConfig
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.sources import answering_model, asking_student
 from tasks.ray_actors import joined, require_arrived
-from tasks.rollout.engine import Finished, LazyEngine, SamplingSettings, open_engine
+from tasks.rollout.engine import Finished, LazyEngine, SamplingSettings, engine_name, open_engine
 from tasks.rollout.prompts import Asked
 from tasks.rollout.shards import Group, Shard, ShardCounts, sampled, write_shards, written_here
 from tasks.stage import StageJob
@@ -86,4 +86,5 @@ def write_on_ray(job: StageJob, ray: RayConfig, group: Group, settings: Sampling
     write_shards(job, [group], write)
     # Of the actor that ended last; its rate is not the stage's.
     engine.pop("tokens_per_second", None)
-    job.counters |= {"engine": job.config.generate.engine, "actors": ray.actors} | engine
+    policy = answering_model(job.store, job.config, job.round)
+    job.counters |= {"engine": engine_name(policy, job.config.generate), "actors": ray.actors} | engine
