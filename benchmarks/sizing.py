@@ -17,7 +17,7 @@ PAPER = Workload(prompts=1.2e6, rounds=2, epochs_per_round=5)
 PAPER_HOURS = {"generate": 300.0, "score": 18.0, "train": 42.0, "evaluate": 6.0}
 """NPU-hours of that run (7B to 1B), from a second-hand reading; `evaluate` stands for what it calls other."""
 
-CORE_SECONDS = {"prompts": 1 / 5_500, "filter": 1 / 85_000, "pack": 1 / 226_000}
+CORE_SECONDS = {"prompts": 1 / 5_500, "filter": 1 / 53_000, "pack": 1 / 340_000}
 """Seconds of a CPU core for a prompt (200,000 of JSONL), a sample and a packed token (`benchmarks.million`)."""
 
 TABLE_BYTES = {"prompts": 233.0, "generate": 10.7, "score": 34.1, "filter": 8.2, "pack": 46.0}
@@ -41,7 +41,7 @@ FILL = 0.99
 RECORD_BYTES = 190
 """Of one file in a stage's manifest."""
 
-MEMORY = {"prompts": 40, "generate": 5, "filter": 8, "pack": 62, "train": 4}
+MEMORY = {"prompts": 40, "generate": 5, "filter": 8, "pack": 56, "train": 4}
 """Bytes a stage holds for each prompt (prompts, generate) or sample; see docs/scale.md."""
 
 

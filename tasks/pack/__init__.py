@@ -19,7 +19,7 @@ ROW_GROUP_BINS = 4
 def run(job: StageJob) -> None:
     """Write the packs of a round (kept samples with targets), or of the warm-up (references of train prompts).
 
-    Memory holds one shard of an input and one of the output at a time, and up to 25 bytes a sequence: which bin it goes
+    Memory holds one shard of an input and one of the output at a time, and about 60 bytes a sequence: which bin it goes
     to is known only when all lengths are. A temporary copy of the rows to pack lies in the stage's folder meanwhile.
     Finished shards of an earlier attempt are kept.
 
