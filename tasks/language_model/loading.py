@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.distributed import DistributedConfig
 
 from schemas.config import Quantization
 from schemas.errors import ModelError
@@ -134,6 +133,8 @@ def load_model(
         # Such weights are rounded where they will lie.
         options["device_map"] = {"": target}
     if tensor_parallel > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
         options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     elif spread is not None:
         # A copy: accelerate writes numbers of bytes into it.
