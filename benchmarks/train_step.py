@@ -5,7 +5,8 @@ precision, AdamW and gradient clipping. Neither saves, evaluates or checkpoints 
 does for its purpose:
 
 - `here`: CE + top-k KL from targets read with the pack from Parquet, attention by `packed_sequences`, a log of every
-  step (`tasks.train.optimize.trainer_arguments`, which the stage trains with too).
+  step (`tasks.train.optimize.trainer_arguments`, which the stage trains with too). A run also measures the policy KL,
+  every `train.guard.every_steps` steps at no more than a third of a step's cost: that is left out.
 - `SFTTrainer`: CE alone, by its fused head that also takes entropy and accuracy; rows in memory, collated with
   `padding_free=True`, so that position ids restart with each sequence; a log every 10 steps. With sdpa (where there is
   no flash attention) transformers then makes a block-diagonal mask [tokens x tokens]: sequences do not see each other,
@@ -148,7 +149,6 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
         schedule=schedule,
         optimizer_config=config,
         objective=Objective(config.kd_weight, config.kd_form, config.loss_chunk),
-        guard=config.guard,
     )
     clock = step_clock(setting.warmup, setting.device)
     trainer.add_callback(clock)
