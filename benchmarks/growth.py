@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import Measurement, alternate, at_most
+from benchmarks.measure import Measurement, alternate, at_most, memory_growth
 from benchmarks.report import BenchmarkParser, main
 from benchmarks.runs import Run, finish, make_run, run_apart, write_models
 from schemas.manifest import Manifest
@@ -18,7 +18,7 @@ from schemas.stage_key import StageKey
 from tasks.graph import MODELS, SAMPLING_STAGES
 
 FACTORS = (1, 4, 16)
-LINEAR, FLAT = at_most(1.10), at_most(1.15)
+LINEAR = at_most(1.10)
 
 
 def pass_through(run: Run) -> dict[str, Manifest]:
@@ -92,15 +92,7 @@ def memory_rows(stage: str, passes: Sequence[Sequence[dict[str, Manifest]]], pro
     peaks = [[one[stage].counters["peak_memory_bytes"] for one in size] for size in passes]
     low, high = peaks[0], peaks[-1]
     added = (FACTORS[-1] - FACTORS[0]) * prompts
-    return [
-        Measurement(f"{stage}: peak memory at 1x", [peak / 2**20 for peak in low], "MiB"),
-        Measurement(f"{stage}: peak memory, 16x over 1x", [b / a for a, b in zip(low, high, strict=True)], "x", FLAT),
-        Measurement(
-            f"{stage}: memory that one more sample takes",
-            [(b - a) / added for a, b in zip(low, high, strict=True)],
-            "bytes",
-        ),
-    ]
+    return memory_growth(stage, low, high, FACTORS[-1], added)
 
 
 def parser() -> BenchmarkParser:

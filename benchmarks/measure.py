@@ -187,6 +187,29 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
+def memory_growth(
+    stage: str, low: Sequence[float], high: Sequence[float], factor: int, added: int
+) -> list[Measurement]:
+    """Return how a stage's peak memory grows with its samples; the bar is 1.15, flat but for noise.
+
+    Args:
+        stage: Its name.
+        low: Peaks at 1x, bytes, a repeat each.
+        high: Peaks with ``factor`` times the samples, in the same order.
+        factor: How many times.
+        added: Samples more there are then.
+    """
+    return [
+        Measurement(f"{stage}: peak memory at 1x", [peak / 2**20 for peak in low], "MiB"),
+        Measurement(f"{stage}: peak memory, {factor}x over 1x", ratios(high, low), "x", at_most(1.15)),
+        Measurement(
+            f"{stage}: memory that one more sample takes",
+            [(b - a) / added for a, b in zip(low, high, strict=True)],
+            "bytes",
+        ),
+    ]
+
+
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         import torch

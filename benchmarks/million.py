@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from benchmarks.measure import Measurement, alternate, at_most
+from benchmarks.measure import Measurement, alternate, memory_growth
 from benchmarks.report import BenchmarkParser, main
 from benchmarks.runs import Run, run_apart
 from schemas.config import parse_config
@@ -29,7 +29,6 @@ from schemas.tables import GENERATE, SCORES, TableSchema, score_schema
 STAGES = ("filter", "pack")
 HUNDREDTH = 100
 FEW = 64
-FLAT = at_most(1.15)
 TOP_K, VOCAB = 10, 151_936
 _KINDS = 4_096
 """Different rows of targets: real ones repeat too, and compress by half."""
@@ -241,13 +240,7 @@ def stage_rows(stage: str, passes: dict[str, list[dict[str, Manifest]]], sizes: 
             )
             for size in ("1x", "100x")
         ),
-        Measurement(f"{stage}: peak memory at 1x", [peak / 2**20 for peak in low], "MiB"),
-        Measurement(f"{stage}: peak memory, 100x over 1x", [b / a for a, b in zip(low, high, strict=True)], "x", FLAT),
-        Measurement(
-            f"{stage}: memory that one more sample takes",
-            [(b - a) / more for a, b in zip(low, high, strict=True)],
-            "bytes",
-        ),
+        *memory_growth(stage, low, high, HUNDREDTH, more),
     ]
 
 

@@ -31,6 +31,17 @@ _EXIT_SECONDS = 10.0
 _TIMEOUT = timedelta(minutes=30)
 
 
+def load_whole(ref: ModelRef) -> PreTrainedModel:
+    """Load a model to prefill packed rows with into this process alone, and check its head.
+
+    Raises:
+        ModelError: it cannot be loaded, or packed rows are not for it.
+    """
+    model = load_ref(ref, packed=True)
+    check_head(model)
+    return model
+
+
 @contextmanager
 def prefill_model(ref: ModelRef) -> Iterator[PreTrainedModel]:
     """Load a model to prefill packed rows with, over ``ref.tensor_parallel`` processes, and check its head.
@@ -39,9 +50,7 @@ def prefill_model(ref: ModelRef) -> Iterator[PreTrainedModel]:
         ModelError: it cannot be loaded, or not split so; or packed rows are not for it.
     """
     if ref.tensor_parallel == 1:
-        model = load_ref(ref, packed=True)
-        check_head(model)
-        yield model
+        yield load_whole(ref)
         return
     _check(ref)
     with tempfile.TemporaryDirectory() as name:

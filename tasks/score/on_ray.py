@@ -7,11 +7,12 @@ from typing import Literal
 from schemas.config import RayConfig
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import policy_model, teacher_model
+from tasks.language_model.tensor_parallel import load_whole
 from tasks.ray_actors import joined, require_arrived
 from tasks.score.results import CHECK_NAME, write_check, write_scores, write_student
 from tasks.score.scoring import local_prefill
 from tasks.score.shards import Shard, plan_shards, read_shards
-from tasks.score.stage import bare_context, load_scorer, samples_to_check
+from tasks.score.stage import bare_context, samples_to_check
 from tasks.stage import StageJob
 
 
@@ -34,7 +35,7 @@ class ShardScorer:
         self._ref = student if by == "student" else teacher_model(job.store, job.config)
         self._bare = bare_context(job, student)
         self._shards = plan_shards(job)
-        self._model = load_scorer(self._ref)
+        self._model = load_whole(self._ref)
 
     def __call__(self, wanted: int | SamplerCheck) -> int:
         """Score and write a shard, by its place among ``plan_shards``, or check; return the tokens passed."""

@@ -10,7 +10,7 @@ from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import ModelRef
 from tasks.score.check import check_sampler
-from tasks.score.scoring import MeanNll, Prefiller, score_by, score_rollouts, score_table
+from tasks.score.scoring import MeanNll, Prefiller, local_prefill, score_rollouts, score_table
 from tasks.score.shards import Rollouts, Shard
 from tasks.stage import StageJob
 
@@ -40,11 +40,10 @@ def write_student(
 ) -> None:
     """Write the student's part of a shard."""
     scored = score_rollouts(
-        model,
+        local_prefill(model, job.config.score),
         read.prompts,
         read.responses,
         bare,
-        job.config.score,
         top_k=0,
         shared_vocab=ref.shared_vocab,
         sampled=read.sampled.values if has_sampled_logprobs(job) else None,
@@ -67,7 +66,7 @@ def write_scores(
 ) -> None:
     """Write the score table of a shard: what the teacher says of it, and what the student said."""
     store, settings = job.store, job.config.score
-    scored = score_by(
+    scored = score_rollouts(
         teacher,
         read.prompts,
         read.responses,

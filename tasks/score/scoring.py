@@ -76,43 +76,6 @@ def local_prefill(model: PreTrainedModel, settings: ScoreConfig) -> Prefiller:
 
 
 def score_rollouts(
-    model: PreTrainedModel,
-    prompts: Ragged,
-    responses: Ragged,
-    bare: TokenIds,
-    settings: ScoreConfig,
-    *,
-    top_k: int,
-    shared_vocab: int,
-    sampled: NDArray[np.float32] | None = None,
-    on_tokens: TokensDone | None = None,
-) -> Scored:
-    """Score responses with and without their prompts, both in the same packed passes of a model.
-
-    Args:
-        model: A causal language model in eval mode.
-        prompts: See ``score_by``.
-        responses: See ``score_by``.
-        bare: See ``score_by``.
-        settings: Batch sizes.
-        top_k: See ``score_by``.
-        shared_vocab: See ``score_by``.
-        sampled: See ``score_by``.
-        on_tokens: Told the tokens of each pass.
-    """
-    return score_by(
-        local_prefill(model, settings),
-        prompts,
-        responses,
-        bare,
-        top_k=top_k,
-        shared_vocab=shared_vocab,
-        sampled=sampled,
-        on_tokens=on_tokens,
-    )
-
-
-def score_by(
     prefiller: Prefiller,
     prompts: Ragged,
     responses: Ragged,

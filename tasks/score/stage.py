@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from schemas.errors import ModelError
 from schemas.tables import SCORE_CHECK
 from tasks.language_model.chat import reply_header
 from tasks.language_model.control_tokens import TokenIds
-from tasks.language_model.head import check_head
-from tasks.language_model.loading import free_memory, load_ref, load_tokenizer
+from tasks.language_model.loading import free_memory, load_tokenizer
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import ModelRef, policy_model, teacher_model
-from tasks.language_model.tensor_parallel import prefill_model
+from tasks.language_model.tensor_parallel import load_whole, prefill_model
 from tasks.score.check import checked_rows, mean_gap, require_sampled
 from tasks.score.results import CHECK_NAME, has_sampled_logprobs, write_check, write_scores, write_student
 from tasks.score.scoring import Prefiller, local_prefill, unconditional_context
@@ -101,7 +99,7 @@ def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> in
 def _score_by_student(
     job: StageJob, ref: ModelRef, shards: list[Shard], checked: Rollouts | None, bare: TokenIds, on_tokens: TokensDone
 ) -> None:
-    model = load_scorer(ref)
+    model = load_whole(ref)
     if checked is not None:
         write_check(job, ref, model, checked, on_tokens)
     for shard, read in read_shards(job, shards):
@@ -134,10 +132,3 @@ def _teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds) 
         job.counters |= {"engine": settings.engine} | served.counters()
     finally:
         served.close()
-
-
-def load_scorer(ref: ModelRef) -> PreTrainedModel:
-    """Load a model for packed prefills."""
-    model = load_ref(ref, packed=True)
-    check_head(model)
-    return model

@@ -23,7 +23,7 @@ from schemas.tables import TRAIN_METRICS
 from tasks.checkpoint import CheckpointContents, write_checkpoint
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
-from tasks.language_model.loading import load_model, load_ref, load_tokenizer, resolve_device
+from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import start_model, teacher_model
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.prompts import encode_messages, of_split
@@ -54,13 +54,7 @@ def train_on_policy(job: StageJob) -> None:
             f"{job.key.label}: {len(messages)} train prompts do not fill one step; lower "
             f"`train.on_policy.prompts_per_step` {on_policy.prompts_per_step}"
         )
-    student = load_model(
-        start.path,
-        dtype="float32",
-        device=str(device),
-        attn_implementation=start.attn_implementation,
-        trust_remote_code=start.trust_remote_code,
-    )
+    student = load_ref(dataclasses.replace(start, dtype="float32", device=str(device)))
     teacher = load_ref(dataclasses.replace(teacher_ref, device=str(device)))
     rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     if rows[0] != rows[1]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from schemas.errors import ConfigError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
-from tasks.language_model.head import check_head
-from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
+from tasks.language_model.loading import load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
+from tasks.language_model.tensor_parallel import load_whole
 from tasks.stage import StageJob
 from tasks.train.loss import Objective, require_kernel
 from tasks.train.packs import PackReader
@@ -43,15 +44,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     require_kernel(settings.loss_kernel, device)
     # Before the student is loaded: the two are never in memory together.
     probe = None if plan.guard is None else round_probe(job, plan.reader, device)
-    model = load_model(
-        start.path,
-        dtype="float32",
-        device=str(device),
-        attn_implementation=start.attn_implementation,
-        trust_remote_code=start.trust_remote_code,
-        packed=True,
-    )
-    check_head(model)
+    model = load_whole(replace(start, dtype="float32", device=str(device)))
     model.config.use_cache = False
     with store.scratch_folder(job.key) as scratch:
         trainer = NearPolicyTrainer(

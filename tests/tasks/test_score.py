@@ -21,7 +21,7 @@ from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import policy_model
 from tasks.score.check import checked_rows
 from tasks.score.ifd import ifd, mean_nll
-from tasks.score.scoring import score_rollouts, score_table
+from tasks.score.scoring import local_prefill, score_rollouts, score_table
 from tasks.stage import execute
 from tests.run_fixtures import finish_stage
 from tests.tasks.rollout_runs import make_run
@@ -92,7 +92,7 @@ def test_delta_ifd_matches_float64_one_sequence_at_a_time(
     }[context]
     settings = ScoreConfig(top_k=TOP_K, ifd_form=form, batch_tokens=batch_tokens, logits_chunk=5, topk_dtype="float32")
     by_student, by_teacher = (
-        score_rollouts(model, prompts, responses, bare, settings, top_k=TOP_K, shared_vocab=259)
+        score_rollouts(local_prefill(model, settings), prompts, responses, bare, top_k=TOP_K, shared_vocab=259)
         for model in (student, teacher)
     )
     ids = pa.array([f"s{i}" for i in range(len(prompts))])
@@ -124,7 +124,7 @@ def test_targets_are_the_teachers_top_k_at_each_response_position(
     prompts, responses = rollouts
     settings = ScoreConfig(top_k=TOP_K, batch_tokens=64, logits_chunk=3)
     scored = score_rollouts(
-        teacher, prompts, responses, np.array([0], np.int32), settings, top_k=TOP_K, shared_vocab=259
+        local_prefill(teacher, settings), prompts, responses, np.array([0], np.int32), top_k=TOP_K, shared_vocab=259
     )
     for index in range(len(prompts)):
         rows = reference_logprobs(teacher, prompts[index].tolist(), responses[index].tolist())
@@ -148,13 +148,12 @@ def test_known_logprobs_replace_the_pass_after_the_prompt(
     settings = ScoreConfig(batch_tokens=64)
     options: dict[str, Any] = {"top_k": 0, "shared_vocab": 259}
     passed: list[int] = []
-    whole = score_rollouts(student, prompts, responses, bare, settings, **options)
+    whole = score_rollouts(local_prefill(student, settings), prompts, responses, bare, **options)
     known = score_rollouts(
-        student,
+        local_prefill(student, settings),
         prompts,
         responses,
         bare,
-        settings,
         **options,
         sampled=whole.conditional.logprobs,
         on_tokens=passed.append,
@@ -170,7 +169,12 @@ def test_shifting_the_targets_by_one_row_is_noticed(
     _, teacher = models
     prompts, responses = rollouts
     scored = score_rollouts(
-        teacher, prompts, responses, np.array([0], np.int32), ScoreConfig(top_k=1), top_k=1, shared_vocab=259
+        local_prefill(teacher, ScoreConfig(top_k=1)),
+        prompts,
+        responses,
+        np.array([0], np.int32),
+        top_k=1,
+        shared_vocab=259,
     )
     rows = reference_logprobs(teacher, prompts[5].tolist(), responses[5].tolist())
     start = int(responses.offsets[5])
@@ -187,12 +191,12 @@ def test_sequences_of_one_batch_do_not_see_each_other(
     student, _ = models
     prompts, responses = rollouts
     settings, bare = ScoreConfig(batch_tokens=4096), np.array([0], np.int32)
-    before = score_rollouts(student, prompts, responses, bare, settings, top_k=0, shared_vocab=259)
+    before = score_rollouts(local_prefill(student, settings), prompts, responses, bare, top_k=0, shared_vocab=259)
     changed = responses.values.copy()
     low, high = responses.offsets[5], responses.offsets[6]
     changed[low:high] = (changed[low:high] + 17) % 200 + 5
     after = score_rollouts(
-        student, prompts, Ragged(changed, responses.offsets), bare, settings, top_k=0, shared_vocab=259
+        local_prefill(student, settings), prompts, Ragged(changed, responses.offsets), bare, top_k=0, shared_vocab=259
     )
     others = np.ones(len(changed), bool)
     others[low:high] = False

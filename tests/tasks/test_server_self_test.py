@@ -19,7 +19,7 @@ from tasks.language_model.sources import ModelRef
 from tasks.model_servers.completions import likely_tokens
 from tasks.model_servers.self_test import Probe, make_probe
 from tasks.model_servers.served import ServedModel
-from tasks.score.scoring import score_by, score_rollouts
+from tasks.score.scoring import local_prefill, score_rollouts
 from tasks.score.server import ServedPrefill
 from tests.tasks.loopback_server import Answer, LoopbackServer
 from tests.tasks.served_model import ModelAnswers
@@ -133,10 +133,12 @@ def test_scores_and_targets_are_those_of_the_local_prefill(
     )
     known = np.array(bare, np.int32)
     settings = ScoreConfig(top_k=7)
-    expected = score_rollouts(right.model, prompts, responses, known, settings, top_k=7, shared_vocab=259)
+    expected = score_rollouts(
+        local_prefill(right.model, settings), prompts, responses, known, top_k=7, shared_vocab=259
+    )
     done: list[int] = []
     served = ServedPrefill(ref, TeacherServersConfig(urls=[server.url], max_in_flight=2), 64, top_k=7)
-    found = score_by(served, prompts, responses, known, top_k=7, shared_vocab=259, on_tokens=done.append)
+    found = score_rollouts(served, prompts, responses, known, top_k=7, shared_vocab=259, on_tokens=done.append)
     served.close()
     np.testing.assert_allclose(found.nll.conditional, expected.nll.conditional, atol=1e-4)
     np.testing.assert_allclose(found.nll.unconditional, expected.nll.unconditional, atol=1e-4)

@@ -28,7 +28,7 @@ from tasks.language_model.sources import ModelRef
 from tasks.rollout.engine import Requests, Rollouts, SamplingSettings
 from tasks.rollout.server_engine import ServerEngine
 from tasks.rollout.transformers_engine import TransformersEngine
-from tasks.score.scoring import score_rollouts
+from tasks.score.scoring import local_prefill, score_rollouts
 from tests.flows.conftest import CONFIGS, write_smoke_config
 from tests.tasks.test_rollout_vllm import GREEDY, LOGPROB_TOLERANCE, PROMPTS, SAMPLED, SEEDS, model_ref
 from tests.tiny_models import make_model, save_model
@@ -154,7 +154,7 @@ def test_a_round_by_servers_and_the_next_refused_because_they_serve_the_last_one
     bare = reply_header(load_tokenizer(served.folder))
     settings = store.config.score
     ref = ModelRef(str(served.folder), "v", 0, 512, 259, device="cpu")
-    score = partial(score_rollouts, load_ref(ref), prompts, responses, bare, settings)
+    score = partial(score_rollouts, local_prefill(load_ref(ref), settings), prompts, responses, bare)
     expected = score(top_k=5, shared_vocab=259)
     found = store.read_table(StageKey("score", 0), score_schema(5, "float32")).combine_chunks()
     assert found["sample_id"] == table["sample_id"]
