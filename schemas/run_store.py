@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,10 +24,8 @@ from schemas.manifest import (
     parse_record,
     record_bytes,
 )
-from schemas.mirror import Mirror
-from schemas.object_store import ObjectStore, cache_folder, check_place, is_url
 from schemas.provenance import now_iso, package_versions, run_identity
-from schemas.run_lock import RunLock
+from schemas.run_files import RunFiles
 from schemas.stage_key import StageKey
 from schemas.table_files import read_parquet, write_parquet
 from schemas.tables import TableSchema
@@ -43,34 +40,11 @@ PARTIAL_NAME = ".partial.json"
 """Holds the fingerprint of a stage at work; nothing reads it once the stage has a manifest."""
 
 
-class RunStore:
-    """Files of one run, in a local folder or below the URL of an object store.
+class RunStore(RunFiles):
+    """One run: its record, its stages, their tables.
 
     A stage's files appear under their names only when whole, and count only once the stage's manifest names them.
-    Code works on local paths: those of the run itself, or of a working copy whose files are uploaded as they get their
-    names, and downloaded and hashed when they are first read.
-
-    Args:
-        place: A folder, or any URL that fsspec knows.
-
-    Raises:
-        ConfigError: the URL carries credentials, or nothing installed can open it.
     """
-
-    def __init__(self, place: str | Path) -> None:
-        text = str(place)
-        check_place(text, "root")
-        self.objects: ObjectStore | None = None
-        """The run itself, where it lies in an object store."""
-        if is_url(text):
-            self.url = text.rstrip("/")
-            self.folder = cache_folder(self.url)
-            self.objects = ObjectStore(self.url)
-        else:
-            self.folder = Path(unquote(urlsplit(text).path) if "://" in text else text).absolute()
-            self.url = str(self.folder)
-        self._mirror = None if self.objects is None else Mirror(self.objects, self.folder)
-        self.lock = RunLock(self.folder, self.url, self.objects)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -100,7 +74,7 @@ class RunStore:
 
     def record(self) -> RunRecord | None:
         """Return ``run.json``, or None if the run was never started."""
-        data = self._read(RUN_NAME)
+        data = self.read(RUN_NAME)
         return None if data is None else parse_record(data, f"{self.url}/{RUN_NAME}", RunRecord)
 
     def record_config(self, config: RunSettings, run_id: str | None = None) -> None:
@@ -150,14 +124,10 @@ class RunStore:
         """
         return self.folder / "logs" / f"{key.label.replace(' · ', '-').replace(' ', '-')}.log"
 
-    def relative(self, path: Path) -> str:
-        """Return ``path`` as manifests name it."""
-        return path.relative_to(self.folder).as_posix()
-
     def manifest(self, key: StageKey) -> Manifest | None:
         """Return a stage's manifest, or None while it has none."""
         name = f"{key.folder}/{MANIFEST_NAME}"
-        data = self._read(name)
+        data = self.read(name)
         return None if data is None else parse_record(data, f"{self.url}/{name}", Manifest)
 
     def finished(self, key: StageKey) -> Manifest:
@@ -182,7 +152,7 @@ class RunStore:
             manifest: Of a finished stage.
             content: Hash local files too, not only compare their sizes. Objects in a store are hashed when read.
         """
-        sizes = None if self._mirror is None else self._mirror.sizes_of(manifest.outputs)
+        sizes = None if self.mirror is None else self.mirror.sizes_of(manifest.outputs)
         for record in manifest.outputs:
             path = self.folder / record.path
             size = sizes.get(record.path) if sizes is not None else path.stat().st_size if path.is_file() else None
@@ -205,9 +175,9 @@ class RunStore:
                 self.supersede(key)
             elif manifest is not None or self.fingerprint_at_work(key) != fingerprint:
                 self.remove(self.path(key))
-            elif self._mirror is not None:
-                self._mirror.restore(key.folder)
-        elif self._mirror is not None:
+            elif self.mirror is not None:
+                self.mirror.restore(key.folder)
+        elif self.mirror is not None:
             local_files.remove(self.path(key))
         if not partial.is_file():
             self.write_bytes(partial, json.dumps(fingerprint).encode())
@@ -215,7 +185,7 @@ class RunStore:
 
     def fingerprint_at_work(self, key: StageKey) -> Any:
         """Return the fingerprint of a stage that has begun and not finished, wherever it runs; None if none has."""
-        data = self._read(f"{key.folder}/{PARTIAL_NAME}")
+        data = self.read(f"{key.folder}/{PARTIAL_NAME}")
         try:
             return None if data is None else json.loads(data)
         except (ValueError, RecursionError):
@@ -291,10 +261,10 @@ class RunStore:
         Raises:
             ArtifactError: a downloaded file is missing, or is not what its stage's manifest says.
         """
-        if self._mirror is not None:
+        if self.mirror is not None:
             name = self.relative(path)
             for record in self._records_below(name):
-                self._mirror.fetch(record)
+                self.mirror.fetch(record)
         return path
 
     def receive(self, path: Path) -> Path:
@@ -303,8 +273,8 @@ class RunStore:
         Raises:
             ArtifactError: it is not in the object store; in a folder, the path is that of a file that is not there.
         """
-        if self._mirror is not None and not path.is_file():
-            self._mirror.download(self.relative(path))
+        if self.mirror is not None and not path.is_file():
+            self.mirror.download(self.relative(path))
         return path
 
     def _records_below(self, name: str) -> list[FileRecord]:
@@ -330,7 +300,7 @@ class RunStore:
         run_id = "" if record is None else record.run_id
         with local_files.writing_file(path) as temporary:
             write_parquet(temporary, table, schema, name, run_id=run_id, row_group_rows=row_group_rows)
-        self._upload(path)
+        self.upload(path)
 
     def read_table(self, key: StageKey, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
         """Read a finished stage's whole table (or some of its columns), validated.
@@ -361,12 +331,6 @@ class RunStore:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def write_bytes(self, path: Path, data: bytes) -> None:
-        """Write a file, whole or not at all."""
-        with local_files.writing_file(path) as temporary:
-            temporary.write_bytes(data)
-        self._upload(path)
-
     def write_report(self, html: str) -> str:
         """Write the run's report, whole or not at all, and return where it lies.
 
@@ -383,49 +347,11 @@ class RunStore:
             return (self.folder / REPORT_NAME).is_file()
         return self.objects.read(REPORT_NAME) is not None
 
-    @contextmanager
-    def writing_folder(self, path: Path) -> Iterator[Path]:
-        """Give an empty folder to fill; it gets its name when the context ends without an error."""
-        with local_files.writing_folder(path) as temporary:
-            yield temporary
-        if self._mirror is not None:
-            self._mirror.upload_folder(path)
-
     def scratch_folder(self, key: StageKey) -> AbstractContextManager[Path]:
         """Give an empty folder on this machine that is gone when the context ends."""
         return local_files.scratch_folder(self.path(key))
 
-    def move(self, path: Path, target: Path) -> None:
-        """Rename a file or folder of the run. In an object store manifests go first, and complete nothing."""
-        if self._mirror is not None:
-            self._mirror.move(self.relative(path), self.relative(target))
-            local_files.remove(target)
-            if not path.exists():
-                return
-        local_files.move(path, target)
-
-    def remove(self, path: Path) -> None:
-        """Remove a file or folder of the run if it is there."""
-        if self._mirror is not None:
-            self._mirror.remove(self.relative(path))
-        local_files.remove(path)
-
     def upload_log(self, key: StageKey) -> None:
         """Put a stage's log beside the run's other files, where these are in an object store."""
         if self.log(key).is_file():
-            self._upload(self.log(key))
-
-    def _upload(self, path: Path) -> None:
-        if self._mirror is not None:
-            self._mirror.upload(path)
-
-    def _read(self, name: str) -> bytes | None:
-        if self.objects is not None:
-            return self.objects.read(name)
-        path = self.folder / name
-        try:
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be read: {error}") from None
+            self.upload(self.log(key))

@@ -70,7 +70,7 @@ def test_a_whole_run_lives_in_a_bucket(
         data = bytearray(RunStore(place).fetch(table).read_bytes())
         data[len(data) // 2] ^= 1
         table.write_bytes(data)
-        mirror = RunStore(place)._mirror
+        mirror = RunStore(place).mirror
         assert mirror is not None
         mirror.upload(table)
         assert name in look("verify", place, code=1)

@@ -1,4 +1,4 @@
-"""Writes the prompt files that tests of the prompts stage read."""
+"""Writes the prompt files that tests of the prompts stage read, and runs the stage."""
 
 import json
 import tempfile
@@ -8,9 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from schemas.config import PromptsConfig
+from schemas.config import PromptsConfig, RunConfig, parse_config
+from schemas.manifest import Manifest
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import PROMPTS
 from tasks.prompts.table import prompts_tables
-from tasks.stage import no_progress
+from tasks.stage import execute, no_progress
+
+KEY = StageKey("prompts")
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
@@ -25,3 +31,36 @@ def read_prompts(config: PromptsConfig) -> tuple[pa.Table, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         tables, counters = prompts_tables(config, 0, Path(scratch), no_progress)
         return pa.concat_tables(tables), counters
+
+
+def make_config(
+    root: Path, sources: list[dict[str, Any]], *, seed: int = 0, name: str = "run", **prompts: Any
+) -> RunConfig:
+    """Return the config of a run whose models nobody loads."""
+    return parse_config(
+        {
+            "name": name,
+            "root": str(root / "runs"),
+            "seed": seed,
+            "teacher": {"model": "teacher"},
+            "student": {"model": "student"},
+            "prompts": {"sources": sources, "held_out": 1, **prompts},
+        }
+    )
+
+
+def run_prompts(config: RunConfig) -> tuple[list[dict[str, Any]], Manifest]:
+    """Run the stage; return its rows and its manifest."""
+    store = RunStore.create(config)
+    manifest = execute(store, config, KEY)
+    return store.read_table(KEY, PROMPTS).to_pylist(), manifest
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    """Return what the user says last."""
+    return str(row["messages"][-1]["content"])
+
+
+def held_out(rows: list[dict[str, Any]]) -> set[str]:
+    """Return the ids of the held-out prompts."""
+    return {row["prompt_id"] for row in rows if row["split"] == "held_out"}
