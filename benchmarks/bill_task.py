@@ -71,13 +71,32 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class Strays:
+    """Shares of the lines that are not the first article missing, by what they are instead.
+
+    Args:
+        skips: An article that is missing, but not the first.
+        repeats: One that has been written already.
+        unlisted: One that is not on the bill.
+    """
+
+    skips: float = 0.0
+    repeats: float = 0.0
+    unlisted: float = 0.0
+
+
+NO_STRAYS = Strays()
+
+
+@dataclass(frozen=True)
 class Bills:
     """Bills of one length with a reply each, as token ids.
 
     Args:
         prompts: int64 [bills, lines + 3].
-        replies: int64 [bills, 4 lines + 2], the end token included.
-        slips: bool, as ``replies``: where a token is a slip, which nobody should learn to make.
+        replies: int64 [bills, 4 lines + 2 or, where a line strays off the bill, more], the end token included, padded
+            on the right.
+        slips: bool, as ``replies``: where a token is a slip, which nobody should learn to make, or padding.
         totals: int64 [bills], last digit of the sum.
     """
 
@@ -88,7 +107,13 @@ class Bills:
 
 
 def draw_bills(
-    rng: np.random.Generator, count: int, lines: int, *, slips: float = 0.0, hearsay: float = 0.0, strays: float = 0.0
+    rng: np.random.Generator,
+    count: int,
+    lines: int,
+    *,
+    slips: float = 0.0,
+    hearsay: float = 0.0,
+    strays: Strays = NO_STRAYS,
 ) -> Bills:
     """Draw bills, no article twice in one, each with a reply.
 
@@ -99,11 +124,13 @@ def draw_bills(
         slips: Share of the prices, and of the sums, that are drawn anew; what follows goes on from what is written.
         hearsay: Share of `PRICES`, always the same ones, for which any price is written. These are not marked as slips:
             whoever learns from such replies learns that those prices could be anything.
-        strays: Share of the lines whose article is any that is missing, not the first. Marked as slips.
+        strays: Shares of the lines with another article than the first that is missing. Marked as slips.
     """
-    listed = np.argsort(rng.random((count, len(ARTICLES))), axis=1)[:, :lines]
+    shuffled = np.argsort(rng.random((count, len(ARTICLES))), axis=1)
+    listed = shuffled[:, :lines]
     order, strayed = _draw_order(rng, count, lines, strays)
-    articles = np.take_along_axis(listed, order, axis=1)
+    written_lines = (order != _NO_LINE).sum(axis=1, keepdims=True)
+    articles = np.take_along_axis(shuffled, np.where(order == _NO_LINE, 0, order), axis=1)
     shops = rng.integers(0, len(SHOPS), (count, 1))
     prices = PRICES[shops, articles]
     told = np.where(_RARITY[shops, articles] < hearsay, rng.integers(0, 10, prices.shape), prices)
@@ -115,34 +142,61 @@ def draw_bills(
         return np.full((count, 1), _ID[token])
 
     def rows(*columns: NDArray[Any]) -> NDArray[Any]:
-        return np.stack(columns, axis=2).reshape(count, -1)
+        return np.pad(np.stack(columns, axis=2).reshape(count, -1), ((0, 0), (0, 2)))
 
     right = np.zeros(prices.shape, dtype=bool)
-    body = rows(articles + _ARTICLE, written + _DIGIT, sums + _DIGIT, np.full(prices.shape, _ID[LINE]))
+    replies = rows(articles + _ARTICLE, written + _DIGIT, sums + _DIGIT, np.full(prices.shape, _ID[LINE]))
+    end = 4 * written_lines - 1 + np.arange(3)
+    last = np.take_along_axis(sums, written_lines - 1, axis=1)
+    np.put_along_axis(replies, end, np.concatenate([column(TOTAL), last + _DIGIT, column(END)], axis=1), axis=1)
+    padding = np.arange(replies.shape[1]) > end[:, -1:]
+    replies[padding] = _ID[PAD]
+    slipped = rows(strayed, written != told, added > 0, right)
+    np.put_along_axis(slipped, end, False, axis=1)
     return Bills(
         prompts=np.concatenate([column(USER), shops + _SHOP, listed + _ARTICLE, column(REPLY)], axis=1),
-        replies=np.concatenate([body[:, :-1], column(TOTAL), sums[:, -1:] + _DIGIT, column(END)], axis=1),
-        slips=np.pad(rows(strayed, written != told, added > 0, right), ((0, 0), (0, 2))),
-        totals=prices.sum(axis=1) % 10,
+        replies=replies,
+        slips=slipped | padding,
+        totals=PRICES[shops, listed].sum(axis=1) % 10,
     )
 
 
+_NO_LINE = -1
+
+
 def _draw_order(
-    rng: np.random.Generator, count: int, lines: int, strays: float
+    rng: np.random.Generator, count: int, lines: int, strays: Strays
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return which listed article each line takes, int64 [count, lines], and whether it is not the first missing."""
-    order = np.tile(np.arange(lines), (count, 1))
-    strayed = np.zeros(order.shape, dtype=bool)
-    if not strays:
-        return order, strayed
-    missing = np.ones(order.shape, dtype=bool)
-    for line in range(lines):
+    """Return which shuffled article each line takes and whether it strays, [count, lines and those that stray].
+
+    The first ``lines`` of the shuffled articles are on the bill. `_NO_LINE` follows the last line of a bill.
+    """
+    if strays == NO_STRAYS:
+        order = np.tile(np.arange(lines), (count, 1))
+        return order, np.zeros(order.shape, dtype=bool)
+    bills = np.arange(count)
+    missing = np.ones((count, lines), dtype=bool)
+    columns = []
+    strayed = []
+    while missing.any():
+        going = missing.any(axis=1)
         first = missing.argmax(axis=1)
-        drawn = np.where(missing, rng.random(order.shape), -1.0).argmax(axis=1)
-        order[:, line] = np.where(rng.random(count) < strays, drawn, first)
-        strayed[:, line] = order[:, line] != first
-        missing[np.arange(count), order[:, line]] = False
-    return order, strayed
+        skipped = np.where(missing, rng.random(missing.shape), -1.0).argmax(axis=1)
+        kind = rng.random(count)
+        article = np.where(kind < strays.skips, skipped, first)
+        if strays.repeats or strays.unlisted:
+            repeated = np.where(missing, -1.0, rng.random(missing.shape)).argmax(axis=1)
+            unlisted = rng.integers(lines, len(ARTICLES), count)
+            kind -= strays.skips
+            repeats = (kind >= 0) & (kind < strays.repeats) & ~missing.all(axis=1)
+            kind -= strays.repeats
+            article = np.where(repeats, repeated, article)
+            article = np.where((kind >= 0) & (kind < strays.unlisted), unlisted, article)
+        columns.append(np.where(going, article, _NO_LINE))
+        strayed.append(going & (article != first))
+        on_bill = going & (article < lines)
+        missing[bills[on_bill], article[on_bill]] = False
+    return np.stack(columns, axis=1), np.stack(strayed, axis=1)
 
 
 def draw_prompts(seed: int, count: int, lines: tuple[int, int]) -> list[dict[str, str]]:

@@ -10,11 +10,13 @@ from benchmarks.bill_models import MODELS
 from benchmarks.bill_task import (
     ARTICLES,
     LINE,
+    PAD,
     PRICES,
     SHOPS,
     TOKENS,
     TOTAL,
     VOCABULARY,
+    Strays,
     draw_bills,
     draw_prompts,
     make_tokenizer,
@@ -65,7 +67,7 @@ def test_a_slip_is_marked_and_stands() -> None:
 
 
 def test_who_strays_goes_on_with_the_first_article_that_is_missing_and_adds_up() -> None:
-    bills = draw_bills(np.random.default_rng(6), 60, 5, strays=0.3)
+    bills = draw_bills(np.random.default_rng(6), 60, 5, strays=Strays(skips=0.3))
     for prompt, reply, slips in zip(bills.prompts, bills.replies, bills.slips, strict=True):
         missing = text_of(prompt).split()[1:]
         for number, (article, *_) in enumerate(lines_of(reply)):
@@ -73,6 +75,38 @@ def test_who_strays_goes_on_with_the_first_article_that_is_missing_and_adds_up()
             missing.remove(article)
         assert not missing
     assert 0.1 < bills.slips[:, 0:-2:4].mean() < 0.3
+
+
+def test_a_bill_goes_on_after_every_kind_of_stray_until_nothing_is_missing() -> None:
+    strays = Strays(skips=0.1, repeats=0.15, unlisted=0.15)
+    bills = draw_bills(np.random.default_rng(8), 200, 5, slips=0.1, strays=strays)
+    kinds = []
+    for prompt, reply, slips, total in zip(bills.prompts, bills.replies, bills.slips, bills.totals, strict=True):
+        shop, *listed = text_of(prompt).split()
+        missing, so_far = list(listed), 0
+        written = lines_of(reply)
+        for number, (article, price, so_far_written, end) in enumerate(written):
+            kind = "first" if article == missing[0] else "skip" if article in missing else "repeat"
+            kinds.append(kind if article in listed else "unlisted")
+            right = int(PRICES[SHOPS.index(shop), ARTICLES.index(article)])
+            marked = slips[4 * number : 4 * number + 4].tolist()
+            assert marked == [article != missing[0], price != right, so_far_written != (so_far + price) % 10, False]
+            so_far = so_far_written
+            if article in missing:
+                missing.remove(article)
+            assert end == (LINE if missing else TOTAL)
+        assert not missing
+        tail = 4 * len(written)
+        assert TOKENS[reply[tail + 1]] == "<eos>"
+        assert int(text_of(reply).split()[-1]) == so_far
+        assert {TOKENS[token] for token in reply[tail + 2 :]} <= {PAD}
+        assert slips[tail + 2 :].all()
+        assert not slips[tail : tail + 2].any()
+        assert total == sum(int(PRICES[SHOPS.index(shop), ARTICLES.index(article)]) for article in listed) % 10
+    share = {kind: kinds.count(kind) / len(kinds) for kind in ("skip", "repeat", "unlisted")}
+    assert 0.04 < share["skip"] < 0.1  # a missing article drawn may be the first
+    assert 0.1 < share["repeat"] < 0.15  # nothing can be repeated in a first line
+    assert 0.12 < share["unlisted"] < 0.18
 
 
 def test_hearsay_leaves_the_same_prices_open_every_time() -> None:
