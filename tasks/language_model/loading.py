@@ -13,7 +13,7 @@ from schemas.config import Quantization
 from schemas.errors import ModelError
 from tasks.language_model.head import agree, probe_states, rounding
 from tasks.language_model.packed_attention import PACKED_SEQUENCES
-from tasks.language_model.quantization import bitsandbytes_config
+from tasks.language_model.quantization import bitsandbytes_config, compute_as_asked
 from tasks.language_model.sources import ModelRef, Spread
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
@@ -146,6 +146,7 @@ def load_model(
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
     if quantization is None and spread is None and tensor_parallel == 1:
         model.to(target)  # type: ignore[arg-type]
+    compute_as_asked(model)
     loaded: PreTrainedModel = model.eval()
     if attn_implementation is None:
         text = loaded.config.get_text_config()

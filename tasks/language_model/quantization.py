@@ -4,6 +4,7 @@ import copy
 import logging
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
@@ -83,3 +84,15 @@ def bitsandbytes_config(quantization: Quantization, compute: torch.dtype) -> Bit
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def compute_as_asked(model: nn.Module) -> None:
+    """Let 4-bit layers multiply in the type they were given on every CPU.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks them at their first pass for a kernel that multiplies in bfloat16
+    whatever the config asks, and that fails where a layer's inputs are no multiple of a block of 64 or its outputs none
+    of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -153,6 +153,21 @@ def test_all_linear_layers_but_the_head_are_rounded(teacher_dir: Path, quantizat
     assert stored == {torch.int8 if quantization == "int8" else torch.uint8}
 
 
+def test_four_bits_are_multiplied_in_the_type_asked_for_on_every_cpu(
+    teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with AVX512-BF16, where bitsandbytes has a kernel of its own for bfloat16."""
+    import bitsandbytes.nn.modules
+
+    states = []
+    for found in (False, True):
+        monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda found=found: found)
+        model = load_model(teacher_dir, dtype="float32", quantization="int4")
+        with torch.no_grad():
+            states.append(probe_states(model)[0])
+    assert torch.equal(*states)
+
+
 def test_the_teacher_that_is_scored_is_the_one_that_samples(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
