@@ -8,6 +8,9 @@ CONFIG ?= configs/quickstart.yaml
 
 BENCHMARKS := end_to_end train_step loss scoring packing million overlap growth overhead simulate
 
+# Else every process of every test compiles this project's modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: round test test-quick lint docs bench browser clean
 
 round: .venv/.run-ready

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -88,10 +89,10 @@ def run(
     settings = read_config(config, overrides)
     check_sources(settings)
 
-    def flow() -> object:
+    def load() -> Callable[[], object]:
         from flows.npd_round import npd_round
 
-        return npd_round(config, overrides)
+        return partial(npd_round, config, overrides)
 
     from flows.display import print_summary
     from flows.stage_process import fork_server
@@ -103,7 +104,7 @@ def run(
         # There is work to do: the stages' libraries are imported while Prefect starts.
         fork_server()
     console = Terminal()
-    _watch(console, flow, verbose)
+    _watch(console, load, verbose)
 
     print_summary(console, summarize(RunStore.at(settings), settings))
 
@@ -155,16 +156,16 @@ def rl(
     check_start(settings)
     store = RunStore.at(settings)
 
-    def flow() -> object:
+    def load() -> Callable[[], object]:
         from flows.rl import npd_rl
 
-        return npd_rl(config, overrides)
+        return partial(npd_rl, config, overrides)
 
     if store.manifest(EVALUATE) is None:
         # There is work to do: the stages' libraries are imported while Prefect starts.
         fork_server()
     console = Terminal()
-    _watch(console, flow, verbose)
+    _watch(console, load, verbose)
 
     print_rl_summary(console, summarize_rl(store, settings.name))
 
@@ -225,12 +226,12 @@ def rerun(
     if dry_run:
         return
 
-    def flow() -> object:
+    def load() -> Callable[[], object]:
         from flows.npd_stage import npd_stage
 
-        return npd_stage(run, stage, round_index, overrides)
+        return partial(npd_stage, run, stage, round_index, overrides)
 
-    _watch(console, flow, verbose)
+    _watch(console, load, verbose)
     outdated = [other.label for other in outdated_after(store, config, key)]
     if outdated:
         _say(console, f"out of date now: {', '.join(outdated)}; `npd run {run}` runs them again")
@@ -293,14 +294,14 @@ def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _watch(console: Console, flow: Callable[[], object], verbose: bool) -> None:
+def _watch(console: Console, load: Callable[[], Callable[[], object]], verbose: bool) -> None:
     """Run a flow with a display of its stages."""
     from flows.display import make_display
     from flows.progress import listening
     from flows.watch import run_flow
 
     with make_display(console) as display, listening(display):
-        run_flow(flow, verbose)
+        run_flow(load, verbose)
 
 
 for _command in (

@@ -1,5 +1,7 @@
 """The command `npd compare`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -41,12 +43,12 @@ def compare(
     fork_server(process_modules(comparison, base))
     console = Terminal()
 
-    def flow() -> object:
+    def load() -> Callable[[], object]:
         from flows.compare import npd_compare
 
-        return npd_compare(config, overrides, only, workers)
+        return partial(npd_compare, config, overrides, only, workers)
 
     with RunsDisplay(console) as display, listening_to_runs(display):
-        run_flow(flow, verbose)
+        run_flow(load, verbose)
     for name in ("comparison.md", REPORT_NAME):
         console.print(f"{comparison.folder}/{name}", markup=False, highlight=False, soft_wrap=True)

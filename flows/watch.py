@@ -12,11 +12,11 @@ ended_by: list[int] = []
 """The signal that asked this process to end, if one has."""
 
 
-def run_flow(flow: Callable[[], object], verbose: bool) -> None:
+def run_flow(load: Callable[[], Callable[[], object]], verbose: bool) -> None:
     """Run a flow, with a server of Prefect's own if none is set.
 
     Args:
-        flow: Imports and calls it.
+        load: Imports it, which takes about as long as the server needs, and returns what calls it.
         verbose: Show Prefect's own log too.
 
     Raises:
@@ -26,12 +26,16 @@ def run_flow(flow: Callable[[], object], verbose: bool) -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "NOTSET" if verbose else "CRITICAL")
     # Without a server Prefect starts one of its own, which can take longer than its usual limit on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-    import httpx
-
     from flows.server import start_temporary_server
 
     answer_signals()
-    start_temporary_server()
+    server = start_temporary_server()
+    flow = load()
+    import httpx
+    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
+
+    if server is not None:
+        server.wait(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())
     try:
         flow()
     except httpx.HTTPError as error:

@@ -1,4 +1,6 @@
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,24 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(scope="session")
+def shared_server(prefect_home: Path) -> Iterator[str]:
+    """Start a Prefect server for all tests of this process that may share one; return its API."""
+    from flows.server import TemporaryServer
+
+    server = TemporaryServer()
+    server.wait(180)
+    yield server.api
+    server.stop()
+
+
+@pytest.fixture
+def prefect_api(shared_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give the commands that a test starts a Prefect server, so that none of them starts one of its own."""
+    monkeypatch.setenv("PREFECT_API_URL", shared_server)
+    return shared_server
+
+
 SLOW_LAST = ("engine", "server", "e2e")
 
 
@@ -59,6 +79,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("finished_run"))
     # The longest first of those that come last, so that no process is left with it alone.
     items.sort(key=lambda item: (rank(item), item.path.stem != "test_quickstart"))
+
+
+def pytest_runtest_setup() -> None:
+    """Let garbage be looked for among what a test makes, not among all libraries, as in a stage's own process.
+
+    Stages collect it whenever they free a model: half of their time here otherwise.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let everything go again: some libraries report what is left at the end as a leak."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
@@ -27,7 +27,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         cwd=CONFIGS.parent,
         start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
     )
 
 
@@ -41,15 +41,15 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError("".join(seen))
 
 
-def finish(*arguments: str) -> str:
-    process = start(*arguments)
+def finish(*arguments: str, **environment: str) -> str:
+    process = start(*arguments, **environment)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
 def test_one_process_at_a_time_and_sigterm_and_sigkill_leave_a_run_that_goes_on(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, shared_server: str
 ) -> None:
     config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
     store = RunStore(tmp_path / "runs" / "smoke")
@@ -58,7 +58,7 @@ def test_one_process_at_a_time_and_sigterm_and_sigkill_leave_a_run_that_goes_on(
     wait_for(first, "models: starting")
     # It holds the run for as long as the second needs to find that out.
     first.send_signal(signal.SIGSTOP)
-    second = start("run", str(config))
+    second = start("run", str(config), PREFECT_API_URL=shared_server)
     refusal, _ = second.communicate(timeout=120)
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2, refusal
@@ -76,12 +76,12 @@ def test_one_process_at_a_time_and_sigterm_and_sigkill_leave_a_run_that_goes_on(
     third = start("run", str(config))
     wait_for(third, "round 0 · generate: starting")
     # Nothing can be done about this one, not even giving the lock back.
-    # Prefect's temporary server would live on and hold the pipe.
-    os.killpg(third.pid, signal.SIGKILL)
+    third.kill()
+    # The pipe ends once the last process has: the stage's and Prefect's temporary server follow by themselves.
     third.communicate(timeout=60)
     assert (store.folder / LOCK_NAME).read_text() != ""
 
-    output = finish("run", str(config))
+    output = finish("run", str(config), PREFECT_API_URL=shared_server)
     assert "models: up to date" in output
     assert "round 0 · evaluate: done" in output
     assert finish("verify", str(store.folder))

@@ -143,6 +143,7 @@ def test_rerun_refuses_what_lacks_its_inputs_and_keeps_what_is_there(copied: Pat
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
 def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied: Path) -> None:
     store, key = RunStore(copied), StageKey("filter", 0)
     kept = store.finished(key).counters["kept"]
@@ -171,6 +172,7 @@ def test_rerun_refuses_a_setting_that_earlier_stages_read(copied: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
 def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: Path, student_dir: Path) -> None:
     bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
     done = command("run", str(write_smoke_config(tmp_path, bare, bare)))
@@ -182,6 +184,7 @@ def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: 
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
 def test_a_round_with_nothing_kept_stops_with_exit_code_1_and_names_the_bound(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 import yaml
-from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.compare import npd_compare
 from flows.comparison_progress import RunsDisplay, listening_to_runs
@@ -85,21 +85,21 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def made_runs(config: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
+def made_runs(config: Path, api: str, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
     """Run a comparison; return which of its runs were made, not found done."""
     capsys.readouterr()
-    # A busy machine takes longer to start Prefect's server than its usual limit.
-    patient = temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180})
-    with patient, RunsDisplay(Terminal()) as display, listening_to_runs(display):
+    with temporary_settings({PREFECT_API_URL: api}), RunsDisplay(Terminal()) as display, listening_to_runs(display):
         npd_compare(str(config), **options)
     lines = [line for line in capsys.readouterr().out.splitlines() if ": done in " in line]
     return [line.partition(":")[0] for line in lines]
 
 
 @pytest.mark.e2e
-def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_is_made_resumed_and_changed(
+    tmp_path: Path, shared_server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_comparison(tmp_path, rl=CONTINUED)
-    made = made_runs(config, capsys)
+    made = made_runs(config, shared_server, capsys)
     folder = tmp_path / "runs" / "tiny"
     table = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison")
     rows = {row["method"]: row for row in table.to_pylist()}
@@ -157,7 +157,7 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
     broken = {**METHODS, "sft": {**sft, "set": {"filter.min_delta_ifd": 1e6, "filter.max_delta_ifd": None}}}
     config = write_comparison(tmp_path, methods=broken, rl=CONTINUED)
     with pytest.raises(StageError, match=r"(?s)1 run.* failed.*sft · lr .*none of 12 samples is kept.*run\.log"):
-        made_runs(config, capsys)
+        made_runs(config, shared_server, capsys)
     assert ": done in " not in capsys.readouterr().out
     left = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison").column("method").to_pylist()
     assert left == ["teacher", "start", "warm-up", "npd", "on-policy"]
@@ -165,7 +165,10 @@ def test_a_comparison_is_made_resumed_and_changed(tmp_path: Path, capsys: pytest
     changed = {**METHODS, "sft": {**sft, "set": {**sft["set"], "train.weight_decay": 0.1}}}
     config = write_comparison(tmp_path, methods=changed, rl=CONTINUED)
     # What follows from the changed run follows again.
-    assert made_runs(config, capsys, only=["sft"]) == [f"sft · lr {rate:g} · seed 0", "sft · GRPO · seed 0"]
+    assert made_runs(config, shared_server, capsys, only=["sft"]) == [
+        f"sft · lr {rate:g} · seed 0",
+        "sft · GRPO · seed 0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.flows.conftest import CONFIGS, write_smoke_config
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
 def test_a_whole_run_lives_in_a_bucket(
     tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,8 @@ from schemas.stage_key import StageKey
 from tests.flows.conftest import CONFIGS, write_smoke_config
 from tests.test_loop import run_loop, tables
 
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
 COMMAND = [sys.executable, "-m", "flows.cli", "run"]
 GENERATE_1 = StageKey("generate", 1)
 

@@ -124,6 +124,7 @@ def test_a_recorded_config_is_held_to_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
 def test_secrets_of_the_environment_are_in_no_file_log_or_output(
     tmp_path: Path, teacher_dir: Path, student_dir: Path, prefect_home: Path
 ) -> None:

@@ -36,6 +36,7 @@ def stage_process(log: Path, words: str) -> int:
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("prefect_api")
 def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) -> None:
     teacher = save_model(tmp_path / "teacher", make_model(seed=1, layers=3, hidden=WIDTH))
     student = save_model(tmp_path / "student", make_model(seed=2, hidden=WIDTH))

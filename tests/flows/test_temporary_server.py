@@ -1,0 +1,58 @@
+"""Prefect's temporary server: it comes up, it goes with the process that started it, and it says why it cannot."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flows.server import TemporaryServer
+from schemas.errors import OrchestrationError
+from tests.flows.conftest import CONFIGS
+
+pytestmark = pytest.mark.server
+
+_START = """
+from flows.server import start_temporary_server
+from prefect.settings import PREFECT_API_URL
+server = start_temporary_server()
+server.wait(180)
+assert PREFECT_API_URL.value() == server.api
+print(server.api, flush=True)
+input()
+"""
+
+
+def answers(api: str) -> bool:
+    try:
+        return httpx.get(f"{api}/health", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_it_ends_with_the_process_that_started_it(prefect_home: Path) -> None:
+    command = [sys.executable, "-c", _START]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent
+    ) as process:
+        assert process.stdout is not None
+        api = process.stdout.readline().strip()
+        assert answers(api)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while answers(api):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_one_that_cannot_come_up_is_told(prefect_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/file/prefect.db")
+    server = TemporaryServer()
+    try:
+        with pytest.raises(OrchestrationError, match=r"ended as it came up \(exit code 3\).*prefect server start"):
+            server.wait(180)
+    finally:
+        server.stop()
