@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ def on_ray(config: RunConfig, address: str | None, **settings: Any) -> RunConfig
 
 def actors() -> list[psutil.Process]:
     """Return the actors' processes: children of the cluster's, which is this process's."""
-    ours = psutil.Process().children(recursive=True)
-    return [process for process in ours if "ray::ShardActor" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # One of Ray's that is just ending has no command line any more.
+        with suppress(psutil.NoSuchProcess):
+            if "ray::ShardActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def parts(store: RunStore, key: StageKey) -> dict[str, int]:
