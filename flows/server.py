@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 
 from schemas.errors import OrchestrationError
@@ -50,14 +49,12 @@ class TemporaryServer:
             OrchestrationError: it ended, or took longer than ``seconds``.
         """
         assert self._process.stdout is not None
-        deadline = time.monotonic() + seconds
-        while not select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            if time.monotonic() >= deadline:
-                raise OrchestrationError(
-                    f"Prefect's temporary server did not come up within {seconds:.0f} s; set "
-                    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS higher, or start a server of your own "
-                    "(`prefect server start`) and set PREFECT_API_URL to it"
-                )
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            raise OrchestrationError(
+                f"Prefect's temporary server did not come up within {seconds:.0f} s; set "
+                "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS higher, or start a server of your own "
+                "(`prefect server start`) and set PREFECT_API_URL to it"
+            )
         if not self._process.stdout.read(len(_READY)):
             raise OrchestrationError(
                 f"Prefect's temporary server ended as it came up (exit code {self._process.wait()}); its error is "

@@ -24,7 +24,7 @@ def run_flow(load: Callable[[], Callable[[], object]], verbose: bool) -> None:
     """
     # Prefect reads these when it is imported. Its console log would tell every error a second time, as a traceback.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "NOTSET" if verbose else "CRITICAL")
-    # Without a server Prefect starts one of its own, which can take longer than its usual limit on a busy machine.
+    # On a busy machine the temporary server can take longer than Prefect's usual limit.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     from flows.server import start_temporary_server
 
