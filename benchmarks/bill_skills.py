@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.bill_models import LINES
 from benchmarks.bill_task import ARTICLES, PAD, TOKENS, Strays, draw_bills
+from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
-from schemas.stage_key import StageKey
 from tasks.language_model.loading import load_model
+from tasks.language_model.sources import exported_folder, newest_export
 
 STRAYS = {
     "after a skip": Strays(skips=0.2),
@@ -81,12 +82,18 @@ def _after_stray(model: PreTrainedModel, lines: int, bills: int, strays: Strays)
 
 
 def model_folder(place: Path) -> Path:
-    """Return a model's folder: itself, or the newest student of a run."""
+    """Return a model's folder: itself, or the newest student of a run.
+
+    Raises:
+        ArtifactError: the run has exported none.
+    """
     if (place / "config.json").is_file():
         return place
     store = RunStore.open(place)
-    exports: list[StageKey] = sorted((k for k in store.stages() if k.stage == "export"), key=lambda k: k.round or 0)
-    return store.path(exports[-1], "model")
+    key = newest_export(store)
+    if key is None:
+        raise ArtifactError(f"{place}: has not exported any student yet")
+    return exported_folder(store, key)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

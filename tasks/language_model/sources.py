@@ -159,6 +159,12 @@ def exported_folder(store: RunStore, key: StageKey) -> Path:
     return store.path(key, "student" if key == MODELS else "model")
 
 
+def newest_export(store: RunStore) -> StageKey | None:
+    """Return the export of the run's newest student, which may be the warm-up's; None: there is none yet."""
+    rounds = range(store.config.rounds - 1, WARMUP - 1, -1)
+    return next((key for key in (StageKey("export", index) for index in rounds) if store.manifest(key)), None)
+
+
 def answering_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
     """Return the model that answers the prompts of round ``round_index``: the student's snapshot, or the teacher."""
     if config.generate.policy == "student":

@@ -7,9 +7,9 @@ from schemas.config import RLConfig
 from schemas.errors import ArtifactError, ModelError
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
-from schemas.stage_key import WARMUP, StageKey
+from schemas.stage_key import StageKey
 from tasks.graph import PROMPTS
-from tasks.language_model.sources import exported_folder, find_source
+from tasks.language_model.sources import exported_folder, find_source, newest_export
 from tasks.models.fingerprint import folder_fingerprint
 
 
@@ -37,13 +37,10 @@ def source_run(config: RLConfig) -> SourceRun:
     """
     assert config.run is not None, "checked by the config"
     store = RunStore.open(config.run)
-    last = store.config.rounds - 1
-    rounds = range(last, WARMUP - 1, -1) if config.round is None else [config.round]
-    for index in rounds:
-        key = StageKey("export", index)
-        manifest = store.manifest(key)
-        if manifest is not None:
-            return SourceRun(store, key, manifest)
+    key = newest_export(store) if config.round is None else StageKey("export", config.round)
+    manifest = None if key is None else store.manifest(key)
+    if key is not None and manifest is not None:
+        return SourceRun(store, key, manifest)
     wanted = "any student" if config.round is None else f"the student of round {config.round}"
     raise ArtifactError(f"{config.run}: has not exported {wanted} yet; finish it first: npd run {config.run}")
 
