@@ -38,11 +38,29 @@ def run_flow(load: Callable[[], Callable[[], object]], verbose: bool) -> None:
         server.wait(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())
     try:
         flow()
-    except httpx.HTTPError as error:
+    except Exception as error:
+        _end_if_asked(error)
+        if not isinstance(error, httpx.HTTPError):
+            raise
         raise OrchestrationError(
             f"Prefect's server cannot be reached: {type(error).__name__}: {error}. What the run has done stands; "
             "the same command continues it once the server is back, or without PREFECT_API_URL"
         ) from error
+
+
+def _end_if_asked(error: Exception) -> None:
+    """End by SIGTERM where it came inside of a library that made an error of its own of it.
+
+    During a flow Prefect answers SIGTERM by raising, and hands it on to us only if what it raised comes through:
+    pydantic's serializer, for one, raises something else from it.
+    """
+    from prefect.exceptions import TerminationSignal
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, TerminationSignal):
+            _end(link.signal, None)
+        link = link.__cause__ or link.__context__
 
 
 def answer_signals() -> None:
