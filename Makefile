@@ -29,7 +29,7 @@ lint: .venv/.test-ready
 	$(BIN)/hadolint Dockerfile
 
 docs: .venv/.run-ready
-	$(BIN)/python docs/write_reference.py
+	$(BIN)/python -m docs.write_reference
 
 bench: .venv/.test-ready round
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done

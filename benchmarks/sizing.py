@@ -1,6 +1,6 @@
 """How large a run becomes: the tables of docs/scale.md, computed from rates that stand here with their source.
 
-`python -m benchmarks.simulate --prompts 1e8` prints one run's table; `python docs/write_reference.py` writes those of
+`python -m benchmarks.simulate --prompts 1e8` prints one run's table; `make docs` writes those of
 the document.
 """
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from benchmarks.measure import Bar, Measurement, Sample, Work, alternate, at_least
@@ -36,6 +37,9 @@ from tasks.rollout.slots import SlotDecoder
 from tasks.train.loss import Objective, Targets, loss_sums
 
 TOP_K = 10
+STAGES = ("generate", "score", "train")
+PROFILED = 12
+"""Kernels that a profile lists."""
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s by a part of the GPU's name (NVIDIA's data sheets); the first that fits counts."""
 
@@ -135,7 +139,7 @@ def train(arguments: argparse.Namespace) -> Work[Done]:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=on_gpu)
-    head, objective = OutputHead.of(model), Objective(0.9, "tail", arguments.chunk)
+    head, objective = OutputHead.of(model), Objective(0.9, "tail", arguments.chunk, arguments.loss_kernel)
     lengths = sequence_lengths(arguments.row_tokens, arguments.mean_tokens)
     vocab = int(model.config.vocab_size)
     context, response = split(lengths, vocab)
@@ -183,6 +187,19 @@ def require_packed(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__}: cannot attend by `packed_sequences`")
 
 
+def kernel_shares(work: Work[Done]) -> list[str]:
+    """Run once more under PyTorch's profiler; return each of the longest GPU kernels with its part of their time."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    taken = [(event.self_device_time_total, event.count, event.key) for event in profiler.key_averages()]
+    total = sum(microseconds for microseconds, _, _ in taken)
+    return [
+        f"{100 * microseconds / total:.1f}% in {count:,} x `{name[:90]}`"
+        for microseconds, count, name in sorted(taken, reverse=True)[:PROFILED]
+    ]
+
+
 def stage_rows(label: str, samples: list[Sample[Done]], peak: float | None, bar: Bar | None) -> list[Measurement]:
     """Rate, FLOP/s, MFU where the device's peak is known, and memory."""
     rows = [
@@ -200,14 +217,20 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     """Measure one stage after the other, each with the memory to itself."""
     peak = peak_flops(arguments.device, arguments.peak_tflops)
     stages: dict[str, Any] = {
-        f"generate, {arguments.student}": (generate, None),
-        f"score, {arguments.teacher}": (score, at_least(50)),
-        f"train, {arguments.student}": (train, at_least(45)),
+        "generate": (arguments.student, generate, None),
+        "score": (arguments.teacher, score, at_least(50)),
+        "train": (arguments.student, train, at_least(45)),
     }
-    rows = []
-    for label, (prepare, bar) in stages.items():
-        samples = alternate({label: prepare(arguments)}, arguments.repeats, device=arguments.device)[label]
+    rows, profiles = [], []
+    for stage in arguments.stages:
+        model, prepare, bar = stages[stage]
+        label = f"{stage}, {model}"
+        work = prepare(arguments)
+        samples = alternate({label: work}, arguments.repeats, device=arguments.device)[label]
         rows += stage_rows(label, samples, peak, bar)
+        if arguments.profile:
+            profiles += [f"{label}: {share}" for share in kernel_shares(work)]
+        del work
         if arguments.device.startswith("cuda"):
             torch.cuda.empty_cache()
     notes = [
@@ -216,12 +239,12 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
         f"score: {arguments.rows:,} rows of {arguments.row_tokens:,} tokens, top {TOP_K}; train: one such row a step, "
         f"{arguments.steps} steps a repeat; sequences of {arguments.mean_tokens:,} tokens on average, a quarter of "
         f"each prompt; {arguments.chunk:,} positions projected at a time; gradient checkpointing "
-        f"{'on' if arguments.gradient_checkpointing else 'off'}.",
+        f"{'on' if arguments.gradient_checkpointing else 'off'}; `loss_kernel: {arguments.loss_kernel}`.",
         "The peak of this device is not known: no MFU (`--peak-tflops`)."
         if peak is None
         else f"Peak: {peak / 1e12:,.4g} TFLOP/s.",
     ]
-    return rows, notes
+    return rows, notes + profiles
 
 
 def parser() -> BenchmarkParser:
@@ -239,6 +262,9 @@ def parser() -> BenchmarkParser:
     result.add_size("--mean-tokens", 1_024, 32, "mean length of the sequences in a row")
     result.add_size("--steps", 4, 1, "training steps a repeat")
     result.add_size("--chunk", 1_024, 32, "positions projected onto the vocabulary at a time")
+    result.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to measure")
+    result.add_argument("--loss-kernel", choices=["torch", "triton"], default="torch", help="of training")
+    result.add_argument("--profile", action="store_true", help="list the GPU kernels that take longest")
     result.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in training")
     result.add_argument("--peak-tflops", type=float, metavar="N", help="dense bfloat16 TFLOP/s of the device")
     return result

@@ -106,18 +106,22 @@ def loss_sums(hidden: Tensor, head: OutputHead, targets: Targets, objective: Obj
     return LossSums(loss, ce, kd if targets.topk_ids is not None else torch.zeros_like(kd))
 
 
-def require_kernel(kernel: Kernel, device: torch.device) -> None:
-    """Check that a kernel can run on ``device``.
+def choose_kernel(kernel: Kernel | Literal["auto"], device: torch.device) -> Kernel:
+    """Return the kernel to use on ``device``; "auto" is the Triton kernel where it runs.
 
     Raises:
-        ConfigError: the Triton kernel without a CUDA device, or without Triton.
+        ConfigError: the Triton kernel was asked for without a CUDA device, or without Triton.
     """
+    has_triton = importlib.util.find_spec("triton") is not None
+    if kernel == "auto":
+        return "triton" if device.type == "cuda" and has_triton else "torch"
     if kernel == "torch":
-        return
+        return kernel
     if device.type != "cuda":
         raise ConfigError(f"loss_kernel: `triton` needs a CUDA device, the student trains on {device}; say `torch`")
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton:
         raise ConfigError("loss_kernel: `triton` is not installed; install it (pip install triton), or say `torch`")
+    return kernel
 
 
 class _FusedLoss(torch.autograd.Function):

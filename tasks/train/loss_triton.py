@@ -1,7 +1,7 @@
 """The loss of one chunk of logits as one Triton kernel; the formulas are those of `tasks.train.loss`.
 
 A program takes a row of the vocabulary: it reads the row twice and writes it once, where PyTorch's operators go over it
-about ten times. Imported only where `loss_kernel: triton` asks for it.
+about ten times. Imported only where it is used.
 """
 
 from typing import Any

@@ -19,7 +19,7 @@ from tasks.language_model.loading import load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
 from tasks.language_model.tensor_parallel import load_whole
 from tasks.stage import StageJob
-from tasks.train.loss import Objective, require_kernel
+from tasks.train.loss import Objective, choose_kernel
 from tasks.train.packs import PackReader
 from tasks.train.plan import RoundPlan
 from tasks.train.policy_probe import PolicyProbe, open_probe, probe_size, read_probe_row
@@ -41,7 +41,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     warmup, launch = job.round == WARMUP, config.train.launch
     start = start_model(store, config, job.round)
     device = own_device(start.device, launch.world_size)
-    require_kernel(settings.loss_kernel, device)
+    kernel = choose_kernel(settings.loss_kernel, device)
     # Before the student is loaded: the two are never in memory together.
     probe = None if plan.guard is None else round_probe(job, plan.reader, device)
     model = load_whole(replace(start, dtype="float32", device=str(device)))
@@ -58,7 +58,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
                 kd_weight=0.0 if warmup else config.train.kd_weight,
                 kd_form=config.train.kd_form,
                 chunk=settings.loss_chunk,
-                kernel=settings.loss_kernel,
+                kernel=kernel,
             ),
             guard=plan.guard,
             probe=probe,

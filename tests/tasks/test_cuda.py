@@ -20,7 +20,7 @@ from tests.tasks.test_rollout_slots import make_model, requests, rows_of, settin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# A bfloat16 number is off by up to 2^-8 of itself: 16 such roundings in a row through two layers and back, 4 in the loss.
+# A bfloat16 number is off by up to 2^-8 of itself: 16 such roundings through two layers and back, 4 in the loss.
 MODEL_TOLERANCE, LOSS_TOLERANCE = 16 * 2**-8, 4 * 2**-8
 LENGTHS = [5, 17, 3, 64, 11, 1, 29]
 WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16}

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.loss import Problem, check, chunk_name
 from schemas.errors import ConfigError
 from tasks.language_model.head import OutputHead
-from tasks.train.loss import KdForm, LossSums, Objective, Targets, loss_sums, require_kernel
+from tasks.train.loss import KdForm, LossSums, Objective, Targets, choose_kernel, loss_sums
 from tests.tasks.test_loss import FORMS, identity_head, random_case, reference_kl, reference_loss
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -202,15 +202,22 @@ def test_it_compiles_for_a_gpu(
 
 
 def test_the_kernel_is_refused_without_a_cuda_device() -> None:
-    require_kernel("torch", torch.device("cpu"))
+    assert choose_kernel("torch", torch.device("cpu")) == "torch"
     with pytest.raises(ConfigError, match="loss_kernel: `triton` needs a CUDA device"):
-        require_kernel("triton", torch.device("cpu"))
+        choose_kernel("triton", torch.device("cpu"))
+
+
+def test_auto_takes_the_kernel_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_kernel("auto", torch.device("cpu")) == "torch"
+    for found, kernel in {object(): "triton", None: "torch"}.items():
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        assert choose_kernel("auto", torch.device("cuda")) == kernel
 
 
 def test_the_kernel_is_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="`triton` is not installed"):
-        require_kernel("triton", torch.device("cuda"))
+        choose_kernel("triton", torch.device("cuda"))
 
 
 if __name__ == "__main__":
