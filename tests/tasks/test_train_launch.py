@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flows.process import run_in_process
 from schemas.config import LaunchConfig, RunConfig
@@ -127,6 +128,35 @@ def test_a_round_goes_on_with_any_number_of_processes(
     execute(store, config, TRAIN)
     assert_same_run(store, in_one_process)
     execute(store, config, StageKey("export", 0))
+
+
+@pytest.mark.e2e
+def test_adapters_learn_in_two_processes_as_in_one(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        folder, launch = tmp_path / str(processes), {"processes": processes}
+        store, config = a_run(folder, teacher_dir, student_dir, lora={"r": 3}, launch=launch, learning_rate=1e-2)
+        execute(store, config, TRAIN)
+        adapter = load_file(store.path(TRAIN, "checkpoint", "adapter_model.safetensors"))
+        found.append((metrics(store, 0).column("loss").to_pylist(), adapter))
+    (losses, adapter), (other_losses, other_adapter) = found
+    assert other_losses == pytest.approx(losses, rel=CLOSE)
+    assert other_adapter.keys() == adapter.keys()
+    assert any(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+    for name, value in adapter.items():
+        # Adam divides gradients that are next to nothing by as little, so a step can go either way by its rate.
+        assert (other_adapter[name] - value).norm() <= 1e-2 * value.norm(), name
+
+
+@pytest.mark.e2e
+def test_a_loss_that_is_not_finite_ends_every_process_with_one_error(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    store, config = a_run(tmp_path, teacher_dir, student_dir, launch={"processes": 2}, learning_rate=1e30)
+    with pytest.raises(StageError, match=r"optimizer step 2 is not finite.*learning_rate"):
+        execute(store, config, TRAIN)
+    assert store.manifest(TRAIN) is None
+    assert ranks_running() == {}
 
 
 @pytest.mark.e2e
