@@ -14,8 +14,9 @@ layer, head width and pair of tokens that see each other; three times that for t
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ from tasks.rollout.slots import SlotDecoder
 from tasks.train.loss import Objective, Targets, loss_sums
 
 TOP_K = 10
-STAGES = ("generate", "score", "train")
 PROFILED = 12
 """Kernels that a profile lists."""
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -168,6 +168,14 @@ def train(arguments: argparse.Namespace) -> Work[Done]:
     return work
 
 
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], Work[Done]], str, Bar | None]] = {
+    "generate": (generate, "student", None),
+    "score": (score, "teacher", at_least(50)),
+    "train": (train, "student", at_least(45)),
+}
+"""What prepares a stage, the argument that names its model, and the bar of its MFU."""
+
+
 def load(arguments: argparse.Namespace, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Make a random model; by default bfloat16 on a GPU and float32 on a CPU."""
     shape = SHAPES[name]
@@ -216,22 +224,20 @@ def stage_rows(label: str, samples: list[Sample[Done]], peak: float | None, bar:
 def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
     """Measure one stage after the other, each with the memory to itself."""
     peak = peak_flops(arguments.device, arguments.peak_tflops)
-    stages: dict[str, Any] = {
-        "generate": (arguments.student, generate, None),
-        "score": (arguments.teacher, score, at_least(50)),
-        "train": (arguments.student, train, at_least(45)),
-    }
+    on_gpu = arguments.device.startswith("cuda")
+    if arguments.profile and not on_gpu:
+        raise ValueError("--profile lists the kernels of a GPU: add `--device cuda`")
     rows, profiles = [], []
     for stage in arguments.stages:
-        model, prepare, bar = stages[stage]
-        label = f"{stage}, {model}"
+        prepare, model, bar = STAGES[stage]
+        label = f"{stage}, {getattr(arguments, model)}"
         work = prepare(arguments)
         samples = alternate({label: work}, arguments.repeats, device=arguments.device)[label]
         rows += stage_rows(label, samples, peak, bar)
         if arguments.profile:
             profiles += [f"{label}: {share}" for share in kernel_shares(work)]
         del work
-        if arguments.device.startswith("cuda"):
+        if on_gpu:
             torch.cuda.empty_cache()
     notes = [
         f"generate: {arguments.prompts:,} prompts of {arguments.prompt_tokens:,} tokens, at most "

@@ -15,7 +15,7 @@ from tasks.language_model.prefill import prefill
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.slots import SlotDecoder
 from tasks.train.loss import KdForm, Kernel, Objective, Targets, loss_sums
-from tests.tasks.test_packed_attention import row_of
+from tests.tasks.test_packed_attention import alone, row_of
 from tests.tasks.test_rollout_slots import make_model, requests, rows_of, settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,14 +32,12 @@ def move(model: PreTrainedModel) -> PreTrainedModel:
 
 def states_and_gradients(model: PreTrainedModel, dtype: torch.dtype, *, packed: bool) -> dict[str, Tensor]:
     """Take hidden states of a packed row, or of its sequences one by one, and every parameter's gradient."""
-    device = next(model.parameters()).device
-    ids, positions = (rows.to(device) for rows in row_of(LENGTHS))
+    device = model.device
     with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
         if packed:
-            states = hidden_states(model, ids, positions)[0]
+            states = hidden_states(model, *(rows.to(device) for rows in row_of(LENGTHS)))[0]
         else:
-            pairs = zip(ids.split(LENGTHS, dim=1), positions.split(LENGTHS, dim=1), strict=True)
-            states = torch.cat([hidden_states(model, *pair)[0] for pair in pairs])
+            states = alone(model, LENGTHS)
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(4)).to(device)
     (states.to(weights.dtype) * weights).sum().backward()
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}

@@ -90,7 +90,7 @@ def row_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def alone(model: PreTrainedModel, lengths: list[int]) -> Tensor:
-    ids, positions = row_of(lengths)
+    ids, positions = (rows.to(model.device) for rows in row_of(lengths))
     pairs = zip(ids.split(lengths, dim=1), positions.split(lengths, dim=1), strict=True)
     return torch.cat([hidden_states(model, *pair)[0] for pair in pairs])
 
