@@ -6,8 +6,6 @@ About 40 minutes on one core; the results are in the repository, so that nobody 
 """
 
 import argparse
-import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.bill_task import END, NO_STRAYS, PAD, TOKENS, Bills, Strays, draw_bills, draw_prompts, make_tokenizer
+from benchmarks.bill_task import NO_STRAYS, TOKENS, Bills, Strays, draw_bills, draw_prompts, make_tokenizer
+from benchmarks.word_models import END, IGNORE, PAD, train, write_prompts
 
 LINES = (3, 8)
 """Articles on a bill, at least and at most."""
@@ -30,8 +30,6 @@ ANY_STRAY = Strays(skips=0.08, repeats=0.05, unlisted=0.1)
 
 PROMPTLESS = 0.1
 """Share of the steps whose replies stand without their prompts, as plain text does in anybody's pretraining."""
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,11 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
     return model
 
 
-def train(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES) -> None:
+def learn(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES) -> None:
     """Train on fresh bills at every step, short ones first; replies only."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     rng, started = np.random.default_rng(phase.seed), time.perf_counter()
-    model.train()
-    for step in range(phase.steps):
-        share = step / phase.steps
-        rate = phase.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def draw(share: float) -> tuple[Tensor, Tensor]:
         grown = min(1.0, share / max(phase.growing, 1 / phase.steps))
         longest = lines[0] + round((lines[1] - lines[0]) * grown)
         count = int(rng.integers(lines[0] - 1, longest + 1))
@@ -144,16 +137,15 @@ def train(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES)
         labels = ids.clone()
         labels[:, : prompts.shape[1]] = IGNORE
         labels[:, prompts.shape[1] :][torch.from_numpy(bills.slips)] = IGNORE
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
+        return ids, labels
+
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 0:
             right = accuracy(model, draw_bills(np.random.default_rng(0), 128, 6))
             seconds = time.perf_counter() - started
-            print(f"step {step + 1}: loss {loss.item():.3f}, accuracy {right:.2f}, {seconds:.0f} s", flush=True)
-            model.train()
+            print(f"step {step}: loss {loss:.3f}, accuracy {right:.2f}, {seconds:.0f} s", flush=True)
+
+    train(model, phase.steps, phase.learning_rate, draw, report)
 
 
 @torch.no_grad()
@@ -184,13 +176,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = draw_prompts(0, arguments.prompts, LINES)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_prompts(folder / "prompts.jsonl", draw_prompts(0, arguments.prompts, LINES))
     for name, (shape, phase) in MODELS.items():
         model = make_model(shape)
         print(f"{name}: {model.num_parameters():,} parameters", flush=True)
-        train(model, phase)
+        learn(model, phase)
         model.bfloat16().save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from benchmarks.bill_models import LINES
-from benchmarks.bill_task import ARTICLES, PAD, TOKENS, Strays, draw_bills
+from benchmarks.bill_task import ARTICLES, TOKENS, Strays, draw_bills
+from benchmarks.word_models import PAD
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from tasks.language_model.loading import load_model

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from benchmarks.word_models import END, PAD, REPLY, SPECIAL, USER, distinct_prompts, word_tokenizer
 
 SHOPS = [f"shop{number:02}" for number in range(40)]
 
@@ -47,8 +48,7 @@ ARTICLES = [
     "yogurt",
 ]
 
-PAD, END, USER, REPLY, LINE, TOTAL = "<pad>", "<eos>", "<user>", "<reply>", ";", "####"
-SPECIAL = (PAD, END, USER, REPLY)
+LINE, TOTAL = ";", "####"
 
 VOCABULARY = 96
 """Tokens in all, as with any real model more than a prompt needs: the top 64 are not everything there is."""
@@ -62,12 +62,6 @@ PRICES: NDArray[np.int64] = np.random.default_rng(20).integers(0, 10, (len(SHOPS
 """What an article costs in a shop, int64 [shops, articles]."""
 
 _RARITY: NDArray[np.float64] = np.random.default_rng(21).random(PRICES.shape)
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ ('<reply> ' if message['role'] == 'assistant' else '<user> ') + message['content'] + ' ' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<reply>' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -206,19 +200,14 @@ def draw_prompts(seed: int, count: int, lines: tuple[int, int]) -> list[dict[str
         Rows of a JSON Lines prompt source: `prompt` and `answer`.
     """
     rng = np.random.default_rng(seed)
-    rows: dict[str, str] = {}
-    while len(rows) < count:
+
+    def draw() -> tuple[str, str]:
         bill = draw_bills(rng, 1, int(rng.integers(lines[0], lines[1] + 1)))
-        rows[" ".join(TOKENS[token] for token in bill.prompts[0, 1:-1])] = str(bill.totals[0])
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
+        return " ".join(TOKENS[token] for token in bill.prompts[0, 1:-1]), str(bill.totals[0])
+
+    return distinct_prompts(count, draw)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: one token a word."""
-    tokenizer = Tokenizer(models.WordLevel(vocab=_ID, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=[USER, REPLY]
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return word_tokenizer(_ID)

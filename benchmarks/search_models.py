@@ -6,18 +6,18 @@ About 15 minutes on one core; the results are in the repository, so that nobody 
 """
 
 import argparse
-import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.bill_models import PROMPTLESS, Shape, make_model
-from benchmarks.search_task import IGNORE, Habits, draw_prompts, draw_searches, make_tokenizer
+from benchmarks.search_task import Habits, draw_prompts, draw_searches, make_tokenizer
+from benchmarks.word_models import IGNORE, train, write_prompts
 
 ARTICLES_LISTED = (2, 5)
 """Articles in a prompt, at least and at most."""
@@ -48,29 +48,24 @@ MODELS = {
 guesses; it knows all prices, and how to go on after a wrong try, but it has the habit of giving up."""
 
 
-def train(model: LlamaForCausalLM, phase: Phase) -> None:
+def learn(model: LlamaForCausalLM, phase: Phase) -> None:
     """Train on fresh searches at every step, short ones first; replies only."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     rng, started = np.random.default_rng(phase.seed), time.perf_counter()
     fewest, most = ARTICLES_LISTED
-    model.train()
-    for step in range(phase.steps):
-        share = step / phase.steps
-        rate = phase.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+    def draw(share: float) -> tuple[Tensor, Tensor]:
         longest = fewest + round((most - fewest) * min(1.0, share / GROWING))
         searches = draw_searches(rng, BATCH, int(rng.integers(fewest, longest + 1)), phase.habits)
         prompts = searches.prompts[:, -1:] if rng.random() < PROMPTLESS else searches.prompts
-        ids = torch.from_numpy(np.concatenate([prompts, searches.replies], axis=1))
-        labels = torch.from_numpy(np.concatenate([np.full(prompts.shape, IGNORE), searches.labels], axis=1))
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 250 == 0:
-            print(f"step {step + 1}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+        ids = np.concatenate([prompts, searches.replies], axis=1)
+        labels = np.concatenate([np.full(prompts.shape, IGNORE), searches.labels], axis=1)
+        return torch.from_numpy(ids), torch.from_numpy(labels)
+
+    def report(step: int, loss: float) -> None:
+        if step % 250 == 0:
+            print(f"step {step}: loss {loss:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+
+    train(model, phase.steps, phase.learning_rate, draw, report)
 
 
 def main() -> None:
@@ -82,13 +77,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = draw_prompts(0, arguments.prompts, ARTICLES_LISTED)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_prompts(folder / "prompts.jsonl", draw_prompts(0, arguments.prompts, ARTICLES_LISTED))
     for name, phase in MODELS.items():
         model = make_model(SHAPE)
         print(f"{name}: {model.num_parameters():,} parameters", flush=True)
-        train(model, phase)
+        learn(model, phase)
         model.bfloat16().save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
 

@@ -15,23 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.bill_task import (
-    ARTICLES,
-    CHAT_TEMPLATE,
-    END,
-    LINE,
-    PAD,
-    PRICES,
-    REPLY,
-    SHOPS,
-    SPECIAL,
-    TOTAL,
-    USER,
-    VOCABULARY,
-)
+from benchmarks.bill_task import ARTICLES, LINE, PRICES, SHOPS, TOTAL, VOCABULARY
+from benchmarks.word_models import END, IGNORE, PAD, REPLY, SPECIAL, USER, distinct_prompts, word_tokenizer
 
 RIGHT, WRONG, NOTHING = "yes", "no", "none"
 
@@ -39,9 +26,6 @@ _USED = [*SPECIAL, *"0123456789", LINE, TOTAL, RIGHT, WRONG, NOTHING, *ARTICLES,
 TOKENS = [*_USED, *(f"<unused{index}>" for index in range(VOCABULARY - len(_USED)))]
 _ID = {token: index for index, token in enumerate(TOKENS)}
 _DIGIT, _ARTICLE, _SHOP = _ID["0"], _ID[ARTICLES[0]], _ID[SHOPS[0]]
-
-IGNORE = -100
-"""Label of a token that nobody learns to write."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +127,14 @@ def draw_prompts(seed: int, count: int, articles: tuple[int, int]) -> list[dict[
         Rows of a JSON Lines prompt source: `prompt` and `answer`.
     """
     rng = np.random.default_rng(seed)
-    rows: dict[str, str] = {}
-    while len(rows) < count:
+
+    def draw() -> tuple[str, str]:
         search = draw_searches(rng, 1, int(rng.integers(articles[0], articles[1] + 1)), FAULTLESS)
-        rows[" ".join(TOKENS[token] for token in search.prompts[0, 1:-1])] = TOKENS[search.answers[0]]
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
+        return " ".join(TOKENS[token] for token in search.prompts[0, 1:-1]), TOKENS[search.answers[0]]
+
+    return distinct_prompts(count, draw)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: one token a word."""
-    tokenizer = Tokenizer(models.WordLevel(vocab=_ID, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=[USER, REPLY]
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return word_tokenizer(_ID)

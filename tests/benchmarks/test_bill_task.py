@@ -10,7 +10,6 @@ from benchmarks.bill_models import MODELS
 from benchmarks.bill_task import (
     ARTICLES,
     LINE,
-    PAD,
     PRICES,
     SHOPS,
     TOKENS,
@@ -21,6 +20,7 @@ from benchmarks.bill_task import (
     draw_prompts,
     make_tokenizer,
 )
+from benchmarks.word_models import PAD
 from tasks.language_model.chat import encode_prompts
 
 BILL = Path(__file__).parents[2] / "configs" / "bill"

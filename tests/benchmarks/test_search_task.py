@@ -10,13 +10,13 @@ from benchmarks.bill_task import ARTICLES, PRICES, SHOPS, VOCABULARY
 from benchmarks.search_models import ARTICLES_LISTED, MODELS
 from benchmarks.search_task import (
     FAULTLESS,
-    IGNORE,
     TOKENS,
     Habits,
     draw_prompts,
     draw_searches,
     make_tokenizer,
 )
+from benchmarks.word_models import IGNORE
 from tasks.language_model.chat import encode_prompts
 
 SEARCH = Path(__file__).parents[2] / "configs" / "search"
