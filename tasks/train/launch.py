@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ LINK = "NPD_TRAIN_LINK"
 """Environment variable with the Unix socket by which a process that trains speaks to its stage."""
 
 _POLL_SECONDS = 0.2
+_SAME_MOMENT_SECONDS = 0.1
+"""How much later than its neighbour's complaint a death may be heard of; the launcher takes longer to end others."""
 _TERMINATE_SECONDS = 40.0
 _MODULE = "tasks.train.rank"
 
@@ -127,6 +130,17 @@ class Ranks:
 
     def hear(self, seconds: float) -> bool:
         """Wait for what processes say, at most so long, and take it in; return whether there was anything."""
+        heard, last_words = self._take_in(seconds)
+        if last_words:
+            # Those that died in the same moment come first: their neighbours may notice before the news gets here.
+            until = time.monotonic() + _SAME_MOMENT_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                last_words += self._take_in(left)[1]
+        self._ends += last_words
+        return heard
+
+    def _take_in(self, seconds: float) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
+        """Wait at most so long for events; return whether there were any, and the last words among them."""
         ready = [key.fileobj for key, _ in self._selector.select(seconds)]
         last_words: list[tuple[int, dict[str, Any]]] = []
         for connection in ready:
@@ -141,9 +155,7 @@ class Ranks:
                     self._on_progress(event["done"], event["total"], event["unit"])
                 else:
                     last_words.append((self._names.pop(connection), event))
-        # Behind those that died in the same moment: their neighbours notice at once.
-        self._ends += last_words
-        return bool(ready)
+        return bool(ready), last_words
 
     def failure(self, code: int, job: StageJob, log: Path) -> Exception:
         """Return the error to raise once the launcher has failed with ``code``."""

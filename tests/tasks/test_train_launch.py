@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,14 @@ def test_the_first_to_die_is_named_not_those_that_notice(ranks: tuple[Ranks, Pat
     assert type(error) is StageError
     assert "process 1 of 2" in str(error)
     assert "fsdp2" in str(error)
+
+
+def test_a_death_that_is_heard_of_a_little_later_is_still_the_cause(ranks: tuple[Ranks, Path], tmp_path: Path) -> None:
+    zero, one = (connect(*ranks, rank) for rank in range(2))
+    say(zero, event="error", type="StageError", message="connection closed by peer", typed=False)
+    threading.Timer(0.02, one.close).start()
+    ranks[0].hear(1.0)
+    assert "process 1 of 2" in str(the_failure(ranks[0], tmp_path))
 
 
 def test_an_error_on_purpose_keeps_its_class(ranks: tuple[Ranks, Path], tmp_path: Path) -> None:
