@@ -1,5 +1,6 @@
 """Packed prefill: log-probabilities of given responses, and the most likely tokens at each of their positions."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -167,7 +168,7 @@ def prefill(
         labels = torch.from_numpy(response.values[targets].astype(np.int64)).to(head_device)
         chunks = [
             _score_chunk(
-                head.logits(states[states_at[start : start + logits_chunk]]),
+                head.narrow_logits(states[states_at[start : start + logits_chunk]]),
                 labels[start : start + logits_chunk],
                 top_k,
                 max(0, len(topk_targets) - start),
@@ -190,15 +191,30 @@ def _score_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities of ``labels`` [n], and values and ids of the top k of the first ``topk_rows`` [m, k].
 
-    log p = (z - max z) - log(sum exp(z - max z)), in float32. Overwrites ``logits`` [n, vocabulary]: they are the
+    log p = (z - max z) - log(sum exp(z - max z)), in float32. May overwrite ``logits`` [n, vocabulary]: they are the
     largest tensor of a pass, and this keeps them the only one of their size.
     """
-    largest = logits.amax(-1, keepdim=True)
-    chosen = logits.gather(1, labels[:, None]) - largest
-    values, ids = most_likely(logits[:topk_rows, :shared_vocab], top_k)
-    values -= largest[:topk_rows]
-    log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log_()
+    vocabulary = logits.shape[1]
+    shared_vocab = vocabulary if shared_vocab is None else min(shared_vocab, vocabulary)
+    if _has_kernel(logits.device):
+        from tasks.language_model.prefill_triton import reduce
+
+        largest, log_sum, maxima = reduce(logits, _BLOCK, shared_vocab)
+        chosen = logits.gather(1, labels[:, None]).float() - largest
+        values, ids = _search(logits[:topk_rows, :shared_vocab], maxima[:topk_rows], top_k)
+        values -= largest[:topk_rows]
+    else:
+        logits = logits.float()
+        largest = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(1, labels[:, None]) - largest
+        values, ids = most_likely(logits[:topk_rows, :shared_vocab], top_k)
+        values -= largest[:topk_rows]
+        log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log_()
     return (chosen - log_sum)[:, 0], values - log_sum[:topk_rows], ids
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def most_likely(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -212,14 +228,20 @@ def most_likely(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     maxima = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
     if whole < vocabulary:
         maxima = torch.cat([maxima, logits[:, whole:].amax(-1, keepdim=True)], 1)
+    return _search(logits, maxima, top_k)
+
+
+def _search(logits: Tensor, maxima: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return float32 values and int32 ids of the ``top_k`` largest, given the maxima of all blocks [n, blocks]."""
+    vocabulary = logits.shape[1]
     blocks = torch.arange(maxima.shape[1], device=logits.device)
     kept = _ids_of(_rank_keys(maxima, blocks).topk(min(top_k, len(blocks)), sorted=False).values)
     ids = (kept[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
-    keys = _rank_keys(logits.gather(1, ids.clamp(max=vocabulary - 1)), ids)
+    keys = _rank_keys(logits.gather(1, ids.clamp(max=vocabulary - 1)).float(), ids)
     # The last block may reach past the vocabulary.
     keys.masked_fill_(ids >= vocabulary, torch.iinfo(torch.int64).min)
     best = _ids_of(keys.topk(top_k).values)
-    return logits.gather(1, best), best.to(torch.int32)
+    return logits.gather(1, best).float(), best.to(torch.int32)
 
 
 def _rank_keys(values: Tensor, ids: Tensor) -> Tensor:

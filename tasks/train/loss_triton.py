@@ -33,19 +33,21 @@ def parts_(
     rows, vocabulary = logits.shape
     top_k = ids.shape[1]
     loss, ce, kd = (torch.empty(rows, dtype=logits.dtype, device=logits.device) for _ in range(3))
-    kernel[(rows,)](
-        logits,
-        labels,
-        ids.contiguous(),
-        logprobs.to(logits.dtype).contiguous(),
-        loss,
-        ce,
-        kd,
-        vocabulary,
-        top_k,
-        **constants(objective, vocabulary, top_k, with_gradient),
-        num_warps=WARPS,
-    )
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(logits):
+        kernel[(rows,)](
+            logits,
+            labels,
+            ids.contiguous(),
+            logprobs.to(logits.dtype).contiguous(),
+            loss,
+            ce,
+            kd,
+            vocabulary,
+            top_k,
+            **constants(objective, vocabulary, top_k, with_gradient),
+            num_warps=WARPS,
+        )
     return Parts(loss, ce, kd)
 
 

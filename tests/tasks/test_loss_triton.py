@@ -1,11 +1,5 @@
-"""The Triton kernel against the float64 definitions: on a GPU where there is one, else in Triton's interpreter.
+"""The loss's Triton kernel against the float64 definitions, all cases in one process (this module as a command)."""
 
-Whether Triton interprets is settled when it is imported, so the kernel runs in a process of its own (this module as a
-command), all cases in one.
-"""
-
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -21,11 +15,9 @@ from schemas.errors import ConfigError
 from tasks.language_model.head import OutputHead
 from tasks.train.loss import KdForm, LossSums, Objective, Targets, choose_kernel, loss_sums
 from tests.tasks.test_loss import FORMS, identity_head, random_case, reference_kl, reference_loss
+from tests.tasks.triton_process import DEVICE, compile_for_a_gpu, results_of
 
 pytestmark = pytest.mark.xdist_group("triton")
-
-ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Found = dict[str, dict[str, Tensor]]
 
@@ -129,12 +121,7 @@ HEADS = {"targets": True, "warm-up": False}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the kernel makes of every case."""
-    path = tmp_path_factory.mktemp("triton") / "found.pt"
-    environment = os.environ | ({} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"})
-    command = [sys.executable, "-m", "tests.tasks.test_loss_triton", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    loaded: Found = torch.load(path)
+    loaded: Found = results_of(__name__, tmp_path_factory.mktemp("triton"))
     return loaded
 
 
@@ -185,17 +172,12 @@ def test_any_head_gets_the_gradients_of_the_torch_kernel(name: str, found: Found
 def test_it_compiles_for_a_gpu(
     form: KdForm, with_gradient: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For compute capability 9.0, down to machine code; no GPU is needed for that. The interpreter takes more."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from tasks.train.loss_triton import WARPS, constants, kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     fixed = constants(Objective(0.9, form, 1024), 151_936, 10, with_gradient)
-    types = ["*fp32", "*i64", "*i64", *["*fp32"] * 4, "i32", "i32", *["constexpr"] * len(fixed)]
-    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs=fixed)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    types = ["*fp32", "*i64", "*i64", *["*fp32"] * 4, "i32", "i32"]
+    compiled = compile_for_a_gpu(kernel, types, fixed, WARPS)
     assert compiled.asm["cubin"]
     # Threads wait for each other where one reads what another wrote.
     assert compiled.asm["ptx"].count("bar.sync") >= 2
