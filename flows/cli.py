@@ -173,15 +173,22 @@ def rl(
 @app.command(epilog=_EPILOG)
 def status(run: RunPlace) -> None:
     """Show how every stage of RUN stands, and what the rounds have come to."""
-    from flows.display import print_states, print_summary
+    from flows.display import print_rl_summary, print_states, print_summary
+    from flows.rl_summary import summarize_rl
     from flows.states import stage_states
     from flows.summary import summarize
+    from schemas.config import RunConfig
     from schemas.run_store import RunStore
 
     store = RunStore.open(run)
-    config = store.config
+    config = store.settings
     console = Terminal()
     print_states(console, store, stage_states(store, config))
+    if not isinstance(config, RunConfig):
+        continued = summarize_rl(store, config.name)
+        if continued.before:
+            print_rl_summary(console, continued)
+        return
     summary: RunSummary = summarize(store, config)
     if summary.rounds:
         print_summary(console, summary)
@@ -258,7 +265,7 @@ def inspect(
             raise ConfigError("--round needs --stage: which stage of that round?")
         print_tree(Terminal(), store)
     else:
-        print_stage(Terminal(), store, stage_key(store.config, stage, round_index), rows)
+        print_stage(Terminal(), store, stage_key(store.settings, stage, round_index), rows)
 
 
 @app.command(epilog=_EPILOG)

@@ -13,15 +13,15 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.table_files import reading
 from schemas.untrusted_text import one_line
-from tasks.graph import loop
 from tasks.report.text import bytes_text, duration_text
+from tasks.stage import stages_of
 
 
 def print_tree(console: Console, store: RunStore) -> None:
     """Print every stage that has finished or begun, with its rows, bytes and seconds."""
     numeric = ("files", "rows", "bytes", "time")
     table = make_table(display_place(store), ["stage", *numeric], numeric)
-    for key in loop(store.config):
+    for key in stages_of(store.settings):
         manifest = store.manifest(key)
         if manifest is not None:
             table.add_row(

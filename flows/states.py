@@ -2,13 +2,13 @@
 
 from enum import StrEnum
 
-from schemas.config import RunConfig
+from schemas.config import RunConfig, RunSettings
 from schemas.errors import ConfigError, NPDError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
-from tasks.graph import PROMPTS, STAGES, downstream, loop
+from tasks.graph import PROMPTS, downstream, loop
 from tasks.models import source_fingerprints as model_fingerprints
-from tasks.stage import plan
+from tasks.stage import graph_of, plan, stage_of, stages_of
 
 
 class StageState(StrEnum):
@@ -27,19 +27,19 @@ class StageState(StrEnum):
     """It has not begun."""
 
 
-def stage_states(store: RunStore, config: RunConfig) -> dict[StageKey, StageState]:
-    """Return the state of every stage of the loop, in order.
+def stage_states(store: RunStore, config: RunSettings) -> dict[StageKey, StageState]:
+    """Return the state of every stage of a run, in order.
 
     Files are compared by size, not by content: that is for the run itself, which hashes them.
     """
     states: dict[StageKey, StageState] = {}
-    for key in loop(config):
-        inputs = [states[needed] for needed in STAGES[key.stage].inputs(config, key)]
+    for key in stages_of(config):
+        inputs = [states[needed] for needed in stage_of(config, key).inputs(config, key)]
         states[key] = _state(store, config, key, all(state is StageState.COMPLETE for state in inputs))
     return states
 
 
-def _state(store: RunStore, config: RunConfig, key: StageKey, inputs_complete: bool) -> StageState:
+def _state(store: RunStore, config: RunSettings, key: StageKey, inputs_complete: bool) -> StageState:
     manifest = store.manifest(key)
     if manifest is None:
         return StageState.UNFINISHED if store.has_begun(key) else StageState.MISSING
@@ -49,7 +49,7 @@ def _state(store: RunStore, config: RunConfig, key: StageKey, inputs_complete: b
     return StageState.COMPLETE if intact else StageState.OUTDATED
 
 
-def _fingerprint(store: RunStore, config: RunConfig, key: StageKey) -> str | None:
+def _fingerprint(store: RunStore, config: RunSettings, key: StageKey) -> str | None:
     """Return the fingerprint ``key`` would have now; None where its sources are gone."""
     try:
         return plan(store, config, key).fingerprint
@@ -69,15 +69,16 @@ def check_sources(config: RunConfig) -> None:
     model_fingerprints(config)
 
 
-def stage_key(config: RunConfig, stage: str, round_index: int | None) -> StageKey:
+def stage_key(config: RunSettings, stage: str, round_index: int | None) -> StageKey:
     """Return the key of a stage that a user named.
 
     Raises:
         ConfigError: the run has no such stage or round; says which there are.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"stage `{stage}`: no such stage; there are {', '.join(STAGES)}")
-    rounds = [key.round for key in loop(config) if key.stage == stage]
+    stages = graph_of(config)
+    if stage not in stages:
+        raise ConfigError(f"stage `{stage}`: no such stage; there are {', '.join(stages)}")
+    rounds = [key.round for key in stages_of(config) if key.stage == stage]
     if round_index in rounds:
         return StageKey(stage, round_index)
     if rounds == [None]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas import local_files
-from schemas.config import RunConfig, RunSettings, parse_config
+from schemas.config import RunConfig, RunSettings, parse_config, parse_settings
 from schemas.errors import ArtifactError, RunNotFoundError
 from schemas.local_files import storage_errors
 from schemas.manifest import (
@@ -101,10 +101,18 @@ class RunStore(RunFiles):
     @property
     def config(self) -> RunConfig:
         """The config a distillation run last ran with."""
+        return parse_config(self._recorded(), origin=f"{self.url}/{RUN_NAME}")
+
+    @property
+    def settings(self) -> RunSettings:
+        """The config a run of any kind last ran with."""
+        return parse_settings(self._recorded(), origin=f"{self.url}/{RUN_NAME}")
+
+    def _recorded(self) -> dict[str, Any]:
         record = self.record()
         if record is None:
             raise ArtifactError(f"{self.url}: no {RUN_NAME}")
-        return parse_config(record.config, origin=f"{self.url}/{RUN_NAME}")
+        return record.config
 
     # -- stages ----------------------------------------------------------------------------------------------------
 

@@ -6,18 +6,18 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from schemas.config import RLConfig, RunSettings
+from schemas.config import RLConfig, RunConfig, RunSettings
 from schemas.local_files import storage_errors
 from schemas.manifest import FileRecord, Manifest, hash_json
 from schemas.provenance import now_iso, package_versions
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from tasks.graph import STAGES, C, Stage
-from tasks.rl.graph import RL_STAGES
+from tasks.graph import STAGES, C, Stage, loop
+from tasks.rl.graph import RL_LOOP, RL_STAGES
 
 _logger = logging.getLogger(__name__)
 
@@ -69,9 +69,19 @@ class StagePlan:
     inputs: list[FileRecord]
 
 
+def graph_of(config: RunSettings) -> Mapping[str, Stage[Any]]:
+    """Return the kinds of stage that the kind of run that ``config`` is of has, by name."""
+    return RL_STAGES if isinstance(config, RLConfig) else STAGES
+
+
 def stage_of(config: RunSettings, key: StageKey) -> Stage[Any]:
     """Return the stage that ``key`` names in the kind of run that ``config`` is of."""
-    return (RL_STAGES if isinstance(config, RLConfig) else STAGES)[key.stage]
+    return graph_of(config)[key.stage]
+
+
+def stages_of(config: RunSettings) -> list[StageKey]:
+    """Return every stage of a run of ``config``, of whatever kind it is, in the order in which they run."""
+    return loop(config) if isinstance(config, RunConfig) else list(RL_LOOP)
 
 
 def plan(store: RunStore, config: RunSettings, key: StageKey) -> StagePlan:

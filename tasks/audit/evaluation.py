@@ -1,5 +1,7 @@
 """Evaluations against the held-out prompts, the references, and the responses that their means are of."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -43,16 +45,17 @@ def check_evaluation(audit: Audit, key: StageKey) -> None:
     }
     if audit.config.evaluate.generate:
         expected |= _response_means(audit, key, round_index)
-    _check_means(audit, name, table, expected, models)
+    check_means(audit, name, table, expected, models)
 
 
-def _check_means(
-    audit: Audit,
+def check_means(
+    audit: Audit[Any],
     name: str,
     table: pa.Table,
     expected: dict[tuple[str, str], tuple[float, int] | None],
     models: list[str],
 ) -> None:
+    """Check the means of a metrics table, ``models`` its model by row, against the ``expected`` by model and metric."""
     ids, values, counts = (table.column(column).to_pylist() for column in ("metric", "value", "n"))
     found = list(zip(models, ids, strict=True))
     wanted = [expected.get(each) for each in found]
@@ -103,7 +106,7 @@ def _response_means(audit: Audit, key: StageKey, round_index: int) -> dict[tuple
         own = models == model
         _check_complete(audit, name, table.filter(pa.array(own)), model, samples)
         if own.any():
-            found |= {(model, metric): mean for metric, mean in _means(table.filter(pa.array(own))).items()}
+            found |= {(model, metric): mean for metric, mean in response_means(table.filter(pa.array(own))).items()}
     audit.expect_rows(
         name, 0, ids, "model", np.isin(models, expected_models), lambda i: f"{models[i]} is not evaluated by this stage"
     )
@@ -121,7 +124,8 @@ def _check_complete(audit: Audit, name: str, own: pa.Table, model: str, samples:
         audit.broken(name, f"has responses of the {model} to {prompts} prompts, {held_out} are held out")
 
 
-def _means(own: pa.Table) -> dict[str, tuple[float, int]]:
+def response_means(own: pa.Table) -> dict[str, tuple[float, int]]:
+    """Return what one model's responses come to: mean and count by metric."""
     scores = own.column("score").drop_null().to_numpy()
     columns: dict[str, NDArray[np.float64]] = {
         "response_tokens": own.column("response_tokens").to_numpy().astype(np.float64),

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.audit.rollout_index import PromptIndex, RolloutIndex
+from tasks.graph import C
 
 Watch = Callable[[str, int, int, str], None]
 """Called with what is being checked, work done, work in all, and the unit of both."""
@@ -71,7 +72,7 @@ class Report:
 
 
 @dataclass
-class Audit:
+class Audit(Generic[C]):
     """A verification at work.
 
     Args:
@@ -88,7 +89,7 @@ class Audit:
     """
 
     store: RunStore
-    config: RunConfig
+    config: C
     run_id: str
     watch: Watch
     report: Report

@@ -11,26 +11,25 @@ from schemas.run_store import PARTIAL_NAME, REPORT_NAME, SUPERSEDED
 from schemas.stage_key import StageKey
 from tasks.audit.findings import Audit
 from tasks.audit.run_files import RunFiles
-from tasks.graph import BASELINE, MODELS, PROMPTS, REFERENCE, STAGES, loop
-from tasks.stage import plan
+from tasks.graph import PROMPTS
+from tasks.stage import plan, stage_of, stages_of
 
-_SHARED = (PROMPTS, MODELS, REFERENCE, BASELINE)
 _OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME, REPORT_NAME)
 
 
-def _stage_of(name: str) -> StageKey | None:
+def _key_of(audit: Audit[Any], name: str) -> StageKey | None:
     key = StageKey.of_file(name)
-    return key if key is not None and (key.round is not None or key in _SHARED) else None
+    return key if key is not None and (key.round is not None or key in stages_of(audit.config)) else None
 
 
-def read_manifests(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> list[StageKey]:
+def read_manifests(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) -> list[StageKey]:
     """Read every manifest of the run, those of stages that no longer belong to the loop too.
 
     Returns:
         The stages that have files, in the order of the loop; then others.
     """
-    present = {key for name in sizes if (key := _stage_of(name)) is not None}
-    order = loop(audit.config)
+    present = {key for name in sizes if (key := _key_of(audit, name)) is not None}
+    order = stages_of(audit.config)
     for key in (*order, *sorted(present - set(order), key=lambda key: key.folder)):
         name = f"{key.folder}/{MANIFEST_NAME}"
         if name not in sizes:
@@ -51,7 +50,7 @@ def read_manifests(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> list
     return [*(key for key in order if key in present), *sorted(present - set(order), key=lambda key: key.folder)]
 
 
-def check_files(audit: Audit, files: RunFiles, sizes: dict[str, int], key: StageKey) -> None:
+def check_files(audit: Audit[Any], files: RunFiles, sizes: dict[str, int], key: StageKey) -> None:
     """Hash every file that a stage's manifest names, and look for files that it does not name."""
     manifest = audit.manifests.get(key)
     inside = {name for name in sizes if name.startswith(f"{key.folder}/")} - {f"{key.folder}/{MANIFEST_NAME}"}
@@ -90,13 +89,13 @@ def check_files(audit: Audit, files: RunFiles, sizes: dict[str, int], key: Stage
         audit.sound.add(key)
 
 
-def check_chain(audit: Audit, key: StageKey) -> None:
+def check_chain(audit: Audit[Any], key: StageKey) -> None:
     """Check that a stage's inputs are the present outputs of the stages it reads, and its fingerprint theirs.
 
     Sources outside the run (prompt files, models) that have changed or are gone since break nothing: a run must hold
     on a machine that has only the run. They are noted.
     """
-    manifest, stage = audit.manifests.get(key), STAGES[key.stage]
+    manifest, stage = audit.manifests.get(key), stage_of(audit.config, key)
     if manifest is None:
         return
     where = f"{key.folder}/{MANIFEST_NAME}"
@@ -126,8 +125,8 @@ def check_chain(audit: Audit, key: StageKey) -> None:
         _check_fingerprint(audit, key, manifest, where)
 
 
-def _check_fingerprint(audit: Audit, key: StageKey, manifest: Manifest, where: str) -> None:
-    outside = hasattr(importlib.import_module(STAGES[key.stage].module), "source_fingerprints")
+def _check_fingerprint(audit: Audit[Any], key: StageKey, manifest: Manifest, where: str) -> None:
+    outside = hasattr(importlib.import_module(stage_of(audit.config, key).module), "source_fingerprints")
     try:
         expected = plan(audit.store, audit.config, key).fingerprint
     except NPDError as error:
@@ -176,7 +175,7 @@ def differing_keys(left: Any, right: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def check_other_files(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> None:
+def check_other_files(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) -> None:
     """Hash what is kept of stages that ran again, and note what belongs to nothing."""
     manifests = [name for name in sizes if name.startswith(f"{SUPERSEDED}/") and name.endswith(f"/{MANIFEST_NAME}")]
     named: set[str] = set()
@@ -202,7 +201,7 @@ def check_other_files(audit: Audit, files: RunFiles, sizes: dict[str, int]) -> N
             audit.report.coverage.bytes += record.bytes
         audit.report.notes.append(f"{folder}: an earlier result of `{key.label}`; `npd gc` deletes it")
     for name in sizes:
-        if name in _OWN or name in named or name.startswith("logs/") or _stage_of(name) is not None:
+        if name in _OWN or name in named or name.startswith("logs/") or _key_of(audit, name) is not None:
             continue
         if TEMPORARY in name:
             audit.report.notes.append(f"{name}: left by a process that died; `npd gc` deletes it")

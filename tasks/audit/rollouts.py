@@ -1,6 +1,7 @@
 """Prompts and the responses to them: ids, splits, seeds, and the weights that sampled."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,17 +41,7 @@ def check_prompts(audit: Audit, key: StageKey) -> None:
     """Check that prompts are distinct, named by their messages, and split as the seed draws."""
     if not audit.needs(key, key):
         return
-    ids, held_out = [], []
-    for name, _, table in shards(audit, key, ["prompt_id", "messages", "split"]):
-        for start in range(0, table.num_rows, _BATCH_ROWS):
-            part = table.slice(start, _BATCH_ROWS)
-            _check_names(audit, name, start, part)
-        ids.append(table.column("prompt_id"))
-        held_out.append(np.asarray(pc.equal(table.column("split"), "held_out")))
-    prompts = PromptIndex(
-        pa.chunked_array([c for column in ids for c in column.chunks], pa.string()), np.concatenate(held_out)
-    )
-    _check_distinct(audit, key, prompts.ids, "prompt_id")
+    prompts = read_prompts(audit, key)
     # The drawn order of any subset is that of the whole, so the held-out prompts are the first of those that are here.
     order = drawn_order(prompts.ids.to_pylist(), audit.config.split_seed)
     expected_split = np.zeros(len(order), bool)
@@ -67,14 +58,30 @@ def check_prompts(audit: Audit, key: StageKey) -> None:
     audit.prompts = prompts
 
 
-def _check_names(audit: Audit, name: str, first_row: int, part: pa.Table) -> None:
+def read_prompts(audit: Audit[Any], key: StageKey) -> PromptIndex:
+    """Read the prompts table; check that prompts are distinct and named by their messages."""
+    ids, held_out = [], []
+    for name, _, table in shards(audit, key, ["prompt_id", "messages", "split"]):
+        for start in range(0, table.num_rows, _BATCH_ROWS):
+            part = table.slice(start, _BATCH_ROWS)
+            _check_names(audit, name, start, part)
+        ids.append(table.column("prompt_id"))
+        held_out.append(np.asarray(pc.equal(table.column("split"), "held_out")))
+    prompts = PromptIndex(
+        pa.chunked_array([c for column in ids for c in column.chunks], pa.string()), np.concatenate(held_out)
+    )
+    _check_distinct(audit, key, prompts.ids, "prompt_id")
+    return prompts
+
+
+def _check_names(audit: Audit[Any], name: str, first_row: int, part: pa.Table) -> None:
     found = part.column("prompt_id")
     expected = [prompt_id(messages) for messages in part.column("messages").to_pylist()]
     same = np.asarray(pc.equal(found, pa.array(expected, pa.string())))
     audit.expect_rows(name, first_row, found, "messages", same, lambda i: f"are those of prompt `{expected[i]}`")
 
 
-def _check_distinct(audit: Audit, key: StageKey, ids: pa.ChunkedArray, column: str) -> bool:
+def _check_distinct(audit: Audit[Any], key: StageKey, ids: pa.ChunkedArray, column: str) -> bool:
     audit.report.coverage.joins += len(ids)
     counts = pc.value_counts(ids)
     twice = counts.filter(pc.greater(pc.struct_field(counts, 1), 1))

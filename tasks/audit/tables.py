@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.config import RunConfig
+from schemas.config import RunConfig, RunSettings
 from schemas.errors import ArtifactError
+from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import (
     EVALUATE_METRICS,
@@ -26,11 +28,24 @@ from schemas.tables import (
 from tasks.audit.findings import Audit
 
 
-def stage_schema(config: RunConfig, key: StageKey, name: str | None = None) -> TableSchema | None:
+def stage_schema(config: RunSettings, key: StageKey, name: str | None = None) -> TableSchema | None:
     """Return the schema of a stage's table; None for stages that write models.
 
-    Where a stage has several tables, each in a file of its own, the file's ``name`` says which.
+    Where a stage has several tables, each in files of its own, the file's ``name`` says which.
     """
+    if isinstance(config, RunConfig):
+        return _loop_schema(config, key, name)
+    match key.stage:
+        case "prompts":
+            return PROMPTS
+        case "rl":
+            return RL_METRICS if name == METRICS_FILE else RL_ROLLOUTS
+        case "evaluate" | "baseline":
+            return EVALUATE_RESPONSES if name == RESPONSES_FILE else EVALUATE_METRICS
+    return None
+
+
+def _loop_schema(config: RunConfig, key: StageKey, name: str | None) -> TableSchema | None:
     targets = (config.score.top_k, config.score.topk_dtype)
     match key.stage:
         case "prompts":
@@ -50,7 +65,7 @@ def stage_schema(config: RunConfig, key: StageKey, name: str | None = None) -> T
     return None
 
 
-def check_tables(audit: Audit, key: StageKey) -> None:
+def check_tables(audit: Audit[Any], key: StageKey) -> None:
     """Read every shard of a sound stage; a stage whose tables break their schema is sound no more."""
     schema = stage_schema(audit.config, key)
     if schema is None or key not in audit.sound:
@@ -73,17 +88,18 @@ def check_tables(audit: Audit, key: StageKey) -> None:
             audit.broken(name, damage)
 
 
-def _expected_files(config: RunConfig, key: StageKey) -> list[str] | None:
+def _expected_files(config: RunSettings, key: StageKey) -> list[str] | None:
     """Return the names of a stage's tables where they are fixed; None where it may have any number of parts."""
     match key.stage:
         case "train":
             return [METRICS_FILE]
         case "evaluate" | "baseline":
-            return [METRICS_FILE, RESPONSES_FILE] if config.evaluate.generate else [METRICS_FILE]
+            answers = not isinstance(config, RunConfig) or config.evaluate.generate
+            return [METRICS_FILE, RESPONSES_FILE] if answers else [METRICS_FILE]
     return None
 
 
-def _damage(audit: Audit, path: Path, name: str, schema: TableSchema, recorded_rows: int | None) -> str | None:
+def _damage(audit: Audit[Any], path: Path, name: str, schema: TableSchema, recorded_rows: int | None) -> str | None:
     try:
         table = audit.store.read_part(path, schema, schema.columns.names)
     except ArtifactError as error:
@@ -101,7 +117,7 @@ def _damage(audit: Audit, path: Path, name: str, schema: TableSchema, recorded_r
 
 
 def shards(
-    audit: Audit, key: StageKey, columns: list[str], only: str | None = None
+    audit: Audit[Any], key: StageKey, columns: list[str], only: str | None = None
 ) -> Iterator[tuple[str, int, pa.Table]]:
     """Yield each shard of a sound stage's table: its file, the rows before it, and these columns of it.
 

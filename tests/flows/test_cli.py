@@ -13,7 +13,9 @@ from schemas.config import fields_markdown
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.graph import loop
+from tasks.rl.run import run_rl
 from tests.flows.conftest import CONFIGS, FinishedRun, write_smoke_config
+from tests.tasks.rl_runs import checked_prompts, rl_config, source_store
 from tests.tiny_models import make_model, make_tokenizer, save_model
 
 RUNNER = CliRunner()
@@ -124,6 +126,28 @@ def test_inspect_lists_stages_and_shows_one(finished_run: FinishedRun) -> None:
     code, output = invoke("inspect", str(finished_run.folder), "--round", "1")
     assert code == 2
     assert "--round needs --stage" in output
+
+
+def test_an_rl_run_is_shown_and_checked_as_a_distillation_run_is(tmp_path: Path, student_dir: Path) -> None:
+    prompts = checked_prompts(named=True)
+    source = source_store(tmp_path, student_dir, prompts)
+    config = rl_config(tmp_path, source.folder, steps=1)
+    store = RunStore.create(config)
+    code, output = invoke("status", str(store.folder))
+    assert (code, output.count(" not run ")) == (0, 4)
+    run_rl(store, config)
+    code, output = invoke("status", str(store.folder))
+    assert (code, output.count(" complete ")) == (0, 4)
+    assert "accuracy" in output
+    code, output = invoke("inspect", str(store.folder), "--stage", "rl", "--rows", "1")
+    assert code == 0
+    assert "rollouts/part-00000.parquet" in output
+    code, output = invoke("inspect", str(store.folder), "--stage", "score")
+    assert (code, "there are prompts, baseline, rl, evaluate" in output) == (2, True)
+    assert invoke("verify", str(store.folder))[0] == 0
+    for name in ("report", "rerun"):
+        code, output = invoke(name, str(store.folder), *(["--stage", "rl"] if name == "rerun" else []))
+        assert (code, "an RL run, which `npd rl` runs and continues" in output) == (2, True)
 
 
 def test_rerun_says_what_would_follow(copied: Path) -> None:

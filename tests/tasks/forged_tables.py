@@ -5,11 +5,32 @@ from typing import Any
 
 import pyarrow as pa
 
+from schemas.config import RunSettings
+from schemas.manifest import record_bytes
+from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import IGNORE_LABEL
+from tasks.audit.tables import stage_schema
 from tasks.graph import PROMPTS, REFERENCE
+from tasks.stage import plan, stages_of
 
 Change = Callable[[pa.Table], pa.Table]
+
+
+def reseal(store: RunStore, config: RunSettings) -> None:
+    """Make every manifest fit the files and the manifests before it, as whoever forges a table would."""
+    for key in stages_of(config):
+        manifest, planned = store.finished(key), plan(store, config, key)
+        update = {"inputs": planned.inputs, "fingerprint": planned.fingerprint, "outputs": store.outputs(key)}
+        store.write_bytes(store.path(key, "manifest.json"), record_bytes(manifest.model_copy(update=update)))
+
+
+def forge(store: RunStore, config: RunSettings, key: StageKey, change: Change, shard: int = 0) -> None:
+    """Replace a shard of a table by what ``change`` makes of it; to be resealed."""
+    path = store.table_files(key)[shard]
+    schema = stage_schema(config, key, path.name)
+    assert schema is not None
+    store.write_table(path, change(store.read_part(path, schema)), schema)
 
 
 def put(column: str, value: Any, row: int = 0) -> Change:

@@ -11,18 +11,25 @@ from schemas.config import RLConfig, parse_as
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
+from tasks.prompts.messages import prompt_id
 from tests.run_fixtures import finish_stage, make_config, make_store
 
 TRAIN, HELD_OUT = 10, 4
 
 
-def checked_prompts(count: int = TRAIN + HELD_OUT, *, answer: str = "a", unchecked: int = 0) -> pa.Table:
-    """Return prompts with one answer; the last are held out, the first ``unchecked`` train prompts have no check."""
+def checked_prompts(
+    count: int = TRAIN + HELD_OUT, *, answer: str = "a", unchecked: int = 0, named: bool = False
+) -> pa.Table:
+    """Return prompts with one answer; the last are held out, the first ``unchecked`` train prompts have no check.
+
+    Their ids are easy to read, or with ``named`` those of their messages.
+    """
     check = json.dumps({"type": "exact"})
+    messages = [[{"role": "user", "content": f"Say {i}."}] for i in range(count)]
     return pa.table(
         {
-            "prompt_id": [f"p{i:03d}" for i in range(count)],
-            "messages": [[{"role": "user", "content": f"Say {i}."}] for i in range(count)],
+            "prompt_id": [prompt_id(each) if named else f"p{i:03d}" for i, each in enumerate(messages)],
+            "messages": messages,
             "answer": [answer] * count,
             "verification": [None if i < unchecked else check for i in range(count)],
             "source": ["test"] * count,

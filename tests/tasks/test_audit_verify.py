@@ -19,8 +19,7 @@ from tasks.audit.findings import Report
 from tasks.audit.tables import stage_schema
 from tasks.audit.verify import verify
 from tasks.graph import MODELS, PROMPTS, loop
-from tasks.stage import plan
-from tests.tasks.forged_tables import FORGERIES, Change, put, put_at
+from tests.tasks.forged_tables import FORGERIES, forge, put, put_at, reseal
 from tests.test_loop import run_loop, smoke_config
 
 pytestmark = pytest.mark.xdist_group("verify")
@@ -48,22 +47,6 @@ def run(whole_run: Finished, tmp_path: Path) -> Finished:
     """A copy to damage."""
     store = RunStore(shutil.copytree(whole_run.store.folder, tmp_path / "smoke"))
     return Finished(store, whole_run.config)
-
-
-def reseal(run: Finished) -> None:
-    """Make every manifest fit the files and the manifests before it, as whoever forges a table would."""
-    for key in loop(run.config):
-        manifest, planned = run.store.finished(key), plan(run.store, run.config, key)
-        update = {"inputs": planned.inputs, "fingerprint": planned.fingerprint, "outputs": run.store.outputs(key)}
-        run.store.write_bytes(run.store.path(key, "manifest.json"), record_bytes(manifest.model_copy(update=update)))
-
-
-def forge(run: Finished, key: StageKey, change: Change, shard: int = 0) -> None:
-    """Replace a shard of a table by what ``change`` makes of it; to be resealed."""
-    path = run.store.table_files(key)[shard]
-    schema = stage_schema(run.config, key, path.name)
-    assert schema is not None
-    run.store.write_table(path, change(run.store.read_part(path, schema)), schema)
 
 
 def recount(run: Finished, key: StageKey, **counters: Any) -> None:
@@ -150,8 +133,8 @@ def test_a_flipped_byte_alone_is_the_first_broken_link(run: Finished) -> None:
 @pytest.mark.parametrize("key", FORGERIES, ids=lambda key: key.label)
 def test_wrong_tables_under_manifests_that_fit_them_are_found(run: Finished, key: StageKey) -> None:
     for shard, change, _ in FORGERIES[key]:
-        forge(run, key, change, shard)
-    reseal(run)
+        forge(*run, key, change, shard)
+    reseal(*run)
     report = verify(run.store)
     assert report.breaks[0].where.startswith(key.folder)
     files = [run.store.relative(path) for path in run.store.table_files(key)]
@@ -169,8 +152,8 @@ def test_response_tokens_of_two_steps_exchanged_are_found(run: Finished) -> None
             table.schema.get_field_index("response_tokens"), "response_tokens", pa.array(tokens, pa.int64())
         )
 
-    forge(run, StageKey("train", 1), exchange)
-    reseal(run)
+    forge(*run, StageKey("train", 1), exchange)
+    reseal(*run)
     assert "the packs of this step have" in first_break(run)
 
 
@@ -178,17 +161,17 @@ def test_a_held_out_prompt_among_the_rollouts_is_found(run: Finished) -> None:
     prompts = rows_of(run, PROMPTS)
     held_out = prompts.column("prompt_id")[prompts.column("split").to_pylist().index("held_out")].as_py()
     forge(
-        run, StageKey("generate", 0), lambda t: put("prompt_id", held_out)(put("sample_id", f"r000-{held_out}-000")(t))
+        *run, StageKey("generate", 0), lambda t: put("prompt_id", held_out)(put("sample_id", f"r000-{held_out}-000")(t))
     )
-    reseal(run)
+    reseal(*run)
     assert "a held-out prompt: it must never be trained on" in first_break(run)
 
 
 def test_a_sample_that_is_there_twice_is_found_across_shards(run: Finished) -> None:
     key = StageKey("generate", 1)
     first = rows_of(run, key).slice(0, 1)
-    forge(run, key, lambda t: pa.concat_tables([first, t.slice(1)]), shard=1)
-    reseal(run)
+    forge(*run, key, lambda t: pa.concat_tables([first, t.slice(1)]), shard=1)
+    reseal(*run)
     assert "is there 2 times" in first_break(run)
 
 
@@ -196,15 +179,15 @@ def test_a_dropped_sample_in_a_pack_is_found(run: Finished) -> None:
     key = StageKey("filter", 0)
     ledger = rows_of(run, key)
     dropped = ledger.column("sample_id")[ledger.column("keep").to_pylist().index(False)].as_py()
-    forge(run, StageKey("pack", 0), put_at("sample_ids", 0, dropped))
-    reseal(run)
+    forge(*run, StageKey("pack", 0), put_at("sample_ids", 0, dropped))
+    reseal(*run)
     assert f"sample {dropped} is packed, but the round does not keep it" in first_break(run)
 
 
 def test_exchanged_weights_are_found_by_the_samples_they_did_not_sample(run: Finished) -> None:
     weights = [run.store.path(StageKey("export", index), "model", "model.safetensors") for index in (WARMUP, 0)]
     shutil.copyfile(weights[1], weights[0])
-    reseal(run)
+    reseal(*run)
     assert first_break(run).startswith("round=000/stage=generate/part-00000.parquet: row 0")
 
 
@@ -212,7 +195,7 @@ def test_a_table_of_another_run_is_found(run: Finished) -> None:
     path = run.store.part(StageKey("score", 0), 0)
     table = pq.read_table(path, partitioning=None)
     pq.write_table(table.replace_schema_metadata(table.schema.metadata | {RUN_KEY: b"0" * 16}), path)
-    reseal(run)
+    reseal(*run)
     assert "part-00000.parquet: is of run `0000000000000000`, this run is" in first_break(run)
 
 
@@ -228,7 +211,7 @@ def test_counters_that_the_tables_do_not_bear_out_are_found(run: Finished) -> No
 
 def test_policy_steps_that_were_not_trained_are_found(run: Finished) -> None:
     recount(run, StageKey("train", 0), policy_step=3)
-    reseal(run)
+    reseal(*run)
     assert "counters.policy_step is 3, the stage's files hold" in first_break(run)
 
 
