@@ -13,11 +13,12 @@ from schemas.config import VllmOptions
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE
+from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.engine import Requests, Rollouts, SamplingSettings
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import execute
-from tests.tasks.rollout_runs import make_run
+from tests.tasks.rollout_runs import TRAIN, make_run
 from tests.tiny_models import make_model, save_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("vllm")]
@@ -164,3 +165,19 @@ def test_the_table_is_the_same_from_both_engines(results: VllmResults, folder: P
     assert theirs.schema == ours.schema
     for column in ("sample_id", "prompt_id", "sample_index", "round", "policy_version", "prompt_ids", "seed"):
         assert theirs.column(column) == ours.column(column), column
+
+
+def test_actors_of_a_ray_cluster_sample_with_vllm_what_one_process_does(
+    results: VllmResults, folder: Path, tmp_path: Path
+) -> None:
+    vllm, key = {"engine": "vllm", "shard_prompts": 2}, StageKey("generate", 0)
+    store, config = make_run(tmp_path, folder, folder, generate=vllm, ray={"actors": 2})
+    manifest = execute(store, config, key)
+    counters = {"engine": "vllm", "actors": 2, "shards": 4, "samples": TRAIN}
+    assert counters.items() <= manifest.counters.items()
+    found = store.read_table(key, GENERATE)
+    alone = RunStore.open(results.store_folder).read_table(key, GENERATE)
+    for column in ("sample_id", "seed", "prompt_ids", "response_ids", "finish_reason"):
+        assert found.column(column) == alone.column(column), column
+    logprobs, expected = (Ragged.from_arrow(table["sampled_logprobs"]) for table in (found, alone))
+    assert np.abs(logprobs.values - expected.values).max() < LOGPROB_TOLERANCE

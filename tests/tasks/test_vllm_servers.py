@@ -39,15 +39,34 @@ pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("vllm")]
 class Served(NamedTuple):
     folder: Path
     url: str
+    spare_url: str
+    spare: "subprocess.Popen[bytes]"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Heads of 32, which vLLM's CPU kernels take; 264 vocabulary rows for 259 tokens, the padding rows likely."""
+    """Two servers of one model with heads of 32, which vLLM's CPU kernels take.
+
+    264 vocabulary rows for 259 tokens, the padding rows likely.
+    """
     model = make_model(seed=5, hidden=128, vocab_size=264, tie=False)
     with torch.no_grad():
         model.lm_head.weight[259:] *= 3
     folder = save_model(tmp_path_factory.mktemp("served"), model)
+    logs = [folder.parent / f"server-{number}.log" for number in range(2)]
+    servers = [serve(folder, log) for log in logs]
+    try:
+        for (url, process), log in zip(servers, logs, strict=True):
+            wait_until_ready(url, process, log)
+        yield Served(folder, servers[0][0], *servers[1])
+    finally:
+        for _, process in servers:
+            process.terminate()
+            process.wait(30)
+
+
+def serve(folder: Path, log: Path) -> tuple[str, "subprocess.Popen[bytes]"]:
+    """Start a server; return its address and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,17 +80,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    environment = os.environ | settings
-    log = folder.parent / "server.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, process, log)
-        yield Served(folder, url)
-    finally:
-        process.terminate()
-        process.wait(30)
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=output, stderr=output)
+    return f"http://127.0.0.1:{port}", process
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -117,6 +128,41 @@ def test_samples_depend_on_prompt_and_seed_alone_and_their_logprobs_are_at_tempe
     local = prefill(load_ref(model_ref(served.folder)), prompts, responses, batch_tokens=64, logits_chunk=64)
     assert np.abs(found.logprobs - local.logprobs).max() < LOGPROB_TOLERANCE
     assert found.response_ids.max() < 259
+
+
+def test_two_servers_share_the_requests_and_one_that_is_killed_costs_nothing(
+    served: Served, engine: ServerEngine
+) -> None:
+    expected = sample(engine, SAMPLED)
+    servers = ServersConfig(urls=[served.url, served.spare_url], max_in_flight=1, retry_seconds=0.5)
+    both = ServerEngine(model_ref(served.folder), servers, 64)
+    before = [requests_served(url) for url in servers.urls]
+    shards = [Requests(PROMPTS[place : place + 1], SEEDS[place : place + 1]) for place in range(len(PROMPTS))]
+    try:
+        assert_same(dict(both.generate(shards, SAMPLED, lambda count: None)), expected)
+        for url, count in zip(servers.urls, before, strict=True):
+            assert requests_served(url) > count
+        found: dict[int, Rollouts] = {}
+        for number, rollouts in both.generate(shards, SAMPLED, lambda count: None):
+            if not found:
+                served.spare.kill()
+            found[number] = rollouts
+        assert_same(found, expected)
+        assert both.counters()["servers"] == 1
+    finally:
+        both.close()
+
+
+def requests_served(url: str) -> float:
+    """Return how many requests a server has answered by its own count."""
+    text = httpx.get(f"{url}/metrics").raise_for_status().text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:request_success_total"))
+
+
+def assert_same(found: dict[int, Rollouts], expected: Rollouts) -> None:
+    assert sorted(found) == list(range(len(PROMPTS)))
+    for place, rollouts in found.items():
+        assert np.array_equal(rollouts.row(0), expected.row(place))
 
 
 def test_a_server_of_other_weights_is_refused(served: Served, tmp_path: Path) -> None:
