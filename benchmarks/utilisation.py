@@ -35,6 +35,7 @@ from tasks.language_model.prefill import prefill, prefill_batches
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.engine import Requests, SamplingSettings
 from tasks.rollout.slots import SlotDecoder
+from tasks.train.liger import fuse_layers
 from tasks.train.loss import Objective, Targets, loss_sums
 
 TOP_K = 10
@@ -136,6 +137,8 @@ def train(arguments: argparse.Namespace) -> Work[Done]:
     model = load(arguments, arguments.student, torch.float32)
     require_packed(model)
     model.train()
+    if arguments.liger:
+        fuse_layers(model, torch.device(device))
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=on_gpu)
@@ -245,7 +248,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
         f"score: {arguments.rows:,} rows of {arguments.row_tokens:,} tokens, top {TOP_K}; train: one such row a step, "
         f"{arguments.steps} steps a repeat; sequences of {arguments.mean_tokens:,} tokens on average, a quarter of "
         f"each prompt; {arguments.chunk:,} positions projected at a time; gradient checkpointing "
-        f"{'on' if arguments.gradient_checkpointing else 'off'}; `loss_kernel: {arguments.loss_kernel}`.",
+        f"{'on' if arguments.gradient_checkpointing else 'off'}; `loss_kernel: {arguments.loss_kernel}`; "
+        f"`liger_kernels: {str(arguments.liger).lower()}`.",
         "The peak of this device is not known: no MFU (`--peak-tflops`)."
         if peak is None
         else f"Peak: {peak / 1e12:,.4g} TFLOP/s.",
@@ -270,6 +274,7 @@ def parser() -> BenchmarkParser:
     result.add_size("--chunk", 1_024, 32, "positions projected onto the vocabulary at a time")
     result.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to measure")
     result.add_argument("--loss-kernel", choices=["torch", "triton"], default="torch", help="of training")
+    result.add_argument("--liger", action="store_true", help="train with Liger's fused layers")
     result.add_argument("--profile", action="store_true", help="list the GPU kernels that take longest")
     result.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in training")
     result.add_argument("--peak-tflops", type=float, metavar="N", help="dense bfloat16 TFLOP/s of the device")

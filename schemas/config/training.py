@@ -81,6 +81,10 @@ class OptimizerConfig(Section):
     """What makes loss and gradient of the logits: PyTorch's operators, or one Triton kernel (CUDA only; a fifth
     less time on an H200). `auto`: the kernel where it runs."""
 
+    liger_kernels: bool = False
+    """Run the model's norms, rotary embeddings and gated MLPs as Liger's fused Triton kernels: less time and memory
+    between the matrix products (CUDA only; needs the extra `liger`)."""
+
     save_every_steps: int = Field(default=500, ge=1, json_schema_extra=PLACEMENT)
     """Optimizer steps between checkpoints; what a crash can lose at most."""
 

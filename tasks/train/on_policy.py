@@ -28,6 +28,7 @@ from tasks.language_model.sources import start_model, teacher_model
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
+from tasks.train.liger import fuse_layers
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
 from tasks.trainer_settings import on_device, trainer_settings
 
@@ -56,6 +57,8 @@ def train_on_policy(job: StageJob) -> None:
         )
     student = load_ref(dataclasses.replace(start, dtype="float32", device=str(device)))
     teacher = load_ref(dataclasses.replace(teacher_ref, device=str(device)))
+    if settings.liger_kernels:
+        fuse_layers(student, device)
     rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     if rows[0] != rows[1]:
         raise ModelError(

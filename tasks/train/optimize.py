@@ -19,6 +19,7 @@ from tasks.language_model.loading import load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
 from tasks.language_model.tensor_parallel import load_whole
 from tasks.stage import StageJob
+from tasks.train.liger import fuse_layers
 from tasks.train.loss import Objective, choose_kernel
 from tasks.train.packs import PackReader
 from tasks.train.plan import RoundPlan
@@ -46,6 +47,8 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     probe = None if plan.guard is None else round_probe(job, plan.reader, device)
     model = load_whole(replace(start, dtype="float32", device=str(device)))
     model.config.use_cache = False
+    if settings.liger_kernels:
+        fuse_layers(model, device)
     with store.scratch_folder(job.key) as scratch:
         trainer = NearPolicyTrainer(
             model=model,
