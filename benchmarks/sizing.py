@@ -17,6 +17,10 @@ PAPER = Workload(prompts=1.2e6, rounds=2, epochs_per_round=5)
 PAPER_HOURS = {"generate": 300.0, "score": 18.0, "train": 42.0, "evaluate": 6.0}
 """NPU-hours of that run (7B to 1B), from a second-hand reading; `evaluate` stands for what it calls other."""
 
+H200_TOKENS = {"generate": 11_139.0, "teacher": 34_656.0, "student": 96_900.0, "train": 36_804.0}
+"""Tokens a second on one H200 (BENCHMARKS.md, 2026-11-27): sampled by a 1.5B student (engine `transformers`), prefilled
+by a 7B teacher and by the student, and trained on by the student, in bfloat16."""
+
 CORE_SECONDS = {"prompts": 1 / 5_500, "filter": 1 / 53_000, "pack": 1 / 340_000}
 """Seconds of a CPU core for a prompt (200,000 of JSONL), a sample and a packed token (`benchmarks.million`)."""
 
@@ -58,6 +62,21 @@ def rates() -> Rates:
         "evaluate": Line(0.0, 0.0),
     }
     return Rates(seconds, size, between=10.0)
+
+
+def h200_hours(load: Workload) -> dict[str, float]:
+    """Return the hours of one H200 that the stages with a model take, all rounds, at the measured rates.
+
+    The teacher prefills each response after its prompt and alone, the student alone: the sampler gave it the rest.
+    """
+    responses = load.samples * load.response_tokens
+    samples = load.samples * (load.prompt_tokens + load.response_tokens)
+    seconds = {
+        "generate": responses / H200_TOKENS["generate"],
+        "score": (samples + responses) / H200_TOKENS["teacher"] + responses / H200_TOKENS["student"],
+        "train": WORK["train"](load) / H200_TOKENS["train"],
+    }
+    return {stage: load.rounds * each / 3600 for stage, each in seconds.items()}
 
 
 def simulated(load: Workload, devices: int, *, overlap: bool = False) -> Simulated:
@@ -121,8 +140,10 @@ def scale_tables() -> str:
         [
             "### Bytes on disk",
             _table("table, all rounds", titles, _byte_rows(loads)),
-            "### Time",
+            "### Time, at the paper's rates",
             _table("stage, all rounds", titles, _time_rows(loads)),
+            "### Device time, at rates measured on one H200",
+            _table("stage, all rounds", titles, _h200_rows(loads)),
             "### What grows beside them",
             _table("what", titles, _other_rows(loads)),
         ]
@@ -156,6 +177,12 @@ def _time_rows(loads: Sequence[Workload]) -> dict[str, list[str]]:
             name = f"days on {devices} devices{', and as many that sample ahead' if overlap else ''}"
             rows[name] = [simulated(load, devices, overlap=overlap).wall / 86_400 for load in loads]
     return {name: [number(value) for value in values] for name, values in rows.items()}
+
+
+def _h200_rows(loads: Sequence[Workload]) -> dict[str, list[str]]:
+    hours = [h200_hours(load) for load in loads]
+    rows = {f"{stage}, H200-hours": [number(each[stage]) for each in hours] for stage in hours[0]}
+    return rows | {"**all three**, H200-hours": [number(sum(each.values())) for each in hours]}
 
 
 def _other_rows(loads: Sequence[Workload]) -> dict[str, list[str]]:

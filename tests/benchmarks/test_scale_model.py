@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.scale_model import ROUND_STAGES, WORK, WRITTEN, Line, Observed, Rates, Workload, fit, simulate
-from benchmarks.sizing import PAPER, PAPER_HOURS, rates, run_table, simulated
+from benchmarks.sizing import H200_TOKENS, PAPER, PAPER_HOURS, h200_hours, rates, run_table, simulated
 
 LOAD = Workload(
     prompts=100, rounds=3, prompt_tokens=10, response_tokens=20, samples_per_prompt=2, kept=0.5, epochs_per_round=4
@@ -64,6 +64,16 @@ def test_the_papers_run_costs_what_the_paper_says() -> None:
     for stage, hours in PAPER_HOURS.items():
         assert sum(seconds[stage] for seconds in found.seconds) / 3600 == pytest.approx(hours)
     assert set(rates().seconds) == {*ROUND_STAGES, "prompts"}
+
+
+def test_measured_rates_count_every_pass_over_a_sample() -> None:
+    load = Workload(prompts=1000, rounds=3, prompt_tokens=40, response_tokens=60, samples_per_prompt=2, kept=0.5)
+    hours = h200_hours(load)
+    passes = {"teacher": 40 + 60 + 60, "student": 60}
+    seconds = sum(3 * 2000 * tokens / H200_TOKENS[model] for model, tokens in passes.items())
+    assert hours["score"] == pytest.approx(seconds / 3600)
+    assert hours["generate"] == pytest.approx(3 * 2000 * 60 / H200_TOKENS["generate"] / 3600)
+    assert hours["train"] == pytest.approx(3 * 5 * 1000 * 100 / H200_TOKENS["train"] / 3600)
 
 
 def test_a_runs_table_names_every_stage() -> None:
