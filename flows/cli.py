@@ -16,6 +16,7 @@ from flows.compare_command import compare
 from flows.terminal import Terminal
 from flows.watch import ended_by
 from schemas.errors import NPDError
+from tasks.quick_exit import QuickExit
 
 if TYPE_CHECKING:
     from flows.summary import RunSummary
@@ -323,7 +324,12 @@ for _command in (
 
 def main() -> None:
     """Entry point of the `npd` command."""
-    app()
+    leaving = QuickExit()
+    try:
+        app()
+    except SystemExit as ended:
+        leaving.code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from schemas.config import RunSettings
 from schemas.manifest import Manifest
@@ -127,11 +128,10 @@ class ProgressArtifact:
 
     def _publish(self, progress: float, description: str) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
-        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
         self._last = time.monotonic()
         # The stage waits meanwhile: its events are read in this thread.
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), if_server_answers(self._logger) as asked:
+        with _asking_once(), if_server_answers(self._logger) as asked:
             if self._artifact is None:
                 # Typed as if it could be awaited, which it is only inside an event loop.
                 self._artifact = cast("UUID", create_progress_artifact(progress, self._artifact_key, description))
@@ -139,6 +139,23 @@ class ProgressArtifact:
                 update_progress_artifact(self._artifact, progress, description=description)
         if not asked.answered:
             self._last += AWAY_SECONDS
+
+
+def _asking_once() -> AbstractContextManager[Any]:
+    """Let Prefect's client try every request once."""
+    from prefect.context import SettingsContext, get_settings_context
+    from prefect.settings import PREFECT_API_URL
+
+    return SettingsContext(profile=get_settings_context().profile, settings=_without_retries(PREFECT_API_URL.value()))
+
+
+@lru_cache(maxsize=1)
+def _without_retries(api: str | None) -> Any:
+    """Return the settings of this process, which speaks to one server; making them takes longer than a request."""
+    from prefect.context import get_settings_context
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
+
+    return get_settings_context().settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: 0})
 
 
 class Asked:

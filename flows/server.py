@@ -35,8 +35,9 @@ class TemporaryServer:
                 pass_fds=(listening.fileno(),),
                 # Away from the terminal's Ctrl-C.
                 start_new_session=True,
-                # What Prefect sets for its own.
-                env=os.environ
+                # Prefect's makers are told nothing, unless the user wants it; the rest Prefect sets for its own.
+                env={"PREFECT_SERVER_ANALYTICS_ENABLED": "0"}
+                | os.environ
                 | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
             )
         # Prefect sends its last words at exit too: what was registered last goes first.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -80,6 +81,13 @@ class ForkServer:
             self._receive(block=False)
             return self._codes.get(pid)
 
+    def listen(self, seconds: float) -> None:
+        """Wait until the server may have something to say, at most so long."""
+        if self._ended:
+            time.sleep(seconds)
+        else:
+            select.select([self._channel], [], [], seconds)
+
     def _receive(self, *, block: bool) -> None:
         try:
             data = self._channel.recv(4096, 0 if block else socket.MSG_DONTWAIT)
@@ -122,7 +130,7 @@ class StageProcess:
         """Wait for its end, at most so long; return whether it has ended."""
         deadline = time.monotonic() + seconds
         while not (ended := self.has_ended()) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+            self._server.listen(_POLL_SECONDS)
         return ended
 
     def end(self, seconds: float) -> None:

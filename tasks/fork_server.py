@@ -8,8 +8,10 @@ Answers are JSON lines: `{"pid": n}` for a started process, `{"pid": n, "code": 
 `subprocess.Popen.returncode`). The end of the socket ends this process; stages notice on their own stdin.
 """
 
+import functools
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import selectors
@@ -20,6 +22,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from tasks.quick_exit import QuickExit
+
 HEAVY = (
     "tasks.models.stage",
     "tasks.rollout.transformers_engine",
@@ -28,19 +32,18 @@ HEAVY = (
     "tasks.export.stage",
     "tasks.evaluate.stage",
     "transformers.models.auto.modeling_auto",
-    "pandera.backends.narwhals.builtin_checks",
 )
-"""What stages import; vLLM is not among them, since it reads its settings from the environment when imported.
-
-The last is what pandera imports at the first table it checks: half a second where `hypothesis` is installed.
-"""
+"""What stages import; vLLM is not among them, since it reads its settings from the environment when imported."""
 
 
 def import_heavy(more: Sequence[str] = ()) -> None:
     """Import what stages import, and the modules ``more``, to fork afterwards."""
+    # transformers and TRL each go through all packages there are.
+    importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
     try:
         for module in (*HEAVY, *more):
             importlib.import_module(module)
+        _use_once()
     finally:
         # What is there now stays shared between the processes: the collector must not write to it.
         gc.freeze()
@@ -52,6 +55,16 @@ class StageRequest(NamedTuple):
     stdin: int
     events: int
     log: int
+
+
+def _use_once() -> None:
+    """Let libraries make what they make at their first use, which every stage would do again for itself."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from schemas.tables import PROMPTS
+
+    get_checkpoint_conversion_mapping("llama")
+    PROMPTS.validate(PROMPTS.columns.empty_table(), "nowhere")
 
 
 def serve(channel: socket.socket) -> StageRequest | None:
@@ -144,4 +157,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Else the libraries are taken apart, in every stage's process, when it is done.
+    leaving = QuickExit()
+    leaving.code = main()
