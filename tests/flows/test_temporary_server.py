@@ -32,7 +32,10 @@ def answers(api: str) -> bool:
         return False
 
 
-def test_it_ends_with_the_process_that_started_it(prefect_home: Path) -> None:
+def test_it_ends_with_the_process_that_started_it_and_tells_nobody(
+    prefect_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_SERVER_ANALYTICS_ENABLED", raising=False)
     command = [sys.executable, "-c", _START]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent
@@ -40,6 +43,7 @@ def test_it_ends_with_the_process_that_started_it(prefect_home: Path) -> None:
         assert process.stdout is not None
         api = process.stdout.readline().strip()
         assert answers(api)
+        assert httpx.get(f"{api}/admin/settings").json()["server"]["analytics_enabled"] is False
         process.kill()
     deadline = time.monotonic() + 60
     while answers(api):
