@@ -26,8 +26,8 @@ def reduce(logits: Tensor, neighbours: int, shared_vocab: int) -> tuple[Tensor, 
     """
     rows, vocabulary = logits.shape
     blocks = -(-shared_vocab // neighbours)
-    largest, log_sum = (torch.empty((rows, 1), device=logits.device) for _ in range(2))
-    maxima = torch.empty((rows, blocks), device=logits.device)
+    shapes = ((rows, 1), (rows, 1), (rows, blocks))
+    largest, log_sum, maxima = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in shapes)
     fixed = constants(vocabulary, neighbours)
     if rows:
         # Triton launches on the current device, wherever the tensors are.
