@@ -18,7 +18,7 @@ RUN useradd --create-home --uid 10001 npd \
 WORKDIR /opt/npd
 
 # Dependencies before code: their layer, many gigabytes, is made again only when they change.
-ARG EXTRAS=vllm,lora,quantization,ray,reasoning-gym,s3
+ARG EXTRAS=vllm,liger,lora,quantization,ray,reasoning-gym,s3
 COPY pyproject.toml README.md LICENSE ./
 COPY deploy/constraints.txt deploy/
 RUN pip install --no-cache-dir --constraint deploy/constraints.txt ".[${EXTRAS}]"
