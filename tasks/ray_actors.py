@@ -209,6 +209,8 @@ def joined(settings: RayConfig) -> Iterator[Cluster]:
         try:
             ray.init(address=settings.address)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            # What was joined half would be in the way of the next try.
+            ray.shutdown()
             raise ConfigError(f"ray.address: {settings.address}: cannot be joined: {error}") from error
     try:
         yield Cluster(ray, settings)

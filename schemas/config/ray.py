@@ -10,8 +10,8 @@ class RayConfig(Section):
     extra `ray`). `null`: both run in this machine's one process."""
 
     address: str | None = Field(default=None, min_length=1)
-    """Cluster to join: from one of its machines `auto` or `HOST:6379`, from another that shares `root` with them
-    `ray://HOST:10001`. null: one on this machine, for as long as the stage runs."""
+    """Cluster to join, from one of its machines: `auto` or `HOST:6379`. null: one on this machine, for as long as the
+    stage runs."""
 
     actors: int = Field(ge=1)
     """Models at work at a time. What finds no room waits for it."""

@@ -2,10 +2,7 @@
 
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -107,41 +104,6 @@ def test_actors_write_the_bytes_of_one_process_though_one_is_killed(
         assert manifest.fingerprint == expected.fingerprint
         for name in ("samples", "tokens", "stop", "shards", "sampled_logprob_gap"):
             assert manifest.counters.get(name) == expected.counters.get(name)
-
-
-@pytest.fixture
-def client_address(cluster: str) -> Iterator[str]:
-    """Where the cluster answers from outside: the address of a Ray Client server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ray.util.client.server", "--address", cluster]
-    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])
-    try:
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline and process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"ray://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def test_a_machine_outside_the_cluster_joins_by_ray_client(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path, client_address: str
-) -> None:
-    devices = {"cpu_threads": 1}
-    alone, config = make_run(tmp_path / "alone", teacher_dir, student_dir, devices=devices)
-    execute(alone, config, GENERATE)
-    store, config = make_run(tmp_path / "joined", teacher_dir, student_dir, devices=devices)
-    config = on_ray(config, client_address, actors=1)
-    reports: list[int] = []
-    execute(store, config, GENERATE, lambda done, total, unit: reports.append(done))
-    assert outputs(store, GENERATE) == outputs(alone, GENERATE)
-    assert reports == [3, 6, 7]
 
 
 def test_a_killed_stage_takes_its_cluster_along_and_is_continued_without_ray(
