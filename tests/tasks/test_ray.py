@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.tasks.rollout_runs import TRAIN, make_run
 
 GENERATE, SCORE = StageKey("generate", 0), StageKey("score", 0)
 SECONDS = 120.0
+OBJECT_STORE_BYTES = 100 * 2**20
 SECTIONS: dict[str, Any] = {
     # Long enough that an actor is at work on the next shard when one is reported.
     "generate": {"shard_prompts": 1, "samples_per_prompt": 3, "max_new_tokens": 300},
@@ -38,12 +39,21 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("ray")]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster of two cores, which stages join."""
+    with started(cores=2) as running:
+        yield running.address
+
+
+@contextmanager
+def started(cores: int) -> Iterator[Any]:
+    """Start a cluster of one node."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-    started = Cluster(initialize_head=True, head_node_args=node)
-    yield started.address
-    started.shutdown()
+    node = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    running = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        yield running
+    finally:
+        running.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +114,25 @@ def test_actors_write_the_bytes_of_one_process_though_one_is_killed(
         assert manifest.fingerprint == expected.fingerprint
         for name in ("samples", "tokens", "stop", "shards", "sampled_logprob_gap"):
             assert manifest.counters.get(name) == expected.counters.get(name)
+
+
+def test_a_node_that_is_lost_costs_what_its_actor_was_at(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, alone: RunStore
+) -> None:
+    store, config = make_run(tmp_path, teacher_dir, student_dir, **SECTIONS)
+    finished: dict[str, int] = {}
+    with started(cores=1) as running:
+        node = running.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+
+        def lose_the_node(done: int, total: int, unit: str) -> None:
+            if not finished:
+                finished.update(parts(store, GENERATE))
+                running.remove_node(node, allow_graceful=False)
+
+        execute(store, on_ray(config, running.address), GENERATE, lose_the_node)
+    assert 0 < len(finished) < TRAIN
+    assert finished.items() <= parts(store, GENERATE).items()
+    assert outputs(store, GENERATE) == outputs(alone, GENERATE)
 
 
 def test_a_killed_stage_takes_its_cluster_along_and_is_continued_without_ray(
