@@ -1,6 +1,5 @@
 """Packed prefill: log-probabilities of given responses, and the most likely tokens at each of their positions."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tasks.language_model.head import OutputHead, hidden_states, input_device, module_device
 from tasks.language_model.ragged import Ragged, offsets_of
+from tasks.language_model.triton_kernels import missing_for_triton
 
 TokensDone = Callable[[int], None]
 
@@ -148,6 +148,7 @@ def prefill(
     """
     head = OutputHead.of(model)
     device, head_device = input_device(model), module_device(head.projection)
+    score_chunk = _score_chunk if missing_for_triton(head_device) is not None else _score_chunk_by_kernel
     wanted = np.ones(len(response), bool) if topk_rows is None else topk_rows
     wanted = np.repeat(wanted & (top_k > 0), response.lengths)
     topk_places = np.cumsum(wanted) - 1
@@ -167,7 +168,7 @@ def prefill(
         states_at = torch.from_numpy(batch.states_at[order]).to(states.device)
         labels = torch.from_numpy(response.values[targets].astype(np.int64)).to(head_device)
         chunks = [
-            _score_chunk(
+            score_chunk(
                 head.narrow_logits(states[states_at[start : start + logits_chunk]]),
                 labels[start : start + logits_chunk],
                 top_k,
@@ -191,30 +192,30 @@ def _score_chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities of ``labels`` [n], and values and ids of the top k of the first ``topk_rows`` [m, k].
 
-    log p = (z - max z) - log(sum exp(z - max z)), in float32. May overwrite ``logits`` [n, vocabulary]: they are the
-    largest tensor of a pass, and this keeps them the only one of their size.
+    log p = (z - max z) - log(sum exp(z - max z)), in float32. Overwrites float32 ``logits`` [n, vocabulary]: they are
+    the largest tensor of a pass, and this keeps them the only one of their size.
     """
-    vocabulary = logits.shape[1]
-    shared_vocab = vocabulary if shared_vocab is None else min(shared_vocab, vocabulary)
-    if _has_kernel(logits.device):
-        from tasks.language_model.prefill_triton import reduce
-
-        largest, log_sum, maxima = reduce(logits, _BLOCK, shared_vocab)
-        chosen = logits.gather(1, labels[:, None]).float() - largest
-        values, ids = _search(logits[:topk_rows, :shared_vocab], maxima[:topk_rows], top_k)
-        values -= largest[:topk_rows]
-    else:
-        logits = logits.float()
-        largest = logits.amax(-1, keepdim=True)
-        chosen = logits.gather(1, labels[:, None]) - largest
-        values, ids = most_likely(logits[:topk_rows, :shared_vocab], top_k)
-        values -= largest[:topk_rows]
-        log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log_()
+    logits = logits.float()
+    largest = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, labels[:, None]) - largest
+    values, ids = most_likely(logits[:topk_rows, :shared_vocab], top_k)
+    values -= largest[:topk_rows]
+    log_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True).log_()
     return (chosen - log_sum)[:, 0], values - log_sum[:topk_rows], ids
 
 
-def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+def _score_chunk_by_kernel(
+    logits: Tensor, labels: Tensor, top_k: int, topk_rows: int, shared_vocab: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``_score_chunk`` does, reading each logit once, in the dtype it has."""
+    from tasks.language_model.prefill_triton import reduce
+
+    vocabulary = logits.shape[1]
+    shared_vocab = vocabulary if shared_vocab is None else min(shared_vocab, vocabulary)
+    largest, log_sum, maxima = reduce(logits, _BLOCK, shared_vocab)
+    chosen = logits.gather(1, labels[:, None]).float() - largest
+    values, ids = _search(logits[:topk_rows, :shared_vocab], maxima[:topk_rows], top_k)
+    return (chosen - log_sum)[:, 0], values - largest[:topk_rows] - log_sum[:topk_rows], ids
 
 
 def most_likely(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """CE + top-k forward KL fused with the output head: values and gradients of one chunk of positions at a time."""
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from schemas.errors import ConfigError
 from tasks.language_model.head import OutputHead
+from tasks.language_model.triton_kernels import missing_for_triton
 
 KdForm = Literal["truncated", "tail", "renormalized"]
 Kernel = Literal["torch", "triton"]
@@ -110,17 +110,15 @@ def choose_kernel(kernel: Kernel | Literal["auto"], device: torch.device) -> Ker
     """Return the kernel to use on ``device``; "auto" is the Triton kernel where it runs.
 
     Raises:
-        ConfigError: the Triton kernel was asked for without a CUDA device, or without Triton.
+        ConfigError: the Triton kernel was asked for where it cannot run.
     """
-    has_triton = importlib.util.find_spec("triton") is not None
-    if kernel == "auto":
-        return "triton" if device.type == "cuda" and has_triton else "torch"
     if kernel == "torch":
         return kernel
-    if device.type != "cuda":
-        raise ConfigError(f"loss_kernel: `triton` needs a CUDA device, the student trains on {device}; say `torch`")
-    if not has_triton:
-        raise ConfigError("loss_kernel: `triton` is not installed; install it (pip install triton), or say `torch`")
+    missing = missing_for_triton(device)
+    if kernel == "auto":
+        return "triton" if missing is None else "torch"
+    if missing is not None:
+        raise ConfigError(f"loss_kernel: `triton` {missing}, or say `torch`")
     return kernel
 
 

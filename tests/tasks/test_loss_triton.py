@@ -189,16 +189,31 @@ def test_the_kernel_is_refused_without_a_cuda_device() -> None:
         choose_kernel("triton", torch.device("cpu"))
 
 
+def machine(monkeypatch: pytest.MonkeyPatch, *, triton: bool = True, compiler: str | None = "gcc") -> None:
+    """Make this one that has Triton and a C compiler, or has not."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == compiler else None)
+
+
 def test_auto_takes_the_kernel_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
     assert choose_kernel("auto", torch.device("cpu")) == "torch"
-    for found, kernel in {object(): "triton", None: "torch"}.items():
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
-        assert choose_kernel("auto", torch.device("cuda")) == kernel
+    assert choose_kernel("auto", torch.device("cuda")) == "triton"
+    machine(monkeypatch, triton=False)
+    assert choose_kernel("auto", torch.device("cuda")) == "torch"
+    machine(monkeypatch, compiler=None)
+    assert choose_kernel("auto", torch.device("cuda")) == "torch"
+    monkeypatch.setenv("CC", "cc")
+    assert choose_kernel("auto", torch.device("cuda")) == "triton"
 
 
-def test_the_kernel_is_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="`triton` is not installed"):
+def test_the_kernel_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, triton=False)
+    with pytest.raises(ConfigError, match="loss_kernel: `triton` is not installed; install it"):
+        choose_kernel("triton", torch.device("cuda"))
+    machine(monkeypatch, compiler=None)
+    with pytest.raises(ConfigError, match="loss_kernel: `triton` finds no C compiler; install gcc"):
         choose_kernel("triton", torch.device("cuda"))
 
 
