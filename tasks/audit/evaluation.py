@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import AGREEMENT_METRICS, METRICS_FILE, RESPONSES_FILE
 from tasks.audit.findings import Audit
-from tasks.audit.rollout_index import locate_rows
 from tasks.audit.tables import shards
 from tasks.graph import BASELINE, PROMPTS, REFERENCE
 
@@ -94,8 +93,7 @@ def _response_means(audit: Audit, key: StageKey, round_index: int) -> dict[tuple
     ]
     ((name, _, table),) = shards(audit, key, columns, RESPONSES_FILE)
     ids, rounds = table.column("prompt_id"), table.column("round").to_numpy()
-    places = locate_rows(ids, audit.prompts.ids)
-    held_out = (places >= 0) & audit.prompts.held_out[places]
+    held_out = audit.prompts.in_split(ids, held_out=True)
     audit.expect_rows(name, 0, ids, "prompt_id", held_out, lambda i: "is no held-out prompt of this run")
     audit.expect_rows(name, 0, ids, "round", rounds == round_index, lambda i: f"{rounds[i]}, should be {round_index}")
     models = np.array(table.column("model").to_pylist())

@@ -1,6 +1,7 @@
 """Manifests against what lies in a run's folders, and against each other: from inputs to outputs."""
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from schemas.errors import ArtifactError, NPDError
@@ -17,9 +18,11 @@ from tasks.stage import plan, stage_of, stages_of
 _OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME, REPORT_NAME)
 
 
-def _key_of(audit: Audit[Any], name: str) -> StageKey | None:
-    key = StageKey.of_file(name)
-    return key if key is not None and (key.round is not None or key in stages_of(audit.config)) else None
+def _keys_of(audit: Audit[Any], names: Iterable[str]) -> dict[str, StageKey]:
+    """Return the stage in whose folder each file lies, by the file's name, of those that lie in one."""
+    order = stages_of(audit.config)
+    keys = {name: StageKey.of_file(name) for name in names}
+    return {name: key for name, key in keys.items() if key is not None and (key.round is not None or key in order)}
 
 
 def read_manifests(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) -> list[StageKey]:
@@ -28,7 +31,7 @@ def read_manifests(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) ->
     Returns:
         The stages that have files, in the order of the loop; then others.
     """
-    present = {key for name in sizes if (key := _key_of(audit, name)) is not None}
+    present = set(_keys_of(audit, sizes).values())
     order = stages_of(audit.config)
     for key in (*order, *sorted(present - set(order), key=lambda key: key.folder)):
         name = f"{key.folder}/{MANIFEST_NAME}"
@@ -200,8 +203,9 @@ def check_other_files(audit: Audit[Any], files: RunFiles, sizes: dict[str, int])
             audit.report.coverage.files += 1
             audit.report.coverage.bytes += record.bytes
         audit.report.notes.append(f"{folder}: an earlier result of `{key.label}`; `npd gc` deletes it")
+    of_stages = _keys_of(audit, sizes)
     for name in sizes:
-        if name in _OWN or name in named or name.startswith("logs/") or _key_of(audit, name) is not None:
+        if name in _OWN or name in named or name.startswith("logs/") or name in of_stages:
             continue
         if TEMPORARY in name:
             audit.report.notes.append(f"{name}: left by a process that died; `npd gc` deletes it")

@@ -57,8 +57,7 @@ def check_rl(audit: Audit[RLConfig], key: StageKey) -> None:
 def _steps_of(audit: Audit[RLConfig], name: str, table: pa.Table, prompts: PromptIndex) -> NDArray[np.int64] | None:
     """Return the step of each rollout of a shard; None where they cannot be counted."""
     ids, steps, last = table.column("prompt_id"), table.column("step").to_numpy(), audit.config.grpo.steps
-    places = prompts.rows(ids)
-    train = (places >= 0) & ~prompts.held_out[places]
+    train = prompts.in_split(ids, held_out=False)
     audit.expect_rows(name, 0, ids, "prompt_id", train, lambda i: "is no train prompt of this run")
     known = (steps >= 1) & (steps <= last)
     return steps if audit.expect_rows(name, 0, ids, "step", known, lambda i: f"{steps[i]} of {last}") else None
@@ -92,8 +91,7 @@ def check_answers(audit: Audit[RLConfig], key: StageKey) -> None:
     columns = ["model", "prompt_id", "response_tokens", "finish_reason", "score", "repetition"]
     ((name, _, responses),) = shards(audit, key, columns, RESPONSES_FILE)
     ids = responses.column("prompt_id")
-    places = audit.prompts.rows(ids)
-    held_out = (places >= 0) & audit.prompts.held_out[places]
+    held_out = audit.prompts.in_split(ids, held_out=True)
     audit.expect_rows(name, 0, ids, "prompt_id", held_out, lambda i: "is no held-out prompt of this run")
     model = "start" if key == BASELINE else "rl"
     own = np.asarray(pc.equal(responses.column("model"), model))

@@ -21,6 +21,12 @@ class PromptIndex:
         """Return the row of each id, -1 where there is none; int64."""
         return locate_rows(prompt_ids, self.ids)
 
+    def in_split(self, prompt_ids: pa.ChunkedArray, *, held_out: bool) -> NDArray[np.bool_]:
+        """Say of each id whether it is a prompt of the table, held out or not; bool."""
+        places = self.rows(prompt_ids)
+        found: NDArray[np.bool_] = (places >= 0) & (self.held_out[places] == held_out)
+        return found
+
 
 @dataclass
 class RolloutIndex:
