@@ -85,7 +85,8 @@ def diff(
 ) -> None:
     """Say in what two runs differ: settings, package versions, and what each stage wrote.
 
-    Settings that say only where or how visibly work runs are shown and do not count. Exit codes: 0 if the runs are
+    Both are distillation runs, or both RL runs. Settings that say only where or how visibly work runs are shown and do
+    not count. Exit codes: 0 if the runs are
     equal, 1 if they differ.
     """
     from flows.audit import print_difference
@@ -113,7 +114,8 @@ def report(
     """Write what RUN has come to as one page to look at, RUN/report.html, and print where it lies.
 
     Held-out metrics, delta-IFD and its zones, samples to read, packs, training, cost and lineage, of what is there so
-    far. The page holds everything it shows, loads nothing and runs no script. `npd run` writes it at its end.
+    far; of an RL run, held-out answers before and after and its training. The page holds everything it shows, loads
+    nothing and runs no script. `npd run` and `npd rl` write it at their end.
     """
     import webbrowser
 

@@ -202,7 +202,8 @@ def rerun(
         str,
         typer.Option(
             "--stage",
-            help="prompts, models, reference, baseline, generate, score, filter, pack, train, export or evaluate.",
+            help="prompts, models, reference, baseline, generate, score, filter, pack, train, export or evaluate; of "
+            "an RL run prompts, baseline, rl or evaluate.",
         ),
     ],
     round_index: Round = None,
@@ -212,14 +213,15 @@ def rerun(
 ) -> None:
     """Run one stage of one round of RUN again, from its start, with the config RUN last ran with.
 
-    Stages before it must be up to date. The result there was is kept until `npd gc`. Stages after it stay as they are;
-    those that no longer match run again at the next `npd run RUN`. Settings given with --set are kept by the run.
+    RUN is of either kind. Stages before it must be up to date. The result there was is kept until `npd gc`. Stages
+    after it stay as they are; those that no longer match run again at the next `npd run RUN` (`npd rl RUN`). Settings
+    given with --set are kept by the run.
     """
     from flows.configs import recorded_config
-    from flows.states import outdated_after, stage_key, upstream_problem
+    from flows.states import command_of, outdated_after, stage_key, upstream_problem
     from schemas.errors import ArtifactError
     from schemas.run_store import RunStore
-    from tasks.graph import downstream
+    from tasks.stage import downstream
 
     store = RunStore.open(run)
     config = recorded_config(store, overrides)
@@ -242,7 +244,7 @@ def rerun(
     _watch(console, load, verbose)
     outdated = [other.label for other in outdated_after(store, config, key)]
     if outdated:
-        _say(console, f"out of date now: {', '.join(outdated)}; `npd run {run}` runs them again")
+        _say(console, f"out of date now: {', '.join(outdated)}; `{command_of(config)} {run}` runs them again")
     else:
         _say(console, "every later stage still matches")
 

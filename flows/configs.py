@@ -17,9 +17,9 @@ def read_config(config: str, overrides: list[str] | None = None) -> RunConfig:
     return read_as(RunConfig, config, overrides)
 
 
-def recorded_config(store: RunStore, overrides: list[str] | None = None) -> RunConfig:
-    """Return what a distillation run last ran with; see ``recorded_as``."""
-    return recorded_as(RunConfig, store, overrides)
+def recorded_config(store: RunStore, overrides: list[str] | None = None) -> RunSettings:
+    """Return what a run of any kind last ran with; see ``recorded_as``."""
+    return recorded_as(type(store.settings), store, overrides)
 
 
 def read_as(kind: type[S], config: str, overrides: list[str] | None = None) -> S:

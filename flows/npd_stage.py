@@ -7,8 +7,10 @@ from prefect import flow, get_run_logger
 from prefect.context import FlowRunContext
 
 from flows.configs import recorded_config
+from flows.rl import RL_TASKS
 from flows.stage_tasks import TASKS
 from flows.states import outdated_after, stage_key, upstream_problem
+from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 
@@ -22,16 +24,17 @@ def _run_name() -> str:
 
 @flow(name="npd-stage", flow_run_name=_run_name, persist_result=False)
 def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Run one stage of one round again, from its start.
+    """Run one stage of a run of any kind again, from its start.
 
     The result there was is kept until `npd gc`. Later stages stay as they are: those that no longer match run again at
-    the next `npd-round` of this run.
+    the next `npd-round` (`npd-rl`) of this run.
 
     Args:
         run: The run's folder or URL, for example `runs/quickstart`.
         stage: Which stage: prompts, models, reference, baseline, generate, score, filter, pack, train, export or
-            evaluate.
-        round: Which round, from 0; -1 is the warm-up; none for prompts, models, reference and baseline.
+            evaluate; of an RL run prompts, baseline, rl or evaluate.
+        round: Which round, from 0; -1 is the warm-up; none for prompts, models, reference and baseline, and in an RL
+            run.
         overrides: Changes to the config the run last ran with, each `key.sub=value`; the run keeps them.
 
     Returns:
@@ -53,8 +56,9 @@ def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[st
         if overrides:
             store.record_config(config)
         store.supersede(key)
-        manifest = TASKS[stage](store, config, round=key.round)
+        tasks = TASKS if isinstance(config, RunConfig) else RL_TASKS
+        manifest = tasks[stage](store, config, round=key.round)
         outdated = [other.label for other in outdated_after(store, config, key)]
     if outdated:
-        get_run_logger().info("out of date now, and run again at the next npd-round: %s", ", ".join(outdated))
+        get_run_logger().info("out of date now, and run again at the next npd-round or npd-rl: %s", ", ".join(outdated))
     return {"stage": key.label, "counters": manifest.counters, "outdated": outdated}

@@ -3,21 +3,28 @@
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
 from flows.configs import read_as
 from flows.progress import artifact_key, if_server_answers
 from flows.rl_summary import rl_dict, rl_markdown, rl_rows, summarize_rl
-from flows.stage_tasks import stage_task
+from flows.stage_tasks import StageTask, stage_task
 from schemas.config import RLConfig
 from schemas.errors import NPDError
 from schemas.run_store import RunStore
+from tasks.report import write_report
+from tasks.report.images import figures_markdown, image_url
+from tasks.report.rl_figures import read_rl_figures
+from tasks.report.rl_page import rl_sections_of
 
 prompts = stage_task("prompts", "The prompts and the split of the distillation run.")
 baseline = stage_task("baseline", "The start model answers the held-out prompts.")
 rl = stage_task("rl", "GRPO on the train prompts; rewards are what their verifiers say.")
 evaluate = stage_task("evaluate", "The trained model answers the held-out prompts.")
+
+RL_TASKS: dict[str, StageTask] = {of_stage.name: of_stage for of_stage in (prompts, baseline, rl, evaluate)}
+"""Every stage's task by the stage's name."""
 
 
 def _run_name() -> str:
@@ -57,12 +64,13 @@ def npd_rl(config: str = "configs/rl-quickstart.yaml", overrides: list[str] | No
         evaluate(*run)
         publish(store, settings)
 
+        write_report(store)
         return rl_dict(summarize_rl(store, settings.name))
 
 
 def publish(store: RunStore, config: RLConfig) -> None:
-    """Publish the run as a table and as Markdown, where Prefect's UI shows them."""
-    summary = summarize_rl(store, config.name)
+    """Publish the run as a table, as Markdown and as figures, where Prefect's UI shows them."""
+    summary, sections = summarize_rl(store, config.name), rl_sections_of(read_rl_figures(store, config))
     with if_server_answers(get_run_logger()):
         create_table_artifact(
             rl_rows(summary),
@@ -72,3 +80,12 @@ def publish(store: RunStore, config: RLConfig) -> None:
         create_markdown_artifact(
             rl_markdown(summary), key=artifact_key(config.name, "rl", "summary"), description=f"{config.name}: RL"
         )
+        create_markdown_artifact(
+            figures_markdown(config.name, sections),
+            key=artifact_key(config.name, "rl", "figures"),
+            description=f"{config.name}: the numbers of its figures",
+        )
+        for figure in (figure for section in sections for figure in section.figures):
+            create_image_artifact(
+                image_url(figure), key=artifact_key(config.name, "figure", figure.key), description=figure.title
+            )

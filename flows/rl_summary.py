@@ -7,7 +7,7 @@ import numpy as np
 
 from flows.summary import Metric, TextTable, display_place, evaluation_metrics, metric_text
 from schemas.rl_tables import RL_METRICS
-from schemas.run_store import RunStore
+from schemas.run_store import REPORT_NAME, RunStore
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.text import duration_text, markdown_table
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
@@ -47,6 +47,7 @@ class RLSummary:
         tokens: Response tokens sampled to learn from.
         seconds: Seconds of work by stage.
         model: The trained model's folder.
+        report: The report to look at, if it has been written.
     """
 
     name: str
@@ -57,6 +58,7 @@ class RLSummary:
     tokens: int
     seconds: dict[str, float]
     model: str | None
+    report: str | None = None
 
 
 def summarize_rl(store: RunStore, name: str) -> RLSummary:
@@ -76,6 +78,7 @@ def summarize_rl(store: RunStore, name: str) -> RLSummary:
         tokens=0 if trained is None else int(trained.counters["tokens"]),
         seconds={key.stage: float(manifest.counters["seconds"]) for key, manifest in manifests.items()},
         model=None if trained is None else f"{display_place(store)}/{RL.folder}/model",
+        report=f"{display_place(store)}/{REPORT_NAME}" if store.has_report() else None,
     )
 
 
@@ -125,8 +128,8 @@ def rl_files(summary: RLSummary) -> list[tuple[str, str]]:
         ("sampled", f"{summary.tokens:,} response tokens"),
         ("time", ", ".join(f"{stage} {duration_text(seconds)}" for stage, seconds in summary.seconds.items())),
     ]
-    model = [] if summary.model is None else [("model", summary.model)]
-    return [*cost, *model, ("tables", f"{summary.folder}/*/*.parquet"), ("logs", f"{summary.folder}/logs")]
+    made = [(what, place) for what, place in (("model", summary.model), ("report", summary.report)) if place]
+    return [*cost, *made, ("tables", f"{summary.folder}/*/*.parquet"), ("logs", f"{summary.folder}/logs")]
 
 
 def rl_rows(summary: RLSummary) -> list[dict[str, Any]]:

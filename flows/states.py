@@ -6,9 +6,9 @@ from schemas.config import RunConfig, RunSettings
 from schemas.errors import ConfigError, NPDError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
-from tasks.graph import PROMPTS, downstream, loop
+from tasks.graph import PROMPTS
 from tasks.models import source_fingerprints as model_fingerprints
-from tasks.stage import graph_of, plan, stage_of, stages_of
+from tasks.stage import downstream, graph_of, plan, stage_of, stages_of
 
 
 class StageState(StrEnum):
@@ -88,24 +88,29 @@ def stage_key(config: RunSettings, stage: str, round_index: int | None) -> Stage
     raise ConfigError(f"stage `{stage}`: {found}; this run has {known}")
 
 
-def upstream(config: RunConfig, key: StageKey) -> list[StageKey]:
-    """Return the stages whose results reach ``key``, directly or not; in the order of the loop."""
-    return [other for other in loop(config) if key in downstream(config, other)]
+def command_of(config: RunSettings) -> str:
+    """Return the command that runs, or continues, the kind of run that ``config`` is of."""
+    return "npd run" if isinstance(config, RunConfig) else "npd rl"
 
 
-def upstream_problem(store: RunStore, config: RunConfig, key: StageKey) -> str | None:
+def upstream(config: RunSettings, key: StageKey) -> list[StageKey]:
+    """Return the stages whose results reach ``key``, directly or not; in the order in which they run."""
+    return [other for other in stages_of(config) if key in downstream(config, other)]
+
+
+def upstream_problem(store: RunStore, config: RunSettings, key: StageKey) -> str | None:
     """Return why ``key`` cannot run yet, naming the first earlier stage that is not complete; None if it can."""
     states = stage_states(store, config)
     for other in upstream(config, key):
         if states[other] is not StageState.COMPLETE:
             return (
                 f"{store.url}: `{key.label}` reads `{other.label}`, which is {states[other]} "
-                f"under these settings. Run that stage first, or the whole run: npd run {store.url}"
+                f"under these settings. Run that stage first, or the whole run: {command_of(config)} {store.url}"
             )
     return None
 
 
-def outdated_after(store: RunStore, config: RunConfig, key: StageKey) -> list[StageKey]:
-    """Return the finished stages after ``key`` that no longer match it, in the order of the loop."""
+def outdated_after(store: RunStore, config: RunSettings, key: StageKey) -> list[StageKey]:
+    """Return the finished stages after ``key`` that no longer match it, in the order in which they run."""
     states = stage_states(store, config)
     return [other for other in downstream(config, key) if states[other] is StageState.OUTDATED]

@@ -242,12 +242,3 @@ def loop(config: RunConfig) -> list[StageKey]:
             keys += [StageKey(stage, index) for stage in SAMPLING_STAGES]
         keys += [StageKey(stage, index) for stage in TRAINING_STAGES]
     return keys
-
-
-def downstream(config: RunConfig, key: StageKey) -> list[StageKey]:
-    """Return the stages that read, directly or not, what ``key`` writes; in the order of the loop."""
-    touched = {key}
-    for other in loop(config):
-        if touched & set(STAGES[other.stage].inputs(config, other)):
-            touched.add(other)
-    return [other for other in loop(config) if other in touched and other != key]

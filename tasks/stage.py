@@ -84,6 +84,15 @@ def stages_of(config: RunSettings) -> list[StageKey]:
     return loop(config) if isinstance(config, RunConfig) else list(RL_LOOP)
 
 
+def downstream(config: RunSettings, key: StageKey) -> list[StageKey]:
+    """Return the stages that read, directly or not, what ``key`` writes; in the order in which they run."""
+    touched = {key}
+    for other in stages_of(config):
+        if touched & set(stage_of(config, other).inputs(config, other)):
+            touched.add(other)
+    return [other for other in stages_of(config) if other in touched and other != key]
+
+
 def plan(store: RunStore, config: RunSettings, key: StageKey) -> StagePlan:
     """Return the fingerprint and input files ``key`` has now.
 

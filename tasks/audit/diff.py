@@ -3,15 +3,15 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from schemas.config import RunConfig
-from schemas.errors import ArtifactError
+from schemas.config import RunSettings
+from schemas.errors import ArtifactError, ConfigError
 from schemas.manifest import FileRecord, Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.audit.digests import first_difference
 from tasks.audit.manifests import differing_keys
 from tasks.audit.tables import stage_schema
-from tasks.graph import loop
+from tasks.stage import stages_of
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,14 @@ def compare_runs(left: RunStore, right: RunStore) -> RunDifference:
     What a manifest records is believed: `npd verify` says whether the files are what it says.
 
     Raises:
+        ConfigError: one is an RL run and the other is not.
         ArtifactError: run.json or a manifest of either is damaged.
     """
-    configs = left.config, right.config
+    configs = left.settings, right.settings
+    if type(configs[0]) is not type(configs[1]):
+        raise ConfigError(
+            f"{left.url}, {right.url}: an RL run and a distillation run have no settings or stages in common to compare"
+        )
     manifests = _manifests(left, configs[0]), _manifests(right, configs[1])
     keys = sorted({*manifests[0], *manifests[1]}, key=lambda key: _order(configs, key))
     return RunDifference(
@@ -82,17 +87,17 @@ def compare_runs(left: RunStore, right: RunStore) -> RunDifference:
     )
 
 
-def _manifests(store: RunStore, config: RunConfig) -> dict[StageKey, Manifest]:
-    return {key: manifest for key in loop(config) if (manifest := store.manifest(key)) is not None}
+def _manifests(store: RunStore, config: RunSettings) -> dict[StageKey, Manifest]:
+    return {key: manifest for key in stages_of(config) if (manifest := store.manifest(key)) is not None}
 
 
-def _order(configs: tuple[RunConfig, RunConfig], key: StageKey) -> tuple[int, int]:
-    orders = [loop(config) for config in configs]
+def _order(configs: tuple[RunSettings, RunSettings], key: StageKey) -> tuple[int, int]:
+    orders = [stages_of(config) for config in configs]
     places = [order.index(key) for order in orders if key in order]
     return (-2 if key.round is None else key.round, min(places))
 
 
-def _settings(left: RunConfig, right: RunConfig) -> list[Setting]:
+def _settings(left: RunSettings, right: RunSettings) -> list[Setting]:
     sides = left.model_dump(mode="json"), right.model_dump(mode="json")
     shaping = set(differing_keys(left.fingerprinted(), right.fingerprinted()))
 
@@ -129,7 +134,7 @@ def _packages(
 
 def _stage(
     stores: tuple[RunStore, RunStore],
-    configs: tuple[RunConfig, RunConfig],
+    configs: tuple[RunSettings, RunSettings],
     key: StageKey,
     manifests: tuple[Manifest | None, Manifest | None],
 ) -> StageDifference:
@@ -162,7 +167,7 @@ def _side(record: FileRecord | None) -> dict[str, Any] | None:
 
 
 def _first(
-    stores: tuple[RunStore, RunStore], configs: tuple[RunConfig, RunConfig], key: StageKey, path: str
+    stores: tuple[RunStore, RunStore], configs: tuple[RunSettings, RunSettings], key: StageKey, path: str
 ) -> str | None:
     schemas = [stage_schema(config, key, path.rpartition("/")[2]) for config in configs]
     if schemas[0] is None or schemas[1] is None:

@@ -1,16 +1,22 @@
 """The report: a run's tables and manifests as one page to look at, and as figures for Prefect."""
 
+from schemas.config import RLConfig
 from schemas.run_store import RunStore
 from tasks.report.figures import read_figures
 from tasks.report.page import report_html
+from tasks.report.rl_figures import read_rl_figures
+from tasks.report.rl_page import rl_report_html
 
 
 def run_report(store: RunStore) -> str:
-    """Return the run's report as HTML.
+    """Return the report of a run of any kind as HTML.
 
     Raises:
         ArtifactError: there is no run, or a manifest or table is damaged.
     """
+    config = store.settings
+    if isinstance(config, RLConfig):
+        return rl_report_html(read_rl_figures(store, config))
     return report_html(read_figures(store))
 
 

@@ -1,6 +1,8 @@
 """Everything the report shows of a run, read from its finished stages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError
@@ -13,6 +15,8 @@ from tasks.report.ledger import Ledger, read_ifd, read_ledger
 from tasks.report.samples import ShownSample, read_samples
 from tasks.report.stages import StageCost, read_stages, sampler_of
 from tasks.report.training import Curves, PackFill, read_curves, read_packs
+
+T = TypeVar("T")
 
 SHOWN_ROUNDS = 12
 """Rounds that get drawings of their own; of more, as many from first to last."""
@@ -47,11 +51,6 @@ class RunFigures:
     samplers: dict[int, tuple[str, int]]
 
     @property
-    def unfinished(self) -> list[StageCost]:
-        """Stages that are still to come."""
-        return [stage for stage in self.stages if not stage.finished]
-
-    @property
     def shown_rounds(self) -> list[int]:
         """Rounds whose samples get drawings of their own."""
         return spread([ledger.round for ledger in self.ledgers], SHOWN_ROUNDS)
@@ -82,20 +81,20 @@ def read_figures(store: RunStore) -> RunFigures:
         packs=[read_packs(store, config, index) for index in rounds("pack")],
         curves=[found for index in rounds("train") if (found := read_curves(store, index)) is not None],
         metrics=read_metrics(store, config),
-        stages=read_stages(store, config),
+        stages=read_stages(store, loop(config)),
         samplers={index: sampler for index in rounds("generate") if (sampler := sampler_of(store, index)) is not None},
     )
 
 
-def spread(rounds: list[int], count: int) -> list[int]:
-    """Return at most ``count`` of ``rounds``, evenly from the first to the last.
+def spread(values: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` of ``values``, evenly from the first to the last.
 
     >>> spread([0, 1, 2, 3, 4], 3), spread([0, 1], 3)
     ([0, 2, 4], [0, 1])
     """
-    if len(rounds) <= count:
-        return rounds
-    return [rounds[round(place * (len(rounds) - 1) / (count - 1))] for place in range(count)]
+    if len(values) <= count:
+        return list(values)
+    return [values[round(place * (len(values) - 1) / (count - 1))] for place in range(count)]
 
 
 def start_name(config: RunConfig) -> str:

@@ -5,7 +5,6 @@ from markupsafe import Markup
 
 from schemas.config import RunConfig
 from schemas.stage_key import WARMUP
-from tasks.graph import STAGES
 from tasks.report.drawing import LEFT, RIGHT, TOP, WIDTH, Axes, Figure, Scale, around, drawing, element, text, tip
 from tasks.report.evaluation import START, STUDENT, TEACHER, Metric, kind_of, told_apart
 from tasks.report.figures import start_name
@@ -108,22 +107,13 @@ def time_figure(stages: list[StageCost]) -> Figure:
     names = stage_names(stages)
     totals = {name: sum(stage.seconds for stage in stages if stage.key.stage == name) for name in names}
     x = Scale(0.0, max([*totals.values(), 1e-9]), LEFT + 24, WIDTH - RIGHT - 70)
-    parts: list[Markup] = []
-    for row, (name, seconds) in enumerate(totals.items()):
-        top = float(TOP + 25 * row)
-        words = f"{name}: {duration_text(seconds)} in all"
-        width = max(x(seconds) - x.start, 1.0)
-        parts += [
-            text(x.start - 8, top + 13, name, "end", "tick"),
-            element("rect", tip(words), x=x.start, y=top, width=width, height=18.0, class_="student"),
-            text(x.start + width + 6, top + 13, duration_text(seconds), "start", "label"),
-        ]
+    words = {name: duration_text(seconds) for name, seconds in totals.items()}
     title = "Time by stage"
     return Figure(
         key="time",
         title=title,
         caption=f"{duration_text(sum(totals.values()))} of work; stages that ran side by side count each.",
-        svg=drawing(title, *parts, height=TOP + 25.0 * len(totals) + 4),
+        svg=bars(title, totals, words, x),
         legend=[],
         header=["stage", "time", "tokens", "tokens/s", "written", "rows", "peak memory"],
         rows=[
@@ -144,8 +134,9 @@ def time_figure(stages: list[StageCost]) -> Figure:
 
 def stage_names(stages: list[StageCost]) -> list[str]:
     """Return the kinds of stages that have finished, in the order of a round."""
-    finished = {stage.key.stage for stage in stages if stage.finished}
-    return [name for name in STAGES if name in finished]
+    finished = [stage.key for stage in stages if stage.finished]
+    # The warm-up has the last stages of a round only.
+    return list(dict.fromkeys(key.stage for key in sorted(finished, key=lambda key: key.round == WARMUP)))
 
 
 def rate_figures(stages: list[StageCost]) -> list[Figure]:
@@ -163,24 +154,29 @@ def rate_figures(stages: list[StageCost]) -> list[Figure]:
     sized = {name: bytes_text(int(value)) for name, value in sizes.items()}
     figures = []
     if rates:
-        figures.append(_bars("rates", "Tokens per second by stage", "Means over the run.", rates, rated))
-    figures.append(_bars("bytes", "Bytes written by stage", "On disk, compressed.", sizes, sized))
+        figures.append(_log_bars("rates", "Tokens per second by stage", "Means over the run.", rates, rated))
+    figures.append(_log_bars("bytes", "Bytes written by stage", "On disk, compressed.", sizes, sized))
     return figures
 
 
-def _bars(key: str, title: str, caption: str, values: dict[str, float], words: dict[str, str]) -> Figure:
+def _log_bars(key: str, title: str, caption: str, values: dict[str, float], words: dict[str, str]) -> Figure:
     """Return one bar for each name, by logarithm: stages differ by orders of magnitude."""
     positive = [value for value in values.values() if value > 0] or [1.0]
     x = Scale(min(positive) / 3, max(positive) * 1.001, LEFT + 24, WIDTH - RIGHT - 70, log=True)
+    svg = bars(title, values, words, x, "muted")
+    rows = [[name, words[name]] for name in values]
+    return Figure(key, title, f"{caption} Bars by logarithm.", svg, [], ["stage", title], rows)
+
+
+def bars(title: str, values: dict[str, float], words: dict[str, str], x: Scale, class_: str = "student") -> Markup:
+    """Return a drawing of one bar for each name, with its name before it and its words behind it."""
     parts: list[Markup] = []
     for row, (name, value) in enumerate(values.items()):
         top = float(TOP + 25 * row)
         width = max(x(value) - x.start, 1.0)
         parts += [
             text(x.start - 8, top + 13, name, "end", "tick"),
-            element("rect", tip(words[name]), x=x.start, y=top, width=width, height=18.0, class_="muted"),
+            element("rect", tip(f"{name}: {words[name]}"), x=x.start, y=top, width=width, height=18.0, class_=class_),
             text(x.start + width + 6, top + 13, words[name], "start", "label"),
         ]
-    caption = f"{caption} Bars by logarithm."
-    svg = drawing(title, *parts, height=TOP + 25.0 * len(values) + 4)
-    return Figure(key, title, caption, svg, [], ["stage", title], [[name, words[name]] for name in values])
+    return drawing(title, *parts, height=TOP + 25.0 * len(values) + 4)

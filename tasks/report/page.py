@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from schemas.manifest import RunRecord
 from schemas.stage_key import WARMUP
 from schemas.untrusted_text import visible
 from tasks.graph import sampling_policy
@@ -96,7 +97,7 @@ def sections_of(figures: RunFigures) -> list[Section]:
 
 def report_html(figures: RunFigures) -> str:
     """Return the report. Whatever comes from prompts, models or settings is escaped; nothing in it runs or loads."""
-    config, left = figures.config, figures.unfinished
+    config = figures.config
     samples = [
         (round_name(index), [_sample(sample, first=_is_first(sample, shown)) for sample in shown])
         for index, shown in figures.samples.items()
@@ -107,8 +108,6 @@ def report_html(figures: RunFigures) -> str:
         .get_template("report.html")
         .render(
             title=config.name,
-            unfinished=bool(left),
-            state="finished" if not left else f"{len(figures.stages) - len(left)} of {len(figures.stages)} stages done",
             lead=f"Near-Policy Distillation of {config.teacher.model} into {config.student.model}: {config.rounds} "
             f"round{'s' if config.rounds > 1 else ''}, top {config.score.top_k} targets, "
             f"λ = {config.train.kd_weight:g}, seed {config.seed}.",
@@ -118,14 +117,24 @@ def report_html(figures: RunFigures) -> str:
             level_names=["", *(f"≥ {low:g}" for low in LEVELS)],
             top_k=config.score.top_k,
             chains=_chains(figures),
-            lineage=[_lineage(stage) for stage in figures.stages if stage.finished],
-            settings=list(_flat(figures.record.config)),
-            packages=sorted(figures.record.packages.items()),
-            warnings=[(stage.key.label, warning) for stage in figures.stages for warning in stage.warnings],
-            footer=f"Run {figures.record.run_id[:12]}, config {figures.record.config_hash[:12]}, started "
-            f"{figures.record.created[:10]}. Made by npd report.",
+            **run_parts(figures.record, figures.stages),
         )
     )
+
+
+def run_parts(record: RunRecord, stages: list[StageCost]) -> dict[str, Any]:
+    """Return what the page of a run of any kind says of its record and its stages."""
+    done = [stage for stage in stages if stage.finished]
+    return {
+        "unfinished": len(done) < len(stages),
+        "state": "finished" if len(done) == len(stages) else f"{len(done)} of {len(stages)} stages done",
+        "lineage": [_lineage(stage) for stage in done],
+        "settings": list(_flat(record.config)),
+        "packages": sorted(record.packages.items()),
+        "warnings": [(stage.key.label, warning) for stage in stages for warning in stage.warnings],
+        "footer": f"Run {record.run_id[:12]}, config {record.config_hash[:12]}, started {record.created[:10]}. "
+        "Made by npd report.",
+    }
 
 
 @cache
@@ -140,6 +149,7 @@ def environment() -> Environment:
     )
     made.filters["seen"] = lambda value: safe(str(value))
     made.filters["text"] = text_html
+    made.filters["number"] = number_text
     return made
 
 
@@ -198,11 +208,7 @@ def _chains(figures: RunFigures) -> list[tuple[str, str, list[dict[str, Any]]]]:
     rounds = dict.fromkeys(stage.key.round for stage in figures.stages)
     chains = []
     for index in rounds:
-        links = [
-            {"stage": stage.key.stage, "finished": stage.finished, "words": _link_words(stage)}
-            for stage in figures.stages
-            if stage.key.round == index
-        ]
+        links = links_of(stage for stage in figures.stages if stage.key.round == index)
         words = ""
         if index is not None and index in figures.samplers:
             version, step = figures.samplers[index]
@@ -214,6 +220,11 @@ def _chains(figures: RunFigures) -> list[tuple[str, str, list[dict[str, Any]]]]:
             words = "trains on the packs of the round before" if links[0]["stage"] == "train" else ""
         chains.append(("shared" if index is None else round_name(index), words, links))
     return chains
+
+
+def links_of(stages: Iterable[StageCost]) -> list[dict[str, Any]]:
+    """Return the stages of a chain as the page draws them."""
+    return [{"stage": stage.key.stage, "finished": stage.finished, "words": _link_words(stage)} for stage in stages]
 
 
 def _link_words(stage: StageCost) -> str:

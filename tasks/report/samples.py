@@ -83,12 +83,12 @@ def read_samples(store: RunStore, config: RunConfig, index: int) -> list[ShownSa
         return []
     ids = drawn.column("sample_id").combine_chunks()
     columns = ["sample_id", "prompt_id", "response_ids", "finish_reason", "sampled_logprobs"]
-    rollouts = _rows(store, StageKey("generate", index), GENERATE, columns, ids)
+    rollouts = rows_by_id(store, StageKey("generate", index), GENERATE, columns, ids)
     columns = ["sample_id", "student_ifd", "teacher_ifd", "teacher_topk_ids", "teacher_topk_logprobs"]
     schema = score_schema(config.score.top_k, config.score.topk_dtype)
-    scores = _rows(store, StageKey("score", index), schema, columns, ids)
+    scores = rows_by_id(store, StageKey("score", index), schema, columns, ids)
     prompt_ids = pa.array({row["prompt_id"] for row in rollouts.values()}, pa.string())
-    prompts = _rows(store, PROMPTS_STAGE, PROMPTS, ["prompt_id", "messages"], prompt_ids)
+    prompts = rows_by_id(store, PROMPTS_STAGE, PROMPTS, ["prompt_id", "messages"], prompt_ids)
     texts = TokenTexts(store)
     return [
         _sample(row, rollouts[row["sample_id"]], scores[row["sample_id"]], prompts, texts)
@@ -117,7 +117,7 @@ def draw(store: RunStore, index: int) -> pa.Table:
     return pa.concat_tables(kept).drop_columns(["lot"]) if kept else FILTER.columns.empty_table().select(columns)
 
 
-def _rows(
+def rows_by_id(
     store: RunStore, key: StageKey, schema: TableSchema, columns: list[str], ids: pa.Array
 ) -> dict[str, dict[str, Any]]:
     """Return the rows of a table whose first column is in ``ids``, by that column."""

@@ -1,13 +1,12 @@
 """What each stage cost and wrote, and what it was made from: read from the manifests."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE
-from tasks.graph import loop
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class StageCost:
     warnings: tuple[str, ...] = ()
 
 
-def read_stages(store: RunStore, config: RunConfig) -> list[StageCost]:
-    """Return every stage of the run in the order of the loop.
+def read_stages(store: RunStore, keys: Iterable[StageKey]) -> list[StageCost]:
+    """Return what the stages ``keys`` cost, in that order.
 
     Raises:
         ArtifactError: a manifest is damaged.
     """
-    return [_cost(key, store.manifest(key)) for key in loop(config)]
+    return [_cost(key, store.manifest(key)) for key in keys]
 
 
 def _cost(key: StageKey, manifest: Manifest | None) -> StageCost:

@@ -1,5 +1,6 @@
 """How full the packs are, and what training did step by step."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,15 +107,28 @@ def read_curves(store: RunStore, index: int) -> Curves | None:
 
 def curves_of(table: pa.Table, index: int) -> Curves:
     """Return the curves of a train metrics table with at least one row; see ``read_curves``."""
+    weights = np.maximum(table.column("response_tokens").to_numpy().astype(np.float64), 1.0)
+    values = thinned(table, ("step", "learning_rate"), _MEANS, weights)
+    return Curves(index, table.num_rows, int(values["step"][-1]), values, pc.max(table.column("policy_kl")).as_py())
+
+
+def thinned(table: pa.Table, lasts: Iterable[str], means: Iterable[str], weights: Values) -> dict[str, Values]:
+    """Return columns of a metrics table with at least one row at SHOWN_STEPS points at most, float64 [points].
+
+    Args:
+        table: One row an optimizer step.
+        lasts: Columns of which a point has the last step's value.
+        means: Columns of which it has the weighted mean over its steps; NaN where none of them has a value.
+        weights: Of the steps, [rows].
+    """
     rows = table.num_rows
     starts = np.unique(np.arange(min(rows, SHOWN_STEPS)) * rows // min(rows, SHOWN_STEPS))
-    lasts = np.append(starts[1:], rows) - 1
-    weights = np.maximum(table.column("response_tokens").to_numpy().astype(np.float64), 1.0)
-    values = {name: table.column(name).to_numpy().astype(np.float64)[lasts] for name in ("step", "learning_rate")}
-    for name in _MEANS:
+    ends = np.append(starts[1:], rows) - 1
+    values = {name: table.column(name).to_numpy().astype(np.float64)[ends] for name in lasts}
+    for name in means:
         column = table.column(name).to_numpy().astype(np.float64)
         known = np.isfinite(column)
         total = np.add.reduceat(np.where(known, column * weights, 0.0), starts)
         weight = np.add.reduceat(np.where(known, weights, 0.0), starts)
         values[name] = np.divide(total, weight, out=np.full(len(starts), np.nan), where=weight > 0)
-    return Curves(index, rows, int(values["step"][-1]), values, pc.max(table.column("policy_kl")).as_py())
+    return values

@@ -15,6 +15,7 @@ from schemas.stage_key import StageKey
 from tasks.graph import loop
 from tasks.rl.run import run_rl
 from tests.flows.conftest import CONFIGS, FinishedRun, write_smoke_config
+from tests.report_rl_runs import synthetic_rl_run
 from tests.tasks.rl_runs import checked_prompts, rl_config, source_store
 from tests.tiny_models import make_model, make_tokenizer, save_model
 
@@ -145,9 +146,40 @@ def test_an_rl_run_is_shown_and_checked_as_a_distillation_run_is(tmp_path: Path,
     code, output = invoke("inspect", str(store.folder), "--stage", "score")
     assert (code, "there are prompts, baseline, rl, evaluate" in output) == (2, True)
     assert invoke("verify", str(store.folder))[0] == 0
-    for name in ("report", "rerun"):
-        code, output = invoke(name, str(store.folder), *(["--stage", "rl"] if name == "rerun" else []))
-        assert (code, "an RL run, which `npd rl` runs and continues" in output) == (2, True)
+    assert invoke("report", str(store.folder)) == (0, f"{store.folder}/report.html\n")
+    code, output = invoke("trace", str(store.folder), "--sample", "x")
+    assert (code, "an RL run, which `npd rl` runs and continues" in output) == (2, True)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_rerun_takes_a_stage_of_an_rl_run(tmp_path: Path, student_dir: Path) -> None:
+    source = source_store(tmp_path, student_dir, checked_prompts(named=True))
+    config = rl_config(tmp_path, source.folder, steps=1)
+    store = RunStore.at(config)
+    run_rl(store, config)
+    before = store.finished(StageKey("prompts"))
+    code, output = invoke("rerun", str(store.folder), "--stage", "rl", "--dry-run")
+    assert (code, "rl would run again; finished stages that read it: evaluate" in output) == (0, True)
+    code, output = invoke("rerun", str(store.folder), "--stage", "prompts")
+    assert code == 0, output
+    assert "finished stages that read it: baseline, rl, evaluate" in output
+    assert "every later stage still matches" in output
+    after = store.finished(StageKey("prompts"))
+    assert after.started > before.started
+    assert after.outputs == before.outputs
+    assert store.superseded()
+    code, output = invoke("rerun", str(store.folder), "--stage", "evaluate", "--set", "grpo.learning_rate=0.5")
+    assert (code, f"or the whole run: npd rl {store.folder}" in output) == (1, True)
+
+
+def test_diff_takes_two_rl_runs(copied: Path, tmp_path: Path) -> None:
+    stores = [synthetic_rl_run(tmp_path / str(steps), steps=steps) for steps in (4, 4, 5)]
+    assert invoke("diff", *(str(store.folder) for store in stores[:2]))[0] == 0
+    code, output = invoke("diff", str(stores[0].folder), str(stores[2].folder))
+    assert code == 1
+    assert "grpo.steps" in output
+    code, output = invoke("diff", str(stores[0].folder), str(copied))
+    assert (code, "an RL run and a distillation run" in output) == (2, True)
 
 
 def test_rerun_says_what_would_follow(copied: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from flows.configs import read_config, recorded_config
 from flows.states import StageState, outdated_after, stage_key, stage_states, upstream, upstream_problem
+from schemas.config import RunConfig
 from schemas.errors import ArtifactError, ConfigError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -111,6 +112,7 @@ def test_named_stages_are_found(tmp_path: Path) -> None:
 
 def test_a_moved_run_keeps_its_place_and_its_config(store: RunStore) -> None:
     config = recorded_config(store, ["train.kd_weight=0.5"])
+    assert isinstance(config, RunConfig)
     assert RunStore(Path(config.root) / config.name).folder == store.folder
     assert config.train.kd_weight == 0.5
     assert read_config(str(store.folder)).train == store.config.train

@@ -10,6 +10,7 @@ from schemas.stage_key import StageKey
 from tasks.report import run_report
 from tasks.report.comparison import COMPARISON_COLUMNS, comparison_html
 from tests.browser import Browser, chromium
+from tests.report_rl_runs import synthetic_rl_run
 from tests.report_runs import WORDS, metric, synthetic_run, write_metrics
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("browser")]
@@ -148,6 +149,24 @@ def test_a_run_that_is_not_finished(browser: Browser, tmp_path: Path) -> None:
     assert "Δ-IFD, round 1" not in names
     assert "stages done" in browser.value("document.querySelector('.badge').textContent")
     assert browser.value("document.querySelectorAll('.link.todo').length") == 14
+
+
+def test_an_rl_run(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(run_report(synthetic_rl_run(tmp_path, prompt=HOSTILE, response=HOSTILE)), encoding="utf-8")
+    for width, dark in ((1280, False), (390, True)):
+        browser.open(page, width=width, dark=dark)
+        check(browser, page)
+        browser.value("document.querySelectorAll('details').forEach(e => { e.open = true })")
+        assert browser.value(WIDE) == []
+    names = [name for name, *_ in browser.value(SIZES)]
+    for wanted in ("Verified accuracy", "Held-out prompts by what became of them", "Reward", "Time by stage"):
+        assert wanted in names
+    assert browser.value("document.querySelectorAll('.sample').length") == 8
+    assert browser.value("document.querySelector('main .message').textContent").endswith(SEEN)
+    assert browser.value("document.querySelector('main .pair .message').textContent") == f"{SEEN} by start"
+    assert browser.value("window.owned === undefined")
+    assert browser.value("document.scripts.length + document.images.length") == 0
 
 
 def test_a_comparison(browser: Browser, tmp_path: Path) -> None:

@@ -1,0 +1,228 @@
+"""Everything the report of an RL run shows, read from its finished stages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.config import RLConfig
+from schemas.errors import ArtifactError
+from schemas.manifest import RunRecord
+from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, METRICS_FILE, PROMPTS, RESPONSES_FILE
+from tasks.graph import PROMPTS as PROMPTS_STAGE
+from tasks.report.evaluation import Metric, metrics_of
+from tasks.report.figures import spread
+from tasks.report.histograms import Values
+from tasks.report.samples import rows_by_id, shortened
+from tasks.report.stages import StageCost, read_stages
+from tasks.report.training import thinned
+from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
+
+SHOWN_ANSWERS = 3
+"""Held-out prompts shown of those that became right, and of those that became wrong."""
+
+SHOWN_PROMPTS = 2
+"""Train prompts shown of the first step, and of the last."""
+
+RIGHT = 0.5
+"""Mean score of a prompt's responses from which it counts as right."""
+
+
+@dataclass(frozen=True)
+class ShownResponse:
+    """A response to read.
+
+    Args:
+        title: Whose it is, or of which step.
+        text: Its text, a long one cut.
+        tokens: How many it has.
+        cut: Whether it reached the length limit.
+        score: The verifier's, 0 to 1; None: nothing to check against.
+        reward: What GRPO learned from; None: it did not.
+    """
+
+    title: str
+    text: str
+    tokens: int
+    cut: bool
+    score: float | None
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class ShownPrompt:
+    """A prompt with two responses to compare.
+
+    Args:
+        prompt_id: Its id.
+        kind: What the responses are an example of.
+        prompt: Role and content of each message, long ones cut.
+        responses: The responses; one where both would be the same.
+    """
+
+    prompt_id: str
+    kind: str
+    prompt: list[tuple[str, str]]
+    responses: list[ShownResponse]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How held-out prompts were answered before and after: ids of those of each kind."""
+
+    became_right: pa.Array
+    became_wrong: pa.Array
+    stayed_right: pa.Array
+    stayed_wrong: pa.Array
+
+
+@dataclass(frozen=True)
+class RLFigures:
+    """An RL run as far as it has come.
+
+    Args:
+        record: The run's record.
+        config: The config it last ran with.
+        metrics: Held-out means of `start` and `rl`, those of its stages that have finished.
+        answers: How the held-out prompts were answered before and after; None: one of the two is still to come.
+        curves: By column of the metrics table, float64 [points], means over the steps of a point; `step` is its last.
+            None: not trained yet.
+        shown: Prompts to read.
+        stages: Every stage, finished or not.
+    """
+
+    record: RunRecord
+    config: RLConfig
+    metrics: list[Metric]
+    answers: Answers | None
+    curves: dict[str, Values] | None
+    shown: list[ShownPrompt]
+    stages: list[StageCost]
+
+
+def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
+    """Read an RL run.
+
+    Raises:
+        ArtifactError: there is no run, or a manifest or table is damaged.
+    """
+    record = store.record()
+    if record is None:
+        raise ArtifactError(f"{store.url}: no run.json; start a run with `npd rl CONFIG`")
+    done = [key for key in RL_LOOP if store.manifest(key) is not None]
+    answers = read_answers(store) if BASELINE in done and EVALUATE in done else None
+    shown = [] if answers is None else _changed(store, answers)
+    return RLFigures(
+        record=record,
+        config=config,
+        metrics=[
+            metric
+            for key in (BASELINE, EVALUATE)
+            if key in done
+            for metric in metrics_of(store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS))
+        ],
+        answers=answers,
+        curves=_curves(store) if RL in done else None,
+        shown=shown + (_learned_from(store) if RL in done else []),
+        stages=read_stages(store, RL_LOOP),
+    )
+
+
+def _curves(store: RunStore) -> dict[str, Values]:
+    table = store.read_part(store.path(RL, METRICS_FILE), RL_METRICS)
+    means = [name for name in table.column_names if name not in ("step", "learning_rate")]
+    return thinned(table, ("step", "learning_rate"), means, np.ones(table.num_rows))
+
+
+def read_answers(store: RunStore) -> Answers:
+    """Compare what stages baseline and evaluate say of each held-out prompt.
+
+    Raises:
+        ArtifactError: a table is damaged.
+    """
+    before, after = _right(store, BASELINE), _right(store, EVALUATE)
+    both = before.join(after, "prompt_id", right_suffix="_after", join_type="inner").sort_by("prompt_id")
+    ids, was, now = both.column("prompt_id").combine_chunks(), both.column("right"), both.column("right_after")
+
+    def of(chosen: pa.ChunkedArray) -> pa.Array:
+        return ids.filter(chosen.combine_chunks())
+
+    return Answers(
+        became_right=of(pc.and_not(now, was)),
+        became_wrong=of(pc.and_not(was, now)),
+        stayed_right=of(pc.and_(was, now)),
+        stayed_wrong=of(pc.and_not(pc.invert(was), now)),
+    )
+
+
+def _right(store: RunStore, key: StageKey) -> pa.Table:
+    """Return each prompt that was checked and whether its responses are right on average."""
+    table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES, ["prompt_id", "score"])
+    scores = table.filter(pc.is_valid(table.column("score"))).group_by("prompt_id").aggregate([("score", "mean")])
+    right = pc.greater_equal(scores.column("score_mean"), RIGHT)
+    return pa.table({"prompt_id": scores.column("prompt_id"), "right": right})
+
+
+def _changed(store: RunStore, answers: Answers) -> list[ShownPrompt]:
+    """Return held-out prompts whose answer became right or wrong, with both models' first response."""
+    kinds = [("became right", answers.became_right), ("became wrong", answers.became_wrong)]
+    chosen = {ids[place].as_py(): kind for kind, ids in kinds for place in spread(range(len(ids)), SHOWN_ANSWERS)}
+    if not chosen:
+        return []
+    wanted = pa.array(chosen, pa.string())
+    prompts = _prompts(store, wanted)
+    responses: dict[str, list[ShownResponse]] = {name: [] for name in chosen}
+    for key, title in ((BASELINE, "before"), (EVALUATE, "after")):
+        table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES)
+        first = pc.and_(pc.equal(table.column("sample_index"), 0), pc.is_in(table.column("prompt_id"), wanted))
+        for row in table.filter(first).to_pylist():
+            responses[row["prompt_id"]].append(_response(title, row))
+    return [ShownPrompt(name, kind, prompts.get(name, []), responses[name]) for name, kind in chosen.items()]
+
+
+def _learned_from(store: RunStore) -> list[ShownPrompt]:
+    """Return prompts of the first step and of the last that sampled, each with its best and worst response."""
+    paths = sorted(path for path in store.table_files(RL) if path.parent.name == "rollouts")
+    shown: dict[int, list[ShownPrompt]] = {}
+    for path, of_step in ((paths[0], pc.min), (paths[-1], pc.max)):
+        table = store.read_part(path, RL_ROLLOUTS)
+        step = of_step(table.column("step"))
+        rows = table.filter(pc.equal(table.column("step"), step)).to_pylist()
+        chosen = spread(list(dict.fromkeys(row["prompt_id"] for row in rows)), SHOWN_PROMPTS)
+        prompts = _prompts(store, pa.array(chosen, pa.string()))
+        shown[step.as_py()] = [
+            ShownPrompt(name, f"step {step.as_py():,}", prompts.get(name, []), _extremes(rows, name)) for name in chosen
+        ]
+    return [prompt for of_step in shown.values() for prompt in of_step]
+
+
+def _extremes(rows: list[dict[str, Any]], name: str) -> list[ShownResponse]:
+    """Return the responses to a prompt with the highest and the lowest reward; one if all rewards are alike."""
+    group = sorted((row for row in rows if row["prompt_id"] == name), key=lambda row: -row["reward"])
+    if group[0]["reward"] == group[-1]["reward"]:
+        return [_response("all rewards alike", group[0])]
+    return [_response("highest reward", group[0]), _response("lowest reward", group[-1])]
+
+
+def _prompts(store: RunStore, ids: pa.Array) -> dict[str, list[tuple[str, str]]]:
+    found = rows_by_id(store, PROMPTS_STAGE, PROMPTS, ["prompt_id", "messages"], ids)
+    return {
+        name: [(message["role"] or "", shortened(message["content"] or "")) for message in row["messages"]]
+        for name, row in found.items()
+    }
+
+
+def _response(title: str, row: dict[str, Any]) -> ShownResponse:
+    return ShownResponse(
+        title=title,
+        text=shortened(row["response"]),
+        tokens=row["response_tokens"],
+        cut=row["finish_reason"] == "length",
+        score=row["score"],
+        reward=row.get("reward"),
+    )
