@@ -168,7 +168,7 @@ def rl(
     console = Terminal()
     _watch(console, load, verbose)
 
-    print_rl_summary(console, summarize_rl(store, settings.name))
+    print_rl_summary(console, summarize_rl(store, settings))
 
 
 @app.command(epilog=_EPILOG)
@@ -178,18 +178,19 @@ def status(run: RunPlace) -> None:
     from flows.rl_summary import summarize_rl
     from flows.states import stage_states
     from flows.summary import summarize
-    from schemas.config import RunConfig
+    from schemas.config import RLConfig, RunConfig
     from schemas.run_store import RunStore
 
     store = RunStore.open(run)
     config = store.settings
     console = Terminal()
     print_states(console, store, stage_states(store, config))
-    if not isinstance(config, RunConfig):
-        continued = summarize_rl(store, config.name)
+    if isinstance(config, RLConfig):
+        continued = summarize_rl(store, config)
         if continued.before:
             print_rl_summary(console, continued)
         return
+    assert isinstance(config, RunConfig)
     summary: RunSummary = summarize(store, config)
     if summary.rounds:
         print_summary(console, summary)

@@ -141,7 +141,8 @@ def sampling_ahead(store: RunStore, config: RunConfig) -> Iterator[SamplingAhead
 
 def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
     """Publish a round's table, and the run so far as Markdown and figures, where Prefect's UI shows them."""
-    summary, sections = summarize(store, config), sections_of(read_figures(store))
+    # Later rounds may still lie there from before what made this one run again, damaged or of other settings.
+    summary, sections = summarize(store, config, through=index), sections_of(read_figures(store, through=index))
     name = "warm-up" if index == WARMUP else f"round-{index}"
     with if_server_answers(get_run_logger()):
         create_table_artifact(

@@ -65,12 +65,12 @@ def npd_rl(config: str = "configs/rl-quickstart.yaml", overrides: list[str] | No
         publish(store, settings)
 
         write_report(store)
-        return rl_dict(summarize_rl(store, settings.name))
+        return rl_dict(summarize_rl(store, settings))
 
 
 def publish(store: RunStore, config: RLConfig) -> None:
     """Publish the run as a table, as Markdown and as figures, where Prefect's UI shows them."""
-    summary, sections = summarize_rl(store, config.name), rl_sections_of(read_rl_figures(store, config))
+    summary, sections = summarize_rl(store, config), rl_sections_of(read_rl_figures(store, config))
     with if_server_answers(get_run_logger()):
         create_table_artifact(
             rl_rows(summary),

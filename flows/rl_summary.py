@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 
 from flows.summary import Metric, TextTable, display_place, evaluation_metrics, metric_text
+from schemas.config import RLConfig
 from schemas.rl_tables import RL_METRICS
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.text import duration_text, markdown_table
-from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
+from tasks.rl.graph import BASELINE, EVALUATE, RL
+from tasks.stage import standing
 
 _TITLES = {
     "accuracy": "accuracy",
@@ -61,16 +63,16 @@ class RLSummary:
     report: str | None = None
 
 
-def summarize_rl(store: RunStore, name: str) -> RLSummary:
-    """Read the summary of an RL run from its finished stages.
+def summarize_rl(store: RunStore, config: RLConfig) -> RLSummary:
+    """Read the summary of an RL run from what stands of it (``standing``).
 
     Raises:
         ArtifactError: a manifest or table is damaged.
     """
-    manifests = {key: manifest for key in RL_LOOP if (manifest := store.manifest(key)) is not None}
+    manifests = standing(store, config)
     trained = manifests.get(RL)
     return RLSummary(
-        name=name,
+        name=config.name,
         folder=display_place(store),
         before=evaluation_metrics(store, BASELINE)["start"] if BASELINE in manifests else {},
         after=evaluation_metrics(store, EVALUATE)["rl"] if EVALUATE in manifests else {},

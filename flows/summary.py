@@ -11,8 +11,9 @@ from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import EVALUATE_METRICS, FILTER, METRICS_FILE, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.evaluate.resolution import TARGET
-from tasks.graph import BASELINE, loop
+from tasks.graph import BASELINE
 from tasks.report.text import duration_text, markdown_table
+from tasks.stage import standing
 
 METRIC_TITLES = {
     "kl_teacher_student": "KL(teacher‖student)",
@@ -101,13 +102,13 @@ class RunSummary:
         return [name for name in METRIC_TITLES if name in found] + sorted(found - set(METRIC_TITLES))
 
 
-def summarize(store: RunStore, config: RunConfig) -> RunSummary:
-    """Read the summary of a run from its finished stages.
+def summarize(store: RunStore, config: RunConfig, *, through: int | None = None) -> RunSummary:
+    """Read the summary of a run from what stands of it (``standing``), to round ``through`` if that is given.
 
     Raises:
         ArtifactError: a manifest or table is damaged.
     """
-    manifests = {key: manifest for key in loop(config) if (manifest := store.manifest(key)) is not None}
+    manifests = standing(store, config, through=through)
     indices = sorted({key.round for key in manifests if key.round is not None})
     exports = [key for key in manifests if key.stage == "export"]
     student = f"{display_place(store)}/{exports[-1].folder}/model" if exports else None

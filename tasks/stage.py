@@ -1,6 +1,7 @@
 """How any stage runs: is it current, what it is given, and the manifest it leaves."""
 
 import importlib
+import json
 import logging
 import resource
 import socket
@@ -126,6 +127,44 @@ def current_manifest(store: RunStore, config: RunSettings, key: StageKey) -> Man
     if manifest is None or manifest.fingerprint != plan(store, config, key).fingerprint:
         return None
     return manifest if store.first_damage(manifest) is None else None
+
+
+def standing(store: RunStore, config: RunSettings, *, through: int | None = None) -> dict[StageKey, Manifest]:
+    """Return the manifests of what can be shown as the result of ``config``, in the order in which stages run.
+
+    Left out is a stage that ran with other settings, and one that reads such a stage or one that is at work: it runs
+    again. Sources outside the run and the stages' files are not looked at, nor are settings that one of the two sides
+    does not know: a run of an earlier version can be shown.
+
+    Args:
+        store: The run.
+        config: Its settings.
+        through: Leave out rounds after this one; None: none.
+
+    Raises:
+        ArtifactError: a manifest is damaged.
+    """
+    found: dict[StageKey, Manifest] = {}
+    stale: set[StageKey] = set()
+    for key in stages_of(config):
+        if through is not None and key.round is not None and key.round > through:
+            continue
+        manifest, stage = store.manifest(key), stage_of(config, key)
+        if stale & set(stage.inputs(config, key)) or (manifest is None and store.has_begun(key)):
+            stale.add(key)
+        elif manifest is not None:
+            if _agree(manifest.config, json.loads(json.dumps(stage.config(config, key)))):
+                found[key] = manifest
+            else:
+                stale.add(key)
+    return found
+
+
+def _agree(recorded: Any, wanted: Any) -> bool:
+    """Say whether two settings are equal in what both of them have."""
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        return all(_agree(recorded[name], wanted[name]) for name in recorded.keys() & wanted.keys())
+    return bool(recorded == wanted)
 
 
 def take_over(store: RunStore, config: RunSettings, key: StageKey, lenders: Sequence[RunStore]) -> Manifest | None:

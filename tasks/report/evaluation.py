@@ -1,14 +1,15 @@
 """Held-out metrics of the student after each round, of the teacher, and of the student before all training."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from schemas.config import RunConfig
 from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, METRICS_FILE
-from tasks.graph import BASELINE, loop
+from tasks.graph import BASELINE
 
 STUDENT, TEACHER, START = "student", "teacher", "start"
 
@@ -64,15 +65,15 @@ class Metric:
         return self.value - STANDARD_ERRORS * self.stderr, self.value + STANDARD_ERRORS * self.stderr
 
 
-def read_metrics(store: RunStore, config: RunConfig) -> list[Metric]:
-    """Return every metric of the finished evaluations, in the order of the loop.
+def read_metrics(store: RunStore, done: Iterable[StageKey]) -> list[Metric]:
+    """Return every metric of the evaluations among the finished stages ``done``, in their order.
 
     Raises:
         ArtifactError: a table is damaged.
     """
     found: list[Metric] = []
-    for key in loop(config):
-        if key.stage in ("evaluate", BASELINE.stage) and store.manifest(key) is not None:
+    for key in done:
+        if key.stage in ("evaluate", BASELINE.stage):
             found += metrics_of(store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS))
     return found
 

@@ -13,8 +13,9 @@ from tasks.report.evaluation import Metric, read_metrics
 from tasks.report.histograms import Counts
 from tasks.report.ledger import Ledger, read_ifd, read_ledger
 from tasks.report.samples import ShownSample, read_samples
-from tasks.report.stages import StageCost, read_stages, sampler_of
+from tasks.report.stages import StageCost, costs, sampler_of
 from tasks.report.training import Curves, PackFill, read_curves, read_packs
+from tasks.stage import standing
 
 T = TypeVar("T")
 
@@ -56,8 +57,12 @@ class RunFigures:
         return spread([ledger.round for ledger in self.ledgers], SHOWN_ROUNDS)
 
 
-def read_figures(store: RunStore) -> RunFigures:
-    """Read a run, shard by shard: memory holds one shard of one table, and counts.
+def read_figures(store: RunStore, *, through: int | None = None) -> RunFigures:
+    """Read what stands of a run (``standing``), shard by shard: memory holds one shard of one table, and counts.
+
+    Args:
+        store: The run.
+        through: Leave out rounds after this one; None: none.
 
     Raises:
         ArtifactError: there is no run, or a manifest or table is damaged.
@@ -66,7 +71,7 @@ def read_figures(store: RunStore) -> RunFigures:
     if record is None:
         raise ArtifactError(f"{store.url}: no run.json; start a run with `npd run CONFIG`")
     config = store.config
-    done = [key for key in loop(config) if store.manifest(key) is not None]
+    done = standing(store, config, through=through)
 
     def rounds(stage: str) -> list[int]:
         return [key.round for key in done if key.stage == stage and key.round is not None]
@@ -80,8 +85,8 @@ def read_figures(store: RunStore) -> RunFigures:
         samples={index: read_samples(store, config, index) for index in spread(filtered, 2)},
         packs=[read_packs(store, config, index) for index in rounds("pack")],
         curves=[found for index in rounds("train") if (found := read_curves(store, index)) is not None],
-        metrics=read_metrics(store, config),
-        stages=read_stages(store, loop(config)),
+        metrics=read_metrics(store, done),
+        stages=costs(loop(config), done),
         samplers={index: sampler for index in rounds("generate") if (sampler := sampler_of(store, index)) is not None},
     )
 

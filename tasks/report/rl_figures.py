@@ -13,15 +13,16 @@ from schemas.manifest import RunRecord
 from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, METRICS_FILE, PROMPTS, RESPONSES_FILE
+from schemas.tables import EVALUATE_RESPONSES, METRICS_FILE, PROMPTS, RESPONSES_FILE
 from tasks.graph import PROMPTS as PROMPTS_STAGE
-from tasks.report.evaluation import Metric, metrics_of
+from tasks.report.evaluation import Metric, read_metrics
 from tasks.report.figures import spread
 from tasks.report.histograms import Values
 from tasks.report.samples import rows_by_id, shortened
-from tasks.report.stages import StageCost, read_stages
+from tasks.report.stages import StageCost, costs
 from tasks.report.training import thinned
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
+from tasks.stage import standing
 
 SHOWN_ANSWERS = 3
 """Held-out prompts shown of those that became right, and of those that became wrong."""
@@ -106,7 +107,7 @@ class RLFigures:
 
 
 def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
-    """Read an RL run.
+    """Read what stands of an RL run (``standing``).
 
     Raises:
         ArtifactError: there is no run, or a manifest or table is damaged.
@@ -114,22 +115,17 @@ def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
     record = store.record()
     if record is None:
         raise ArtifactError(f"{store.url}: no run.json; start a run with `npd rl CONFIG`")
-    done = [key for key in RL_LOOP if store.manifest(key) is not None]
+    done = standing(store, config)
     answers = read_answers(store) if BASELINE in done and EVALUATE in done else None
     shown = [] if answers is None else _changed(store, answers)
     return RLFigures(
         record=record,
         config=config,
-        metrics=[
-            metric
-            for key in (BASELINE, EVALUATE)
-            if key in done
-            for metric in metrics_of(store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS))
-        ],
+        metrics=read_metrics(store, done),
         answers=answers,
         curves=_curves(store) if RL in done else None,
         shown=shown + (_learned_from(store) if RL in done else []),
-        stages=read_stages(store, RL_LOOP),
+        stages=costs(RL_LOOP, done),
     )
 
 

@@ -1,6 +1,6 @@
 """What each stage cost and wrote, and what it was made from: read from the manifests."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from schemas.manifest import Manifest
@@ -48,13 +48,9 @@ class StageCost:
     warnings: tuple[str, ...] = ()
 
 
-def read_stages(store: RunStore, keys: Iterable[StageKey]) -> list[StageCost]:
-    """Return what the stages ``keys`` cost, in that order.
-
-    Raises:
-        ArtifactError: a manifest is damaged.
-    """
-    return [_cost(key, store.manifest(key)) for key in keys]
+def costs(keys: Iterable[StageKey], done: Mapping[StageKey, Manifest]) -> list[StageCost]:
+    """Return what the stages ``keys`` cost, in that order; those not in ``done`` are still to come."""
+    return [_cost(key, done.get(key)) for key in keys]
 
 
 def _cost(key: StageKey, manifest: Manifest | None) -> StageCost:

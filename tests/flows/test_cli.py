@@ -220,6 +220,19 @@ def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied
     assert "starting" not in again.stdout
 
 
+@pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
+def test_run_repairs_a_later_round_that_was_damaged(copied: Path) -> None:
+    store, key = RunStore(copied), StageKey("filter", 1)
+    table = store.table_files(key)[0]
+    whole = table.read_bytes()
+    table.write_bytes(whole[:100])
+    done = command("run", str(copied))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table.read_bytes() == whole
+    assert done.stdout.count(": up to date") == len(loop(store.config)) - 1
+
+
 def test_rerun_refuses_a_setting_that_earlier_stages_read(copied: Path) -> None:
     code, output = invoke("rerun", str(copied), "--stage", "pack", "--round", "0", "--set", "generate.top_p=0.5")
     assert code == 1

@@ -131,6 +131,23 @@ def test_a_run_that_has_not_begun_has_no_rounds(tmp_path: Path) -> None:
     assert "# test" in summary_markdown(summary)
 
 
+def test_what_other_settings_made_is_not_shown_as_theirs(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    key = StageKey("filter", 0)
+    before, manifest = summarize(store, config), store.finished(key)
+    store.finish(key, manifest.model_copy(update={"config": {"filter": {"min_delta_ifd": 0.25}}}))
+    assert summarize(store, config).rounds[-1].reasons == {}
+    # A setting that is no more, of an earlier version, hides nothing.
+    store.finish(key, manifest.model_copy(update={"config": {"filter": {"forgotten": 1}}}))
+    assert summarize(store, config).rounds == before.rounds
+
+
+def test_rounds_after_the_wanted_one_are_not_read(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    store.table_files(StageKey("filter", 0))[1].write_bytes(b"no parquet")
+    assert [row.round for row in summarize(store, config, through=WARMUP).rounds] == [WARMUP]
+
+
 def test_a_damaged_table_is_named(run: tuple[RunStore, RunConfig]) -> None:
     store, config = run
     store.table_files(StageKey("filter", 0))[1].write_bytes(b"no parquet")

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from markdown_it import MarkdownIt
 
+from schemas.config import parse_config
 from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -239,6 +240,20 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
     for figure in (figure for section in sections_of(read_figures(store)) for figure in section.figures):
         ElementTree.fromstring(image_svg(figure))
+
+
+def test_a_run_whose_settings_changed_shows_what_still_is_of_them(tmp_path: Path) -> None:
+    store = synthetic_run(tmp_path, 60)
+    score = store.finished(StageKey("score", 0))
+    store.finish(StageKey("score", 0), score.model_copy(update={"config": {"score": {"top_k": TOP_K}}}))
+    assert [ledger.round for ledger in read_figures(store).ledgers] == [0, 1]
+    store.record_config(parse_config(store.config.model_dump(mode="json") | {"score": {"top_k": TOP_K + 1}}))
+    figures = read_figures(store)
+    assert figures.ledgers == []
+    assert [stage.key.label for stage in figures.stages if stage.finished and stage.key.round == 0] == [
+        "round 0 · generate"
+    ]
+    assert "stages done" in run_report(store)
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
