@@ -29,18 +29,18 @@ _LARGE_TEACHER = ", or set `teacher.quantization` or `teacher.device_map`"
 
 MEMORY_SETTINGS = {
     "models": "nothing can be lowered here: choose a smaller model, or give the machine more memory",
-    "reference": "lower `generate.batch_size` or `evaluate.max_new_tokens`" + _LARGE_TEACHER,
-    "generate": "lower `generate.batch_size` or `generate.max_new_tokens` "
-    "(vLLM: `generate.vllm.gpu_memory_utilization`, `generate.vllm.max_num_seqs`)",
+    "reference": "lower `generate.batch_size` (vLLM: `generate.vllm.gpu_memory_utilization`)" + _LARGE_TEACHER,
+    "generate": "lower `generate.batch_size` (vLLM: `generate.vllm.gpu_memory_utilization`, "
+    "`generate.vllm.max_num_seqs`); or, from the start again, `generate.max_new_tokens`",
     "score": "lower `score.batch_tokens` or `score.logits_chunk`" + _LARGE_TEACHER,
-    "train": "lower `pack.max_tokens` or `train.loss_chunk`, keep `train.gradient_checkpointing: true`, "
-    "or set `train.lora`",
+    "train": "lower `train.loss_chunk`, keep `train.gradient_checkpointing: true`; or, from the start again, lower "
+    "`pack.max_tokens` or set `train.lora`",
     "export": "set `export.dtype: bfloat16`, or give the machine more memory",
     "baseline": "lower `evaluate.batch_tokens` or `generate.batch_size` (of an RL run: `evaluate.batch_size`)",
     "evaluate": "lower `evaluate.batch_tokens` or `generate.batch_size`" + _LARGE_TEACHER,
     "rl": "lower `grpo.sequences_per_batch` or `grpo.max_new_tokens`, or keep `grpo.gradient_checkpointing: true`",
 }
-"""What to change where a stage's memory runs out."""
+"""What to change where a stage's memory runs out; first what the stage goes on with from its finished files."""
 
 
 class Job(NamedTuple):
@@ -77,7 +77,7 @@ class Job(NamedTuple):
 def out_of_memory_hint(key: StageKey) -> str:
     """Return what to lower when stage ``key`` runs out of memory."""
     if key.stage == "train" and key.round == -1:
-        return MEMORY_SETTINGS["train"].replace("train.", "warmup.").replace(", or set `warmup.lora`", "")
+        return MEMORY_SETTINGS["train"].replace("train.", "warmup.").replace(" or set `warmup.lora`", "")
     if key.round is None and key.stage == "evaluate":
         return "lower `evaluate.batch_size`"
     return MEMORY_SETTINGS.get(key.stage, "give the machine more memory")

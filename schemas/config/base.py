@@ -9,6 +9,10 @@ PLACEMENT: dict[str, Any] = {"fingerprint": False}
 """``json_schema_extra`` of fields that say where or how visibly work runs, not what comes out of it: changing one
 does not re-run a stage."""
 
+SOURCE: dict[str, Any] = {"fingerprint": False}
+"""``json_schema_extra`` of fields that say where content lies: ``source_fingerprints`` of the stage that reads it
+stand for the content, so that moving it does not re-run a stage."""
+
 
 class Section(BaseModel):
     """A strict config section: unknown keys are errors, and the docstring under a field is its description."""
@@ -30,10 +34,17 @@ class Section(BaseModel):
             if _is_placement(field):
                 values.pop(name, None)
             else:
-                child = getattr(self, name)
-                if isinstance(child, Section):
-                    values[name] = child.fingerprinted()
+                values[name] = _fingerprinted(getattr(self, name), values[name])
         return values
+
+
+def _fingerprinted(value: Any, dumped: Any) -> Any:
+    """Return a field's value as JSON, its sections fingerprinted; ``dumped``: what a value without sections is."""
+    if isinstance(value, Section):
+        return value.fingerprinted()
+    if isinstance(value, list):
+        return [_fingerprinted(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def _is_placement(field: FieldInfo) -> bool:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from schemas.config.base import PLACEMENT, Section
+from schemas.config.base import PLACEMENT, SOURCE, Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
@@ -18,7 +18,7 @@ MemoryLimits = dict[
 class ModelSource(Section):
     """One causal language model and its tokenizer."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, json_schema_extra=SOURCE)
     """Where the weights are: a local Hugging Face model directory; a Hub id (`Qwen/Qwen2.5-Math-7B-Instruct`); a
     `.gguf` file; or `package://PACKAGE/PATH.gguf`, a GGUF file inside an installed Python package."""
 
@@ -84,13 +84,13 @@ class StudentConfig(Section):
     init: Literal["pretrained", "prune"] = "pretrained"
     """`pretrained`: start from `model`. `prune`: start from some of the layers of `model` (or of the teacher)."""
 
-    model: str | None = None
+    model: str | None = Field(default=None, json_schema_extra=SOURCE)
     """As `teacher.model`. May be left out with `init: prune`: the teacher's weights are then cut down."""
 
     keep_layers: int | list[int] | None = None
     """With `init: prune`: how many layers to keep, spread evenly from the first to the last, or which (from 0)."""
 
-    chat_template: str | None = None
+    chat_template: str | None = Field(default=None, json_schema_extra=SOURCE)
     """Path of a Jinja chat template, for models whose tokenizer has none; null: the tokenizer's own."""
 
     revision: str | None = None

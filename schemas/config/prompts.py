@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config.base import Section
+from schemas.config.base import SOURCE, Section
 
 
 class _Rows(Section):
@@ -34,7 +34,7 @@ class JsonlSource(_Rows):
     type: Literal["jsonl"]
     """Which kind of source this is."""
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1, json_schema_extra=SOURCE)
     """The file; relative paths start at the config file's folder."""
 
 
@@ -44,7 +44,7 @@ class ParquetSource(_Rows):
     type: Literal["parquet"]
     """Which kind of source this is."""
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1, json_schema_extra=SOURCE)
     """The file; relative paths start at the config file's folder."""
 
 
@@ -54,7 +54,7 @@ class DatasetSource(_Rows):
     type: Literal["dataset"]
     """Which kind of source this is."""
 
-    dataset: str = Field(min_length=1)
+    dataset: str = Field(min_length=1, json_schema_extra=SOURCE)
     """Hub id or folder."""
 
     config: str | None = None
@@ -111,6 +111,10 @@ class PromptsConfig(Section):
     too_long: Literal["error", "drop"] = "error"
     """A prompt that leaves no room for a reply in the model's context: `error` stops before any model loads, `drop`
     leaves it out and counts it."""
+
+    def split_by(self, seed: int) -> int:
+        """Return the seed of the split in a run of ``seed``."""
+        return seed if self.split_seed is None else self.split_seed
 
     @model_validator(mode="after")
     def _limit_leaves_training_prompts(self) -> "PromptsConfig":

@@ -217,7 +217,7 @@ class RunConfig(RunSettings):
     @property
     def split_seed(self) -> int:
         """Seed of which prompts are kept and which held out."""
-        return self.seed if self.prompts.split_seed is None else self.prompts.split_seed
+        return self.prompts.split_by(self.seed)
 
     @property
     def is_near_policy(self) -> bool:

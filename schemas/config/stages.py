@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from schemas.config.base import PLACEMENT, Section
+from schemas.config.base import PLACEMENT, SOURCE, Section
 from schemas.config.servers import ServersConfig, TeacherServersConfig
 
 
@@ -53,13 +53,13 @@ class GenerateConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; 1.0 keeps the whole distribution."""
 
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, json_schema_extra=PLACEMENT)
     """Sequences decoded at a time by the transformers engine."""
 
     shard_prompts: int = Field(default=256, ge=1)
     """Prompts per finished file; what a crash can lose at most (vLLM and servers work on several files at once)."""
 
-    vllm: VllmOptions = VllmOptions()
+    vllm: VllmOptions = Field(default=VllmOptions(), json_schema_extra=PLACEMENT)
     """Options of the vLLM engine."""
 
     server: ServersConfig = Field(default=ServersConfig(), json_schema_extra=PLACEMENT)
@@ -101,10 +101,10 @@ class ScoreConfig(Section):
     """Samples of a round whose `sampled` log-probabilities are compared with a prefill; the stage fails where they are
     not those of the student it scores."""
 
-    batch_tokens: int = Field(default=4096, ge=16)
+    batch_tokens: int = Field(default=4096, ge=16, json_schema_extra=PLACEMENT)
     """Tokens in one packed prefill. More is faster until memory ends."""
 
-    logits_chunk: int = Field(default=1024, ge=1)
+    logits_chunk: int = Field(default=1024, ge=1, json_schema_extra=PLACEMENT)
     """Positions projected onto the vocabulary at a time; bounds memory."""
 
     topk_dtype: Literal["float16", "float32"] = "float16"
@@ -173,7 +173,7 @@ class LmEvalConfig(Section):
     limit: int | None = Field(default=None, ge=1)
     """Take the first so many questions of each task; null: all."""
 
-    include_path: str | None = None
+    include_path: str | None = Field(default=None, json_schema_extra=SOURCE)
     """Folder with tasks of your own (YAML); a relative path starts at the config file's folder."""
 
     apply_chat_template: bool = False

@@ -71,10 +71,10 @@ class OptimizerConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: autocast over float32 weights. `fp32`: no autocast."""
 
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = Field(default=True, json_schema_extra=PLACEMENT)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    loss_chunk: int = Field(default=1024, ge=1)
+    loss_chunk: int = Field(default=1024, ge=1, json_schema_extra=PLACEMENT)
     """Response positions projected onto the vocabulary at a time; bounds memory."""
 
     loss_kernel: Literal["auto", "torch", "triton"] = "auto"

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from schemas.config import DeviceMap, MemoryLimits, Quantization, RunConfig
+from schemas.config import DeviceMap, MemoryLimits, Quantization, RunConfig, TeacherConfig
 from schemas.errors import ArtifactError, ModelError
 from schemas.manifest import hash_json
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.untrusted_text import readable
 from tasks.graph import MODELS, initial_policy, result_policy, sampling_policy
+from tasks.language_model import hub
 
 PACKAGE_SCHEME = "package://"
 
@@ -67,7 +68,8 @@ class ResolvedModels(BaseModel):
     """What stage `models` found, kept in ``models/models.json``.
 
     Args:
-        teacher_path: The teacher's folder: inside the run (relative to it) if it was converted, else where it lies.
+        teacher_path: The teacher's folder inside the run if it was converted; None: it lies where the config says.
+        teacher_commit: Of a Hub model; None: it is none.
         teacher_version: Hash of the teacher's weights.
         teacher_context: The teacher's longest sequence, in tokens.
         student_context: The student's longest sequence, in tokens.
@@ -76,7 +78,8 @@ class ResolvedModels(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    teacher_path: str = Field(min_length=1)
+    teacher_path: str | None = Field(min_length=1)
+    teacher_commit: str | None = Field(min_length=1)
     teacher_version: str
     teacher_context: int = Field(ge=1)
     student_context: int = Field(ge=1)
@@ -106,13 +109,15 @@ def resolved_models(store: RunStore) -> ResolvedModels:
 
 
 def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
-    """Return the teacher."""
+    """Return the teacher, fetched from the Hub if this machine does not have it.
+
+    Raises:
+        ModelError: it is not where the config says, or the Hub could not provide it.
+        ArtifactError: stage `models` has not finished, or what it wrote is damaged.
+    """
     found, source = resolved_models(store), config.teacher
-    folder = Path(found.teacher_path)
-    if ".." in folder.parts:
-        raise ArtifactError(f"{store.url}/{MODELS.folder}/models.json: teacher_path: leaves the run's folder")
     return ModelRef(
-        path=str(folder if folder.is_absolute() else store.fetch(store.folder / folder)),
+        path=str(_teacher_folder(store, config.teacher, found)),
         version=found.teacher_version,
         step=0,
         context=found.teacher_context,
@@ -126,6 +131,26 @@ def teacher_model(store: RunStore, config: RunConfig) -> ModelRef:
         if source.device_map is None
         else Spread(source.device_map, source.max_memory, source.offload_folder),
         tensor_parallel=source.tensor_parallel,
+    )
+
+
+def _teacher_folder(store: RunStore, teacher: TeacherConfig, found: ResolvedModels) -> Path:
+    if found.teacher_path is not None:
+        folder = Path(found.teacher_path)
+        if folder.is_absolute() or ".." in folder.parts:
+            raise ArtifactError(f"{store.url}/{MODELS.folder}/models.json: teacher_path: leaves the run's folder")
+        return store.fetch(store.folder / folder)
+    own = find_source(teacher.model, "teacher.model")
+    if own.folder is not None:
+        return own.folder
+    if found.teacher_commit is None:
+        raise ArtifactError(f"{store.url}/{MODELS.folder}/models.json: teacher_commit: none; run stage `models` again")
+    return hub.find_or_fetch(
+        own.name,
+        found.teacher_commit,
+        found.teacher_version,
+        "teacher.model",
+        trust_remote_code=teacher.trust_remote_code,
     )
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from schemas.config import RunConfig
+from schemas.errors import ModelError
 from schemas.manifest import hash_json
+from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.sources import find_source
-from tasks.models.fingerprint import folder_fingerprint
 from tasks.stage import StageJob
 
 
@@ -13,21 +14,32 @@ def source_fingerprints(config: RunConfig) -> dict[str, str]:
     """Return what stands for the content of both models: of local files their bytes, of a Hub id its name.
 
     Raises:
-        ModelError: a local model is not there.
+        ModelError: a local model is not there, or the chat template cannot be read.
     """
     prints = {}
-    for key, model, revision in (
-        ("teacher", config.teacher.model, config.teacher.revision),
-        ("student", config.student.model, config.student.revision),
-    ):
-        if model is None:
+    for key, own in (("teacher", config.teacher), ("student", config.student)):
+        if own.model is None:
             continue
-        source = find_source(model, f"{key}.model")
-        local = None if source.folder is None else folder_fingerprint(source.folder, source.gguf_file)
-        prints[key] = local or hash_json([model, revision])
-    if config.student.chat_template is not None and Path(config.student.chat_template).is_file():
-        prints["chat_template"] = hash_json(Path(config.student.chat_template).read_text(encoding="utf-8"))
+        source = find_source(own.model, f"{key}.model")
+        if source.folder is None:
+            prints[key] = hash_json([own.model, own.revision])
+        else:
+            prints[key] = folder_fingerprint(source.folder, source.gguf_file, code=own.trust_remote_code)
+    if config.student.chat_template is not None:
+        prints["chat_template"] = hash_json(read_template(config.student.chat_template))
     return prints
+
+
+def read_template(path: str) -> str:
+    """Return the text of `student.chat_template`.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"student.chat_template: {path}: cannot be read: {error}") from None
 
 
 def run(job: StageJob) -> None:

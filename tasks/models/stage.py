@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,17 +23,17 @@ from schemas.errors import ModelError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
+from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
+from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.loading import UNREADABLE, require_safetensors
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
-from tasks.models.fingerprint import folder_fingerprint
+from tasks.models import read_template
 from tasks.models.prune import prune_layers
 from tasks.models.tokenizers import check_same_tokenizer
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.stage import StageJob
-
-_WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 def resolve_models(job: StageJob) -> None:
@@ -62,7 +61,8 @@ def resolve_models(job: StageJob) -> None:
     source = teacher if same else found.student
     _write_student(job, source, found.trust_student, tokenizers.student, end_ids(tokenizers.teacher, _folder(teacher)))
     ResolvedModels(
-        teacher_path=str(_folder(teacher)) if teacher == found.teacher else store.relative(_folder(teacher)),
+        teacher_path=None if teacher == found.teacher else store.relative(_folder(teacher)),
+        teacher_commit=_folder(teacher).name if find_source(teacher.name, "teacher.model").folder is None else None,
         teacher_version=folder_fingerprint(_folder(teacher), None)[:16],
         teacher_context=teacher_context,
         student_context=student_context,
@@ -127,7 +127,7 @@ def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
     if student is not teacher:
         check_same_tokenizer(teacher, student)
     if config.student.chat_template is not None:
-        student.chat_template = _read_template(config.student.chat_template)
+        student.chat_template = read_template(config.student.chat_template)
     require_chat_template(student, "student.model")
     if teacher.eos_token_id is None:
         raise ModelError("teacher.model: its tokenizer names no EOS token, so no reply could end")
@@ -151,14 +151,8 @@ def _download(source: SourcePath, revision: str | None, key: str, trust_remote_c
     """Fetch a Hub model into the Hub's own cache; local sources stay as they are."""
     if source.folder is not None:
         return source
-    patterns = [*_WEIGHTS, "*.py"] if trust_remote_code else list(_WEIGHTS)
-    try:
-        folder = snapshot_download(source.name, revision=revision, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{key}.model: {source.name}: not a local folder, and the Hub could not provide it: {error}"
-        ) from error
-    return SourcePath(source.name, Path(folder))
+    folder = hub.fetch(source.name, revision, f"{key}.model", trust_remote_code=trust_remote_code)
+    return SourcePath(source.name, folder)
 
 
 def _folder(source: SourcePath) -> Path:
@@ -215,13 +209,6 @@ def _load(
     return model
 
 
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"student.chat_template: {path}: cannot be read: {error}") from None
-
-
 def _check_prompts(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
     for table in job.store.iterate_table(StageKey("prompts"), PROMPTS, ["messages", "source", "source_row"]):
         prompts = encode_prompts(tokenizer, table.column("messages").to_pylist())
@@ -244,7 +231,7 @@ def _write_student(
     folder = _folder(source)
     with job.store.writing_folder(target) as temporary:
         if config.init == "pretrained" and source.gguf_file is None:
-            for pattern in [*_WEIGHTS, "*.py"] if trust_remote_code else _WEIGHTS:
+            for pattern in hub.model_files(trust_remote_code=trust_remote_code):
                 for file in folder.glob(pattern):
                     shutil.copyfile(file, temporary / file.name)
         else:

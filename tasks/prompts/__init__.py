@@ -1,7 +1,7 @@
 """Stage prompts: every source's rows become one table of distinct prompts, split into train and held-out."""
 
 from schemas.config import RunConfig
-from tasks.prompts.sources import source_fingerprint
+from tasks.prompts.fingerprint import sources_fingerprints
 from tasks.prompts.table import write_prompts
 from tasks.stage import StageJob
 
@@ -26,6 +26,4 @@ def source_fingerprints(config: RunConfig) -> dict[str, str]:
     Raises:
         PromptError: a local file or a needed package is missing.
     """
-    return {
-        f"prompts.sources[{index}]": source_fingerprint(source) for index, source in enumerate(config.prompts.sources)
-    }
+    return sources_fingerprints(config.prompts.sources)

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from schemas.config import DatasetSource, JsonlSource, ParquetSource, PromptSource, ReasoningGymSource
 from schemas.errors import PromptError
-from schemas.manifest import hash_file, hash_json
 from schemas.table_files import UNREADABLE
 from schemas.untrusted_text import readable
 from tasks.prompts import procedural
@@ -61,7 +60,7 @@ def open_sources(sources: Sequence[PromptSource]) -> list[SourceRows]:
     Raises:
         PromptError: a source is missing or unreadable, or lacks a column; names it.
     """
-    labels = _labels([Path(s.path) for s in sources if isinstance(s, (JsonlSource, ParquetSource))])
+    labels = file_labels(sources)
     opened: list[SourceRows] = []
     for source in sources:
         match source:
@@ -76,26 +75,11 @@ def open_sources(sources: Sequence[PromptSource]) -> list[SourceRows]:
     return opened
 
 
-def source_fingerprint(source: PromptSource) -> str:
-    """Return what stands for a source's content; see ``tasks.prompts.source_fingerprints``."""
-    match source:
-        case JsonlSource() | ParquetSource():
-            return hash_file(_existing_file(source.path))
-        case DatasetSource():
-            folder = _dataset_folder(source)
-            if folder is None:
-                return f"{source.dataset}@{source.revision or 'default'}"
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return hash_json([[path.relative_to(folder).as_posix(), hash_file(path)] for path in files])
-        case ReasoningGymSource():
-            return f"reasoning-gym=={_reasoning_gym_version()}"
-
-
 # -- JSON Lines ----------------------------------------------------------------------------------------------------
 
 
 def _open_jsonl(source: JsonlSource, label: str) -> SourceRows:
-    path = _existing_file(source.path)
+    path = existing_file(source.path)
     lines = _count_lines(path)
     if lines == 0:
         raise PromptError(f"{path}: is empty; it needs at least one prompt")
@@ -163,7 +147,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _open_parquet(source: ParquetSource, label: str) -> SourceRows:
-    path = _existing_file(source.path)
+    path = existing_file(source.path)
     try:
         file = pq.ParquetFile(path)
         found = file.schema_arrow.names
@@ -190,7 +174,7 @@ def _open_dataset(source: DatasetSource) -> SourceRows:
     arrow = dataset.select_columns(names).with_format("arrow")
     batches = (batch for table in arrow.iter(batch_size=_BATCH_ROWS) for batch in table.to_batches())
     total = min(len(dataset), source.limit or len(dataset))
-    folder = _dataset_folder(source)
+    folder = dataset_folder(source)
     label = source.dataset if folder is None else folder.name
     rows = islice(_arrow_rows(batches), source.limit)
     return SourceRows(label, source.dataset, columns, _row_verification(source), total, rows)
@@ -201,7 +185,7 @@ def _load_dataset(source: DatasetSource) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
-    folder = _dataset_folder(source)
+    folder = dataset_folder(source)
     saved = folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if not saved:
@@ -218,7 +202,7 @@ def _load_dataset(source: DatasetSource) -> Any:
     return loaded[source.dataset_split]
 
 
-def _dataset_folder(source: DatasetSource) -> Path | None:
+def dataset_folder(source: DatasetSource) -> Path | None:
     """Return the local folder of a dataset, or None for a Hub id."""
     path = Path(source.dataset)
     if path.is_dir():
@@ -284,7 +268,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _open_reasoning_gym(source: ReasoningGymSource) -> list[SourceRows]:
     """Open each task of ``source`` as a source of its own."""
-    _reasoning_gym_version()
+    reasoning_gym_version()
     unused = sorted(set(source.options) - set(source.tasks))
     if unused:
         raise PromptError(f"reasoning_gym: `options` names `{unused[0]}`, which is not among its `tasks`")
@@ -343,7 +327,12 @@ def _reasoning_gym_entries(source: ReasoningGymSource, tasks: list[str]) -> Iter
             raise PromptError(f"reasoning_gym: a task of {', '.join(tasks)} failed: {last}; correct its `options`")
 
 
-def _reasoning_gym_version() -> str:
+def reasoning_gym_version() -> str:
+    """Return the version of `reasoning-gym`.
+
+    Raises:
+        PromptError: it is not installed.
+    """
     try:
         return version("reasoning-gym")
     except PackageNotFoundError:
@@ -364,7 +353,12 @@ def _row_verification(source: JsonlSource | ParquetSource | DatasetSource) -> Ca
     return lambda row, answer: verification_of_row(answer, source.verifier)
 
 
-def _existing_file(text: str) -> Path:
+def existing_file(text: str) -> Path:
+    """Return the path of a source's file.
+
+    Raises:
+        PromptError: there is no such file, or it may not be read.
+    """
     path = Path(text)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -377,6 +371,11 @@ def _existing_file(text: str) -> Path:
     if not os.access(path, os.R_OK):
         raise PromptError(f"{path}: may not be read; change its permissions")
     return path
+
+
+def file_labels(sources: Sequence[PromptSource]) -> dict[Path, str]:
+    """Return what the table's `source` column calls each source that is a file, by its path."""
+    return _labels([Path(source.path) for source in sources if isinstance(source, (JsonlSource, ParquetSource))])
 
 
 def _labels(paths: list[Path]) -> dict[Path, str]:

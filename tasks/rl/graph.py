@@ -13,7 +13,9 @@ RL_LOOP = (PROMPTS, BASELINE, RL, EVALUATE)
 
 
 def _prompts_config(config: RLConfig, key: StageKey) -> dict[str, Any]:
-    return {"seed": config.seed, "prompts": None if config.prompts is None else config.prompts.fingerprinted()}
+    if config.prompts is None:
+        return {"prompts": None}
+    return {"seed": config.prompts.split_by(config.seed), "prompts": config.prompts.fingerprinted()}
 
 
 def _evaluate_config(config: RLConfig, key: StageKey) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from tasks.evaluate.means import metrics_table, response_means
 from tasks.evaluate.responses import HeldOut, Sampling, own_responses
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import require_chat_template
+from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.sources import ModelRef
-from tasks.models.fingerprint import folder_fingerprint
 from tasks.rl.reward import require_verifiable
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob

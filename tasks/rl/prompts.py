@@ -3,7 +3,7 @@
 from schemas.config import RLConfig
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.graph import PROMPTS
-from tasks.prompts.sources import source_fingerprint
+from tasks.prompts.fingerprint import sources_fingerprints
 from tasks.prompts.table import write_prompts
 from tasks.rl.start import source_run
 from tasks.stage import StageJob
@@ -18,7 +18,7 @@ def run(job: StageJob[RLConfig]) -> None:
     """
     config = job.config
     if config.prompts is not None:
-        write_prompts(job, config.prompts, config.seed)
+        write_prompts(job, config.prompts, config.prompts.split_by(config.seed))
         return
     for index, table in enumerate(source_run(config).store.iterate_table(PROMPTS, PROMPTS_TABLE)):
         job.store.write_table(job.store.part(job.key, index), table, PROMPTS_TABLE)
@@ -33,6 +33,4 @@ def source_fingerprints(config: RLConfig) -> dict[str, str]:
     """
     if config.prompts is None:
         return {"run": source_run(config).store.finished(PROMPTS).outputs_fingerprint}
-    return {
-        f"prompts.sources[{index}]": source_fingerprint(source) for index, source in enumerate(config.prompts.sources)
-    }
+    return sources_fingerprints(config.prompts.sources)

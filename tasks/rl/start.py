@@ -9,8 +9,8 @@ from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.graph import PROMPTS
+from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.sources import exported_folder, find_source, newest_export
-from tasks.models.fingerprint import folder_fingerprint
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def start_fingerprint(config: RLConfig) -> str:
         ArtifactError: see ``source_run``.
     """
     if config.model is not None:
-        return folder_fingerprint(_model_folder(config.model), None)
+        return folder_fingerprint(_model_folder(config.model), None, code=config.trust_remote_code)
     return source_run(config).manifest.outputs_fingerprint
 
 

@@ -22,7 +22,8 @@ from tests.run_fixtures import finish_stage, make_config, make_store, prompts_ta
 
 KEY = StageKey("prompts")
 MODELS_FOUND = {
-    "teacher_path": "/t",
+    "teacher_path": "models/teacher",
+    "teacher_commit": None,
     "teacher_version": "v",
     "teacher_context": 8,
     "student_context": 8,

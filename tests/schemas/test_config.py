@@ -193,9 +193,30 @@ def test_placement_does_not_touch_fingerprints() -> None:
     elsewhere = {"server": {"urls": ["http://gpu-1:8000"], "max_in_flight": 8}}
     served = parse_config(MINIMAL | {"generate": elsewhere, "score": elsewhere})
     changed: list[dict[str, Any]] = [{"score": {"top_k": 3}}, {"teacher": {"model": "a", "quantization": "int8"}}]
-    assert plain.fingerprinted() == moved.fingerprinted() == served.fingerprinted()
+    # What a stage that ran out of memory is told to lower: it goes on from its finished files.
+    smaller = {
+        "generate": {"batch_size": 2, "vllm": {"gpu_memory_utilization": 0.5, "max_num_seqs": 4}},
+        "score": {"batch_tokens": 512, "logits_chunk": 64},
+        "train": {"loss_chunk": 64, "gradient_checkpointing": False},
+        "evaluate": {"batch_tokens": 512},
+    }
+    lower = parse_config(MINIMAL | smaller)
+    assert plain.fingerprinted() == moved.fingerprinted() == served.fingerprinted() == lower.fingerprinted()
     assert all(plain.fingerprinted() != parse_config(MINIMAL | change).fingerprinted() for change in changed)
     assert parse_settings(json.loads(moved.model_dump_json())) == moved
+
+
+def test_where_content_lies_does_not_touch_fingerprints() -> None:
+    """The stages that read it hash the content itself."""
+
+    def at(place: str, **row: Any) -> dict[str, Any]:
+        sources = [{"type": "jsonl", "path": f"{place}/p.jsonl", **row}, {"type": "dataset", "dataset": f"{place}/d"}]
+        models = {"teacher": {"model": f"{place}/t"}, "student": {"model": f"{place}/s", "chat_template": f"{place}/c"}}
+        benchmarks = {"evaluate": {"lm_eval": {"tasks": ["a"], "include_path": f"{place}/tasks"}}}
+        return parse_config(MINIMAL | models | benchmarks | {"prompts": {"sources": sources}}).fingerprinted()
+
+    assert at("/here") == at("/there")
+    assert at("/here") != at("/here", answer="gold")
 
 
 @pytest.mark.parametrize(

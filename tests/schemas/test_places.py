@@ -65,12 +65,19 @@ def test_rounds_are_those_of_the_run(tmp_path: Path, index: int) -> None:
         stage_key(make_config(tmp_path), "score", index)
 
 
-@pytest.mark.parametrize("path", ["../teacher", "models/../../teacher", ".."])
+@pytest.mark.parametrize("path", ["../teacher", "models/../../teacher", "..", "/etc"])
 def test_a_converted_teacher_lies_inside_the_run(tmp_path: Path, path: str) -> None:
     config = make_config(tmp_path)
     store = make_store(tmp_path, config)
     finish_stage(store, MODELS, PROMPTS, [])
-    found = ResolvedModels(teacher_path=path, teacher_version="0", teacher_context=8, student_context=8, shared_vocab=9)
+    found = ResolvedModels(
+        teacher_path=path,
+        teacher_commit=None,
+        teacher_version="0",
+        teacher_context=8,
+        student_context=8,
+        shared_vocab=9,
+    )
     found.write(store, store.path(MODELS, "models.json"))
     with pytest.raises(ArtifactError, match=r"models\.json: teacher_path: leaves the run's folder"):
         teacher_model(store, config)

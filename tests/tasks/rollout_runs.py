@@ -36,7 +36,7 @@ def make_run(
     config = parse_config(values)
     store = RunStore.create(config)
     _finish_prompts(store, answers)
-    _finish_models(store, teacher_dir, student_dir, context)
+    _finish_models(store, student_dir, context)
     return store, config
 
 
@@ -59,12 +59,13 @@ def _finish_prompts(store: RunStore, answers: bool) -> None:
     _finish(store, PROMPTS)
 
 
-def _finish_models(store: RunStore, teacher_dir: Path, student_dir: Path, context: int) -> None:
+def _finish_models(store: RunStore, student_dir: Path, context: int) -> None:
     store.begin(MODELS, "models")
     with store.writing_folder(store.path(MODELS, "student")) as folder:
         shutil.copytree(student_dir, folder, dirs_exist_ok=True)
     ResolvedModels(
-        teacher_path=str(teacher_dir),
+        teacher_path=None,
+        teacher_commit=None,
         teacher_version="teacher-weights",
         teacher_context=context,
         student_context=context + 10,

@@ -11,6 +11,7 @@ from schemas.config import load_config
 from schemas.errors import ConfigError
 from schemas.run_store import RunStore
 from schemas.tables import EVALUATE_METRICS, METRICS_FILE
+from tasks.evaluate import source_fingerprints
 from tasks.evaluate.benchmarks import metrics_of_results, require_lm_eval
 from tasks.evaluate.means import Mean
 from tasks.graph import BASELINE, loop
@@ -47,9 +48,13 @@ def test_a_folder_of_tasks_is_found_beside_the_config(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "smoke.yaml").read_text(encoding="utf-8").replace("prompts/everyday", "everyday")
     path = tmp_path / "a.yaml"
     path.write_text(text + "evaluate: {lm_eval: {tasks: [own], include_path: own}}\n", encoding="utf-8")
-    settings = load_config(path).evaluate.lm_eval
+    config = load_config(path)
+    settings = config.evaluate.lm_eval
     assert settings is not None
     assert settings.include_path == str(tmp_path / "own")
+    before = source_fingerprints(config)
+    (tmp_path / "own" / "task.yaml").write_text("task: own", encoding="utf-8")
+    assert source_fingerprints(config) != before
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval is an option with two dozen packages of its own")

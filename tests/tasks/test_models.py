@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,19 @@ from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schemas.config import RunConfig
+from schemas.config import RunConfig, parse_config
 from schemas.errors import ModelError, PromptError, TokenizerMismatchError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.graph import MODELS
 from tasks.language_model.chat import end_ids
+from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.loading import load_model
-from tasks.language_model.sources import find_source, policy_model, teacher_model
-from tasks.models.fingerprint import folder_fingerprint
+from tasks.language_model.sources import find_source, policy_model, resolved_models, teacher_model
+from tasks.models import source_fingerprints
 from tasks.models.prune import layers_to_keep
-from tasks.stage import execute
+from tasks.stage import execute, plan
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.tiny_models import make_model, make_tokenizer, save_model
 
@@ -155,6 +157,71 @@ def test_changed_weights_change_the_fingerprint(tmp_path: Path, student_dir: Pat
     other = save_model(tmp_path / "other", make_model(seed=4))
     assert folder_fingerprint(student_dir, None) == folder_fingerprint(student_dir, None)
     assert folder_fingerprint(student_dir, None) != folder_fingerprint(other, None)
+
+
+def test_trusted_code_counts_as_part_of_a_model(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "own", make_model(seed=4))
+    (folder / "modeling.py").write_text("a = 1")
+    prints = {code: folder_fingerprint(folder, None, code=code) for code in (False, True)}
+    (folder / "modeling.py").write_text("a = 2")
+    assert folder_fingerprint(folder, None) == prints[False]
+    assert folder_fingerprint(folder, None, code=True) != prints[True]
+
+
+def test_models_that_move_are_the_same_models(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    store, config = resolve(tmp_path, teacher_dir, {"model": str(student_dir)})
+    moved = Path(shutil.copytree(teacher_dir, tmp_path / "elsewhere"))
+    values = config.model_dump(mode="json")
+    values["teacher"]["model"] = str(moved)
+    there = parse_config(values)
+    assert plan(store, there, MODELS).fingerprint == store.finished(MODELS).fingerprint
+    assert teacher_model(store, there).path == str(moved)
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    assert plan(store, there, MODELS).fingerprint != store.finished(MODELS).fingerprint
+
+
+def hub_cache(cache: Path, name: str, commit: str, folder: Path) -> Path:
+    """Lay a model down as the Hub's client does; return the folder of its files."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(folder, place / "snapshots" / commit))
+
+
+def test_a_hub_teacher_is_found_by_its_commit_in_any_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_dir: Path, student_dir: Path
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    first, second = tmp_path / "first", tmp_path / "second"
+    there = hub_cache(first, "org/teacher", commit, teacher_dir)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(first))
+    store, config = resolve(tmp_path, "org/teacher", {"model": str(student_dir)})
+    assert resolved_models(store).teacher_commit == commit
+    assert teacher_model(store, config).path == str(there)
+
+    # Another host, or the same one after its cache was cleared; by now the branch is elsewhere.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(second))
+    with pytest.raises(ModelError, match=r"teacher\.model: org/teacher: not a local folder, and the Hub could not"):
+        teacher_model(store, config)
+    there = hub_cache(second, "org/teacher", commit, teacher_dir)
+    (second / "models--org--teacher" / "refs" / "main").write_text("f" * 40)
+    assert teacher_model(store, config).path == str(there)
+
+
+@pytest.mark.parametrize("text", [None, b"\xff\xfe{"])
+def test_a_chat_template_that_cannot_be_read_is_named_before_anything_runs(
+    tmp_path: Path, teacher_dir: Path, text: bytes | None
+) -> None:
+    template = tmp_path / "chat.jinja"
+    if text is not None:
+        template.write_bytes(text)
+    config = make_config(
+        tmp_path,
+        teacher={"model": str(teacher_dir)},
+        student={"model": str(teacher_dir), "chat_template": str(template)},
+    )
+    with pytest.raises(ModelError, match=r"student\.chat_template: .*chat\.jinja: cannot be read"):
+        source_fingerprints(config)
 
 
 def test_gguf_file_is_converted_once_and_teaches(tmp_path: Path) -> None:

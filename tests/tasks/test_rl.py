@@ -14,6 +14,7 @@ from schemas.errors import ArtifactError, ConfigError, ModelError, PromptError, 
 from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES
+from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.checkpoint import checkpoint_step
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
@@ -23,6 +24,7 @@ from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.rl.reward import VerifiedReward, rewards, verifiable
 from tasks.rl.run import run_rl
 from tasks.rl.trainer import prompt_order
+from tasks.stage import execute
 from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, source_store
 
 
@@ -155,6 +157,23 @@ def test_a_finished_run_is_not_done_again_and_a_new_setting_redoes_what_reads_it
     run_rl(store, changed)
     again = [key for key in before if store.finished(key).started != before[key]]
     assert again == [BASELINE, EVALUATE]
+
+
+def test_the_split_seed_alone_decides_the_held_out_prompts(tmp_path: Path, student_dir: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {i}.", "answer": "a"}}\n' for i in range(30)), encoding="utf-8")
+
+    def held_out(seed: int, split_seed: int | None) -> set[str]:
+        sources = {"sources": [{"type": "jsonl", "path": str(prompts)}], "held_out": 8, "split_seed": split_seed}
+        values = rl_values(tmp_path / f"{seed}-{split_seed}", tmp_path)
+        config = parse_as(RLConfig, values | {"run": None, "model": str(student_dir), "seed": seed, "prompts": sources})
+        store = RunStore.create(config)
+        execute(store, config, PROMPTS)
+        rows = store.read_table(PROMPTS, PROMPTS_TABLE).to_pylist()
+        return {row["prompt_id"] for row in rows if row["split"] == "held_out"}
+
+    assert held_out(0, 7) == held_out(1, 7) == held_out(7, None)
+    assert held_out(0, None) != held_out(1, None)
 
 
 def test_a_reference_model_an_own_model_and_several_steps_on_one_batch(tmp_path: Path, student_dir: Path) -> None:

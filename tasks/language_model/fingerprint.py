@@ -10,13 +10,14 @@ _BLOCK, _BLOCKS = 64 * 2**10, 256
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 
 
-def folder_fingerprint(folder: Path, gguf_file: str | None) -> str:
-    """Return a hash of a model folder's files, or of one GGUF file in it.
+def folder_fingerprint(folder: Path, gguf_file: str | None, *, code: bool = False) -> str:
+    """Return a hash of a model folder's files, or of one GGUF file in it; with ``code`` of its Python files, too.
 
     Files up to 256 MiB are hashed whole; of larger ones the size and 256 blocks of 64 KiB spread over the file, which
     any training step changes.
     """
-    names = [gguf_file] if gguf_file else sorted({p.name for pattern in _PATTERNS for p in folder.glob(pattern)})
+    patterns = (*_PATTERNS, "*.py") if code else _PATTERNS
+    names = [gguf_file] if gguf_file else sorted({p.name for pattern in patterns for p in folder.glob(pattern)})
     return hash_json([[name, _hash(folder / name)] for name in names])
 
 

@@ -1,0 +1,57 @@
+"""Models of the Hub: fetched into its cache, and found there again at the same commit. Imports no torch."""
+
+from pathlib import Path
+
+from schemas.errors import ModelError
+from tasks.language_model.fingerprint import folder_fingerprint
+
+
+def model_files(*, trust_remote_code: bool) -> list[str]:
+    """Return the patterns of a model's files; its code is among them only where it is trusted."""
+    return ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if trust_remote_code else [])]
+
+
+def fetch(name: str, revision: str | None, key: str, *, trust_remote_code: bool) -> Path:
+    """Return a Hub model's folder in the Hub's cache, named by its commit; what is not there is downloaded.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None: the default branch.
+        key: The config key, for errors.
+        trust_remote_code: Whether to fetch code, too.
+
+    Raises:
+        ModelError: the Hub has no such model, or is out of reach.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = model_files(trust_remote_code=trust_remote_code)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {name}: not a local folder, and the Hub could not provide it: {error}") from error
+
+
+def find_or_fetch(name: str, commit: str, version: str, key: str, *, trust_remote_code: bool) -> Path:
+    """Return the folder of a model that was fetched before, on this machine or another; asks the Hub only if need be.
+
+    Args:
+        name: Hub id.
+        commit: Of the model.
+        version: Beginning of its ``folder_fingerprint``: a download that was interrupted is gone on with.
+        key: The config key, for errors.
+        trust_remote_code: Whether to fetch code, too.
+
+    Raises:
+        ModelError: it is not here, and the Hub could not provide it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is not None and folder_fingerprint(folder, None).startswith(version):
+        return folder
+    return fetch(name, commit, key, trust_remote_code=trust_remote_code)
