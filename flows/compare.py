@@ -1,7 +1,7 @@
 """The flow `npd-compare`: methods against each other, from one warmed-up student."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from schemas.config import (
     ComparisonConfig,
     RLConfig,
     RunConfig,
+    RunSettings,
     continuation_config,
     load_comparison,
     method_config,
@@ -61,6 +62,7 @@ from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_html
 from tasks.rl.graph import EVALUATE
+from tasks.stage import standing
 
 
 def _flow_run_name() -> str:
@@ -142,7 +144,7 @@ class Work:
         comparison: What to do.
         base: The run all methods start from.
         store: Its files; held.
-        methods: The methods to run.
+        methods: The methods to run; of the others the tables show what is done.
         workers: Runs at a time.
         outcomes: Of the runs that are done.
         continued: Scores of students after GRPO, by the run they come from.
@@ -187,7 +189,7 @@ class Work:
         What on-policy training takes as a step is known once NPD has run, so it comes second.
         """
         for late in (False, True):
-            names = [name for name in self.methods if self.comparison.measures_steps(name) == late]
+            names = [name for name in self.comparison.methods if self.comparison.measures_steps(name) == late]
             tuned = [name for name in names if self.comparison.methods[name].rate_of is None]
             seed = self.comparison.seeds[0]
             self._run([MethodRun(n, rate, seed) for n in tuned for rate in self.comparison.rates_of(n)])
@@ -195,19 +197,19 @@ class Work:
                 found = {run.rate: o for run, o in self.outcomes.items() if run.method == name and run.seed == seed}
                 if found:
                     self.rates[name] = best_rate(found, self.validation)
-            if not late and any(self.comparison.measures_steps(name) for name in self.methods):
+            if not late and any(self.comparison.measures_steps(name) for name in self.comparison.methods):
                 self._measure_steps()
 
     def run_seeds(self) -> None:
         """Run every method at its rate with all its seeds."""
-        for name in self.methods:
+        for name in self.comparison.methods:
             other = self.comparison.methods[name].rate_of
             if other is not None and other in self.rates:
                 self.rates[name] = self.rates[other]
         self._run(
             [
                 MethodRun(name, self.rates[name], seed)
-                for name in self.methods
+                for name in self.comparison.methods
                 if name in self.rates
                 for seed in self.comparison.seeds_of(name)
             ]
@@ -222,6 +224,10 @@ class Work:
             store = RunStore.at(self._config(run))
             config = continuation_config(self.comparison, self.base, run.method, seed=run.seed, run=store.url)
             label = continuation_label(run.method, run.seed)
+            if run.method not in self.methods:
+                if _stands(config, continuation_stages()):
+                    self.continued[run] = read_scores(RunStore.at(config), EVALUATE, "rl")
+                continue
             futures[run] = continuation.with_options(task_run_name=label).submit(config, label, self._worker)
         for run, future in futures.items():
             try:
@@ -285,12 +291,17 @@ class Work:
         )
 
     def _run(self, runs: list[MethodRun]) -> None:
-        """Make these runs, so many at a time; what fails is noted."""
+        """Make these runs, so many at a time; what fails is noted. Of other methods those that are done are read."""
         record = self.store.record()
         assert record is not None, "the base has run"
         futures: dict[MethodRun, PrefectFuture[Outcome]] = {}
         for run in runs:
-            if run in self.outcomes or run.label in self.failures:
+            if run in self.outcomes or run.label in self.failures or run.method in self.failures:
+                continue
+            if run.method not in self.methods:
+                config = self._config(run)
+                if _stands(config, method_stages(config)):
+                    self.outcomes[run] = read_outcome(RunStore.at(config), config)
                 continue
             futures[run] = method_run.with_options(task_run_name=run.label).submit(
                 self._config(run), run.label, self.comparison.folder, record.run_id, self._worker
@@ -334,6 +345,12 @@ class Work:
             )
             landmarks.insert(1, start)
         return landmarks
+
+
+def _stands(config: RunSettings, stages: Sequence[StageKey]) -> bool:
+    """Say whether a run has done ``stages`` under ``config``."""
+    done = standing(RunStore.at(config), config)
+    return all(key in done for key in stages)
 
 
 @task(name="method run", cache_policy=NO_CACHE, persist_result=False, retries=0)

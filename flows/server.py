@@ -29,7 +29,8 @@ class TemporaryServer:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             self.api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server", str(listening.fileno())],
+                # What lies in the working directory is not imported.
+                [sys.executable, "-P", "-m", "flows.server", str(listening.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=(listening.fileno(),),

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -14,8 +15,10 @@ from functools import lru_cache
 from typing import Any
 
 from schemas.errors import StageError
+from schemas.untrusted_text import readable
 
 _POLL_SECONDS = 0.05
+_LAST_SECONDS, _LAST_BYTES = 1.0, 2000
 
 
 class ForkServer:
@@ -32,12 +35,14 @@ class ForkServer:
         self._codes: dict[int, int] = {}
         self._started: list[int] = []
         self._ended = False
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the server)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "tasks.fork_server", str(theirs.fileno()), *modules],
+                # A `tasks.py` in the working directory is not ours.
+                [sys.executable, "-P", "-X", "faulthandler", "-m", "tasks.fork_server", str(theirs.fileno()), *modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=self._errors,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -70,10 +75,18 @@ class ForkServer:
                 # A process that is just dying may still look alive to its parent.
                 self._ended = True
                 os.close(writing)
-                raise StageError("the server that starts stages has died; run again")
+                raise StageError(f"the server that starts stages has died; run again{self._last_words()}")
             return StageProcess(self, pid, writing)
         finally:
             os.close(reading)
+
+    def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_SECONDS)
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - _LAST_BYTES))
+        words = readable(self._errors.read().decode(errors="replace").strip())
+        return f". It said: {words}" if words else ""
 
     def code(self, pid: int) -> int | None:
         """Return how a started process ended, None while it has not (or nobody can tell any more)."""

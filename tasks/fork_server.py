@@ -1,7 +1,7 @@
 """Imports the heavy libraries once and forks a process for every stage: `python -m tasks.fork_server SOCKET [MODULE]`.
 
 Importing torch, transformers and TRL takes seconds; a forked copy of this process has them at once, and gives all its
-memory back when its stage is done. Started and spoken to by `flows.process`.
+memory back when its stage is done. Started and spoken to by `flows.stage_process`.
 
 Requests come over a Unix socket as one byte with three file descriptors: the job's stdin, its event pipe, its log.
 Answers are JSON lines: `{"pid": n}` for a started process, `{"pid": n, "code": c}` when it has ended (c as
@@ -130,7 +130,9 @@ def _run_stage(request: StageRequest) -> int:
     if _gpu_in_use():
         # Something imported has already spoken to the GPU, which a fork cannot share: start over, importing again.
         os.set_inheritable(request.events, True)
-        os.execv(sys.executable, [sys.executable, "-X", "faulthandler", "-m", "tasks.process", str(request.events)])
+        os.execv(
+            sys.executable, [sys.executable, "-P", "-X", "faulthandler", "-m", "tasks.process", str(request.events)]
+        )
     from tasks.process import run_job
 
     return run_job(request.events)
@@ -148,8 +150,8 @@ def main() -> int:
     # Counting GPUs must not initialise CUDA, which would not survive the fork.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     channel = socket.socket(fileno=int(sys.argv[1]))
-    # A package that is missing fails the stage that needs it, with the error in its log, not this process.
-    with suppress(ImportError):
+    # A package that is missing or broken fails the stage that needs it, with the error in its log, not this process.
+    with suppress(Exception):
         import_heavy(sys.argv[2:])
     request = serve(channel)
     channel.close()

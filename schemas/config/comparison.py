@@ -14,6 +14,7 @@ from schemas.config.models import StudentConfig
 from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import RunConfig
 from schemas.errors import ConfigError
+from schemas.object_store import is_url
 
 Settings = dict[str, Any]
 
@@ -97,6 +98,13 @@ class ComparisonConfig(Section):
 
     rl: ComparisonRLConfig | None = None
     """Continue students with GRPO after the methods' runs; null: do not."""
+
+    @field_validator("root")
+    @classmethod
+    def _is_a_folder(cls, root: str) -> str:
+        if is_url(root):
+            raise ValueError("a comparison lies in a folder of this machine, not in an object store")
+        return root
 
     @field_validator("seeds", "learning_rates")
     @classmethod

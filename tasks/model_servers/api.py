@@ -101,18 +101,26 @@ def open_client(config: ServersConfig) -> httpx.AsyncClient:
     """Return a client for a model's servers, with their API key.
 
     Raises:
-        ConfigError: `api_key_env` names a variable that is not set.
+        ConfigError: `api_key_env` names a variable that is not set, or whose value cannot be sent.
     """
-    headers = {}
-    if config.api_key_env is not None:
-        if config.api_key_env not in os.environ:
-            raise ConfigError(
-                f"{config.section}.api_key_env: the environment variable `{config.api_key_env}` is not set"
-            )
-        headers["Authorization"] = f"Bearer {os.environ[config.api_key_env]}"
+    headers = {} if config.api_key_env is None else {"Authorization": f"Bearer {_api_key(config)}"}
     # The number of connections is bounded where requests are begun, so that none waits for one unseen.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     return httpx.AsyncClient(headers=headers, timeout=config.timeout_seconds, limits=limits)
+
+
+def _api_key(config: ServersConfig) -> str:
+    key, name = f"{config.section}.api_key_env", config.api_key_env or ""
+    if name not in os.environ:
+        raise ConfigError(f"{key}: the environment variable `{name}` is not set")
+    # A secret that is mounted as a file often ends with a newline.
+    value = os.environ[name].strip()
+    if not value or not all("!" <= character <= "~" for character in value):
+        # What httpx says of a header that it refuses repeats it, and so would every log.
+        raise ConfigError(
+            f"{key}: the environment variable `{name}` is empty, or holds characters that no HTTP header can"
+        )
+    return value
 
 
 def _reason(answer: httpx.Response) -> str:

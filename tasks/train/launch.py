@@ -67,7 +67,7 @@ def launch_command(launch: LaunchConfig, machine: int) -> list[str]:
     """
     several = launch.machines > 1
     return [
-        *[sys.executable, "-m", "accelerate.commands.launch"],
+        *[sys.executable, "-P", "-m", "accelerate.commands.launch"],
         # Its name for torchrun, on whatever device: which one is said to every process by its config.
         "--multi_gpu",
         *["--num_processes", str(launch.world_size)],
@@ -84,7 +84,8 @@ def launch_command(launch: LaunchConfig, machine: int) -> list[str]:
 
 def rank_environment(device: str | None) -> dict[str, str]:
     """Return the environment of processes that train: this one's, without GPUs where ``device`` is the CPU."""
-    return os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    # A `tasks.py` in the working directory is not ours.
+    return os.environ | {"PYTHONSAFEPATH": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 def end_launcher(launcher: subprocess.Popen[bytes]) -> None:

@@ -169,12 +169,26 @@ def test_a_comparison_is_made_resumed_and_changed(
         f"sft · lr {rate:g} · seed 0",
         "sft · GRPO · seed 0",
     ]
+    # A method that was left out this time is still in the table, with all that its runs came to.
+    table = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison")
+    again = {row["method"]: row for row in table.to_pylist()}
+    assert list(again) == ["teacher", "start", "warm-up", "npd", "on-policy", "sft"]
+    assert again["on-policy"] == rows["on-policy"]
+    assert again["npd"]["rl_accuracy"] == rows["npd"]["rl_accuracy"]
+
+    # What takes its measure from NPD does not run without one.
+    broken = {**changed, "npd": {**METHODS["npd"], "set": {"filter.min_delta_ifd": 1e6, "filter.max_delta_ifd": None}}}
+    config = write_comparison(tmp_path, methods=broken)
+    with pytest.raises(StageError, match=r"(?s)3 run.* failed.*  on-policy: waits for `npd`") as failed:
+        made_runs(config, shared_server, capsys)
+    assert "on-policy · lr" not in str(failed.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"metods": {}}, "metods: unknown key; did you mean `methods`"),
+        ({"root": "s3://bucket/runs"}, "root: .*lies in a folder"),
         ({"methods": {"npd": {"role": "npd", "titel": "x"}}}, "titel: unknown key; did you mean `title`"),
         ({"methods": {"sft": {"role": "baseline"}}}, "one of `methods` has `role: npd`"),
         ({"methods": {"base": {"role": "npd"}}}, "methods.base"),

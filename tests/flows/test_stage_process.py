@@ -55,6 +55,29 @@ def test_a_dead_server_is_an_error_not_a_hang(tmp_path: Path) -> None:
         server.start(log.fileno(), log.fileno())
 
 
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'libtorch.so: not found' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with (tmp_path / "log").open("wb") as log, pytest.raises(StageError, match=r"It said: libtorch\.so: not found"):
+        ForkServer().start(log.fileno(), log.fileno())
+
+
+def test_modules_in_the_working_directory_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tasks", "flows", "schemas"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "log").open("wb") as log:
+        reading, writing = os.pipe()
+        server = ForkServer()
+        process = server.start(writing, log.fileno())
+        os.close(writing)
+        process.end(0.0)
+        os.close(reading)
+    assert server.is_running
+
+
 def test_the_server_ends_with_its_parent() -> None:
     server = ForkServer()
     pid = server_pid(server)

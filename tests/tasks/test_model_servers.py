@@ -200,6 +200,15 @@ def test_the_key_comes_from_the_environment(start: Start, monkeypatch: pytest.Mo
     monkeypatch.setenv("TINY_KEY", "secret-1")
     served(server, api_key_env="TINY_KEY").close()
     assert set(server.authorization) == {"Bearer secret-1"}
+    # A secret that is mounted as a file ends with a newline.
+    monkeypatch.setenv("TINY_KEY", "secret-1\n")
+    served(server, api_key_env="TINY_KEY").close()
+    assert set(server.authorization) == {"Bearer secret-1"}
+    for wrong in ("", " \n", "sec\nret", "secrét"):
+        monkeypatch.setenv("TINY_KEY", wrong)
+        with pytest.raises(ConfigError, match=r"generate\.server\.api_key_env: .*`TINY_KEY` is empty, or") as refused:
+            served(server, api_key_env="TINY_KEY")
+        assert not wrong.strip() or wrong not in str(refused.value)
     monkeypatch.delenv("TINY_KEY")
     with pytest.raises(ConfigError, match=r"generate\.server\.api_key_env: .*`TINY_KEY` is not set"):
         served(server, api_key_env="TINY_KEY")
