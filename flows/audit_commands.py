@@ -10,14 +10,14 @@ from flows.terminal import Terminal
 from schemas.untrusted_text import one_line
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RunPlace = Annotated[
+RunArgument = Annotated[
     str,
     typer.Argument(metavar="RUN", help="Folder or URL of a run, for example runs/quickstart or s3://bucket/runs/x."),
 ]
 
 
 def verify(
-    run: RunPlace,
+    run: RunArgument,
     all_breaks: Annotated[bool, typer.Option("--all", help="List every broken link, not only the first.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +45,7 @@ def verify(
 
 
 def trace(
-    run: RunPlace,
+    run: RunArgument,
     sample: Annotated[str | None, typer.Option("--sample", metavar="ID", help="A sample's id.")] = None,
     round_index: Annotated[int | None, typer.Option("--round", help="The round of --pack; -1 is the warm-up.")] = None,
     pack: Annotated[int | None, typer.Option("--pack", metavar="P", help="A pack's id, from 0.")] = None,
@@ -105,7 +105,7 @@ def diff(
 
 
 def report(
-    run: RunPlace,
+    run: RunArgument,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="PATH", help="Write there instead of RUN/report.html.")
     ] = None,

@@ -11,7 +11,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from flows import audit_commands
-from flows.audit_commands import RunPlace
+from flows.audit_commands import RunArgument
 from flows.compare_command import compare
 from flows.terminal import Terminal
 from flows.watch import ended_by
@@ -172,7 +172,7 @@ def rl(
 
 
 @app.command(epilog=_EPILOG)
-def status(run: RunPlace) -> None:
+def status(run: RunArgument) -> None:
     """Show how every stage of RUN stands, and what the rounds have come to."""
     from flows.display import print_rl_summary, print_states, print_summary
     from flows.rl_summary import summarize_rl
@@ -198,7 +198,7 @@ def status(run: RunPlace) -> None:
 
 @app.command(epilog=_EPILOG)
 def rerun(
-    run: RunPlace,
+    run: RunArgument,
     stage: Annotated[
         str,
         typer.Option(
@@ -252,7 +252,7 @@ def rerun(
 
 @app.command(epilog=_EPILOG)
 def inspect(
-    run: RunPlace,
+    run: RunArgument,
     stage: Annotated[str | None, typer.Option("--stage", help="Which stage; none: a list of all.")] = None,
     round_index: Round = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows to show of each table.")] = 5,
@@ -274,7 +274,7 @@ def inspect(
 
 @app.command(epilog=_EPILOG)
 def gc(
-    run: RunPlace,
+    run: RunArgument,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Delete what RUN keeps of stages that ran again: their earlier results, under superseded/."""

@@ -1,8 +1,7 @@
 """The flow `npd-compare`: methods against each other, from one warmed-up student."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from prefect.futures import PrefectFuture
 
 from flows.comparison_progress import current_runs_listener
 from flows.comparison_worker import Worker, lenders
-from flows.process import available_cores, cancelling
+from flows.process import available_cores, cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
@@ -98,7 +97,7 @@ def npd_compare(
     comparison, base = load_comparison(config, overrides)
     store = RunStore.at(base)
     fork_server(process_modules(comparison, base))
-    with store.lock.held(), _cancelled_by_errors():
+    with store.lock.held(), cancelled_by_errors():
         work = Work(comparison, base, store, comparison.methods_for(only), workers or comparison.workers)
         work.run_base()
         work.tune()
@@ -108,18 +107,6 @@ def npd_compare(
         work.require_all_done()
     accuracies = dict(zip(table.column("method").to_pylist(), table.column("accuracy").to_pylist(), strict=True))
     return {"folder": comparison.folder, "runs": len(work.outcomes), "accuracy": accuracies}
-
-
-@contextmanager
-def _cancelled_by_errors() -> Iterator[None]:
-    """End the runs at work when the flow leaves this context by an error, Ctrl-C included."""
-    cancelled = threading.Event()
-    with cancelling(cancelled):
-        try:
-            yield
-        except BaseException:
-            cancelled.set()
-            raise
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The flow `npd-round`: Near-Policy Distillation, round after round."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 
 from flows.configs import read_config
-from flows.process import cancelling
+from flows.process import cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_tasks import (
     baseline,
@@ -130,13 +129,8 @@ class SamplingAhead:
 @contextmanager
 def sampling_ahead(store: RunStore, config: RunConfig) -> Iterator[SamplingAhead]:
     """Give a SamplingAhead whose stages end when the flow leaves this context by an error."""
-    cancelled = threading.Event()
-    with cancelling(cancelled):
-        try:
-            yield SamplingAhead(store, config)
-        except BaseException:
-            cancelled.set()
-            raise
+    with cancelled_by_errors():
+        yield SamplingAhead(store, config)
 
 
 def publish_round(store: RunStore, config: RunConfig, index: int) -> None:

@@ -42,6 +42,18 @@ def cancelling(cancelled: threading.Event) -> Iterator[None]:
         _CANCELLED.reset(token)
 
 
+@contextmanager
+def cancelled_by_errors() -> Iterator[None]:
+    """End the stages started inside this context when it is left by an error, Ctrl-C included."""
+    cancelled = threading.Event()
+    with cancelling(cancelled):
+        try:
+            yield
+        except BaseException:
+            cancelled.set()
+            raise
+
+
 def available_cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

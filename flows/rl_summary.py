@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from flows.summary import Metric, TextTable, display_place, evaluation_metrics, metric_text
+from flows.summary import TextTable, display_place, evaluation_metrics, metric_text
 from schemas.config import RLConfig
 from schemas.rl_tables import RL_METRICS
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.untrusted_text import code_markdown, escape_markdown
+from tasks.report.evaluation import Metric
 from tasks.report.text import duration_text, markdown_table
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.stage import standing

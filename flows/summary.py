@@ -8,10 +8,11 @@ from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import EVALUATE_METRICS, FILTER, METRICS_FILE, RESPONSE_METRICS
+from schemas.tables import FILTER, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.evaluate.resolution import TARGET
 from tasks.graph import BASELINE
+from tasks.report.evaluation import Metric, read_metrics
 from tasks.report.text import duration_text, markdown_table
 from tasks.stage import standing
 
@@ -27,15 +28,6 @@ METRIC_TITLES = {
 """Column titles of the metrics that have one; another metric goes by its name."""
 
 KEPT = "kept"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One held-out metric: mean ``value`` over ``n`` observations, with its standard error."""
-
-    value: float
-    stderr: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -142,10 +134,9 @@ def evaluation_metrics(store: RunStore, key: StageKey) -> dict[str, dict[str, Me
     Raises:
         ArtifactError: the table is damaged.
     """
-    table = store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS)
     found: dict[str, dict[str, Metric]] = {}
-    for row in table.to_pylist():
-        found.setdefault(row["model"], {})[row["metric"]] = Metric(row["value"], row["stderr"], row["n"])
+    for metric in read_metrics(store, [key]):
+        found.setdefault(metric.model, {})[metric.name] = metric
     return found
 
 
@@ -190,7 +181,7 @@ def display_place(store: RunStore) -> str:
 def metric_text(metric: Metric | None) -> str:
     """Return a metric with its standard error.
 
-    >>> metric_text(Metric(value=1.25, stderr=0.03, n=10)), metric_text(None)
+    >>> metric_text(Metric("kl", "student", 0, value=1.25, stderr=0.03, n=10)), metric_text(None)
     ('1.2500 ± 0.0300', '')
     """
     return "" if metric is None else f"{metric.value:.4f} ± {metric.stderr:.4f}"

@@ -1,5 +1,6 @@
 """Files of a run wherever they lie, by their paths alone; `schemas.run_store` says what they mean."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,12 @@ class RunFiles:
         """Write a file, whole or not at all."""
         with local_files.writing_file(path) as temporary:
             temporary.write_bytes(data)
+        self.upload(path)
+
+    def write_copy(self, path: Path, source: Path) -> None:
+        """Write a copy of the file ``source``, whole or not at all; it is never in memory as a whole."""
+        with local_files.writing_file(path) as temporary:
+            shutil.copyfile(source, temporary)
         self.upload(path)
 
     @contextmanager

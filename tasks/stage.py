@@ -180,8 +180,7 @@ def take_over(store: RunStore, config: RunSettings, key: StageKey, lenders: Sequ
             continue
         store.begin(key, fingerprint)
         for record in manifest.outputs:
-            source = lender.fetch(lender.folder / record.path)
-            store.write_bytes(store.folder / record.path, source.read_bytes())
+            store.write_copy(store.folder / record.path, lender.fetch(lender.folder / record.path))
         store.finish(key, manifest)
         return manifest
     return None

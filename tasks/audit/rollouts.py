@@ -91,7 +91,7 @@ def _check_distinct(audit: Audit[Any], key: StageKey, ids: pa.ChunkedArray, colu
     return not len(twice)
 
 
-def weights_version(manifest: Manifest, key: StageKey) -> str:
+def recorded_version(manifest: Manifest, key: StageKey) -> str:
     """Return the hash that samples carry of the student that ``key`` (models or export) wrote.
 
     The first 16 hex digits of the sha256 over names and hashes of its safetensors files.
@@ -124,7 +124,7 @@ def check_rollouts(audit: Audit, key: StageKey) -> None:
         audit.broken(f"{MODELS.folder}/models.json", "is not what stage `models` writes")
         return
     if own:
-        expected_version = weights_version(audit.manifests[sampler], sampler)
+        expected_version = recorded_version(audit.manifests[sampler], sampler)
     else:
         answers = key.round is not None and audit.config.generate.policy == "answers"
         expected_version = ANSWERS_VERSION if answers else teacher

@@ -13,7 +13,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import IGNORE_LABEL, PROMPTS, TableSchema
 from tasks.audit.epochs import epochs_of, pack_costs, student_width
-from tasks.audit.rollouts import weights_version
+from tasks.audit.rollouts import recorded_version
 from tasks.audit.tables import stage_schema
 from tasks.audit.token_texts import TokenTexts
 from tasks.graph import MODELS, REFERENCE, loop, sampled_round, sampling_policy
@@ -192,7 +192,7 @@ def _sampler(store: RunStore, config: RunConfig, found: Found) -> Section:
         return {"model": "the teacher, or the prompt's own answer"} | section
     sampler = sampling_policy(config, found.key.round)
     manifest = store.manifest(sampler)
-    present = manifest is not None and weights_version(manifest, sampler) == values["policy_version"]
+    present = manifest is not None and recorded_version(manifest, sampler) == values["policy_version"]
     folder = f"{sampler.folder}/{'student' if sampler == MODELS else 'model'}"
     return section | {"model": folder, "is_still_there": present}
 
@@ -293,7 +293,7 @@ def _training(store: RunStore, config: RunConfig, round_index: int, pack: int) -
         section["epochs"] = [round(epochs.before + epoch, 6) for epoch, _ in steps]
     exported = store.manifest(export)
     section["export"] = None if exported is None else f"{export.folder}/model"
-    section["policy_version"] = None if exported is None else weights_version(exported, export)
+    section["policy_version"] = None if exported is None else recorded_version(exported, export)
     return section
 
 

@@ -26,30 +26,6 @@ from tasks.report.evaluation import STANDARD_ERRORS
 from tasks.report.page import environment
 from tasks.report.text import NOTHING, duration_text, number_text
 
-COMPARISON_COLUMNS = {
-    "method": pa.string(),
-    "title": pa.string(),
-    "accuracy": pa.float64(),
-    "accuracy_low": pa.float64(),
-    "accuracy_high": pa.float64(),
-    "kl_teacher_student": pa.float64(),
-    "kl_stderr": pa.float64(),
-    "policy_kl": pa.float64(),
-    "seconds": pa.float64(),
-    "seconds_min": pa.float64(),
-    "seconds_max": pa.float64(),
-    "generated_tokens": pa.int64(),
-    "steps": pa.int64(),
-    "learning_rate": pa.float64(),
-    "seeds": pa.int32(),
-    "role": pa.string(),
-    "rl_accuracy": pa.float64(),
-    "rl_low": pa.float64(),
-    "rl_high": pa.float64(),
-}
-"""What a comparison table has: one row a method. ``role`` is `baseline`, `npd`, `ablation`, `teacher` or `start`;
-accuracies are shares with the ends of their 95 % intervals; KL is in nats per token; time in seconds."""
-
 _ROLES = {"npd": "npd", "baseline": "student", "ablation": "ablation", "teacher": "teacher", "start": "start"}
 """The CSS class that colours a role."""
 
@@ -68,7 +44,7 @@ def comparison_html(table: pa.Table, title: str) -> str:
     """Return the comparison as one page that needs nothing else.
 
     Args:
-        table: One row a method; see COMPARISON_COLUMNS. Any value but `method`, `title` and `role` may be null.
+        table: COMPARISON, one row a method. Any value but `method`, `title` and `role` may be null.
         title: The page's.
     """
     figures = comparison_figures(table)

@@ -13,10 +13,9 @@ from schemas.config import fields_markdown
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.graph import loop
-from tasks.rl.run import run_rl
 from tests.flows.conftest import CONFIGS, FinishedRun, write_smoke_config
 from tests.report_rl_runs import synthetic_rl_run
-from tests.tasks.rl_runs import checked_prompts, rl_config, source_store
+from tests.tasks.rl_runs import checked_prompts, rl_config, run_rl, source_store
 from tests.tiny_models import make_model, make_tokenizer, save_model
 
 RUNNER = CliRunner()

@@ -12,6 +12,8 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.prompts.messages import prompt_id
+from tasks.rl.graph import RL_LOOP
+from tasks.stage import Progress, current_manifest, execute, no_progress
 from tests.run_fixtures import finish_stage, make_config, make_store
 
 TRAIN, HELD_OUT = 10, 4
@@ -78,3 +80,11 @@ def rl_config(root: Path, run: Path, **grpo: Any) -> RLConfig:
 
 def rl_tables(store: RunStore) -> dict[str, bytes]:
     return {store.relative(path): path.read_bytes() for path in sorted(store.folder.rglob("*.parquet"))}
+
+
+def run_rl(store: RunStore, config: RLConfig, progress: Progress = no_progress) -> None:
+    """Run every stage of an RL run that does not stand yet, in this process, without Prefect."""
+    store.record_config(config)
+    for key in RL_LOOP:
+        if current_manifest(store, config, key) is None:
+            execute(store, config, key, progress)

@@ -12,9 +12,8 @@ from schemas.stage_key import StageKey
 from tasks.audit.verify import verify
 from tasks.graph import PROMPTS
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
-from tasks.rl.run import run_rl
 from tests.tasks.forged_tables import Change, forge, put, reseal
-from tests.tasks.rl_runs import checked_prompts, rl_config, source_store
+from tests.tasks.rl_runs import checked_prompts, rl_config, run_rl, source_store
 
 METRICS, RESPONSES, ROLLOUTS = "metrics.parquet", "responses.parquet", "part-00000.parquet"
 

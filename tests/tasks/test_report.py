@@ -11,13 +11,14 @@ import pyarrow.compute as pc
 import pytest
 from markdown_it import MarkdownIt
 
+from schemas.comparison_tables import COMPARISON
 from schemas.config import parse_config
 from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, score_schema
 from tasks.report import run_report, write_report
-from tasks.report.comparison import COMPARISON_COLUMNS, comparison_figures, comparison_html, comparison_rows
+from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
 from tasks.report.drawing import Scale, around
 from tasks.report.evaluation import Metric, metrics_of, shown_names, told_apart
 from tasks.report.figures import RunFigures, read_figures
@@ -292,11 +293,11 @@ def test_the_report_lies_at_the_runs_root(tmp_path: Path) -> None:
 
 def method(name: str, accuracy: float | None, seconds: float | None, role: str, **more: float) -> dict[str, object]:
     known = {"method": name, "title": name, "accuracy": accuracy, "seconds": seconds, "role": role, "seeds": 5}
-    return dict.fromkeys(COMPARISON_COLUMNS) | known | more
+    return dict.fromkeys(COMPARISON.columns.names) | known | more
 
 
 def comparison(*rows: dict[str, object]) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), pa.schema(COMPARISON_COLUMNS))
+    return pa.Table.from_pylist(list(rows), COMPARISON.columns)
 
 
 def test_a_comparison_holds_every_method_against_every_baseline() -> None:

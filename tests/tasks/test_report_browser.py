@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from schemas.comparison_tables import COMPARISON
 from schemas.stage_key import StageKey
 from tasks.report import run_report
-from tasks.report.comparison import COMPARISON_COLUMNS, comparison_html
+from tasks.report.comparison import comparison_html
 from tests.browser import Browser, chromium
 from tests.report_rl_runs import synthetic_rl_run
 from tests.report_runs import WORDS, metric, synthetic_run, write_metrics
@@ -171,12 +172,12 @@ def test_an_rl_run(browser: Browser, tmp_path: Path) -> None:
 
 def test_a_comparison(browser: Browser, tmp_path: Path) -> None:
     rows = [
-        dict.fromkeys(COMPARISON_COLUMNS)
+        dict.fromkeys(COMPARISON.columns.names)
         | {"method": name, "title": name, "role": role, "accuracy": 0.5 + 0.1 * place, "seconds": 30.0 * 3**place}
         for place, (name, role) in enumerate([("SFT", "baseline"), ("NPD", "npd"), (HOSTILE, "ablation")])
     ]
     page = tmp_path / "comparison.html"
-    table = pa.Table.from_pylist(rows, pa.schema(COMPARISON_COLUMNS))
+    table = pa.Table.from_pylist(rows, COMPARISON.columns)
     page.write_text(comparison_html(table, "NPD against others"), encoding="utf-8")
     for width in (1280, 390):
         browser.open(page, width=width)

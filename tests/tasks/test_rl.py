@@ -22,10 +22,9 @@ from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.weights import read_tensors
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.rl.reward import VerifiedReward, rewards, verifiable
-from tasks.rl.run import run_rl
 from tasks.rl.trainer import prompt_order
 from tasks.stage import execute
-from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, source_store
+from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, run_rl, source_store
 
 
 def likely_letter(student: Path) -> str:
