@@ -126,6 +126,8 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"teacher": {"model": "a", "max_memory": {"cpu": "2GiB"}}}, "`max_memory` goes with `device_map`"),
         ({"teacher": {"model": "a", "device_map": "auto", "max_memory": {0: "70"}}}, "teacher.max_memory.0"),
         ({"teacher": {"model": "a", "device_map": "auto"}, "devices": {"teacher": "cuda:1"}}, "set one of them"),
+        ({"refresh_every": 2, "train": {"guard": {"action": "refresh"}}}, "raise `train.epochs_per_round` instead"),
+        ({"overlap": True, "train": {"guard": {"action": "refresh"}}}, "set `overlap: false`"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:
