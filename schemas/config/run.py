@@ -122,6 +122,17 @@ class RunConfig(RunSettings):
         return self
 
     @model_validator(mode="after")
+    def _flash_attention_trains_in_16_bits(self) -> "RunConfig":
+        attention = self.student.attn_implementation or ""
+        for key, training in (("warmup", self.warmup), ("train", self.train)):
+            if "flash" in attention and training is not None and training.precision == "fp32":
+                raise ValueError(
+                    f"`student.attn_implementation: {attention}` takes no float32, which `{key}.precision: fp32` "
+                    f"trains in: set `{key}.precision: bf16`, or another attention (null: ours)"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _a_prompt_has_one_answer(self) -> "RunConfig":
         if self.generate.policy == "answers" and self.generate.samples_per_prompt != 1:
             raise ValueError("`generate.policy: answers` has one response a prompt: `generate.samples_per_prompt: 1`")

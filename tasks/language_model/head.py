@@ -107,15 +107,20 @@ def agree(states: Tensor, others: Tensor, tolerance: float) -> bool:
 def rounding(model: PreTrainedModel) -> float:
     """Return how far two ways to the same hidden states may be apart by rounding, as the share that ``agree`` takes.
 
-    A leak between sequences changes a tenth and more. LLM.int8 rounds by what else is in the batch, which moved a
-    random model's states by three hundredths.
+    Under autocast that is its type's rounding, whatever the weights are stored in. A leak between sequences changes a
+    tenth and more. LLM.int8 rounds by what else is in the batch, which moved a random model's states by three
+    hundredths.
     """
-    return 1e-2 if model.dtype.itemsize >= 4 and not getattr(model, "is_quantized", False) else 5e-2
+    device = input_device(model).type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return 1e-2 if dtype.itemsize >= 4 and not getattr(model, "is_quantized", False) else 5e-2
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Check that ``OutputHead`` reproduces the model's own logits, so that an unknown architecture cannot score wrong.
+
+    What is checked is how the model computes here and now, in autocast's type under autocast.
 
     Raises:
         ModelError: the logits differ, or are not finite, or packed sequences see each other.

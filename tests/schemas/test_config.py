@@ -128,6 +128,13 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"teacher": {"model": "a", "device_map": "auto"}, "devices": {"teacher": "cuda:1"}}, "set one of them"),
         ({"refresh_every": 2, "train": {"guard": {"action": "refresh"}}}, "raise `train.epochs_per_round` instead"),
         ({"overlap": True, "train": {"guard": {"action": "refresh"}}}, "set `overlap: false`"),
+        *(
+            (
+                {"student": {"model": "b", "attn_implementation": "flash_attention_2"}, key: {"precision": "fp32"}},
+                f"set `{key}.precision: bf16`",
+            )
+            for key in ("train", "warmup")
+        ),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:

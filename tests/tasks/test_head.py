@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from schemas.errors import ModelError
-from tasks.language_model import packed_attention
-from tasks.language_model.head import OutputHead, check_head, hidden_states
+from tasks.language_model import head, packed_attention
+from tasks.language_model.head import OutputHead, check_head, hidden_states, rounding
 from tasks.language_model.loading import prefer_packed_attention
 from tests.tiny_models import make_model
 
@@ -116,6 +117,36 @@ def test_what_the_config_tells_of_the_logits_is_followed(config: dict[str, float
         check_head(model)
     add_to_logits(model, changes[name])
     check_head(model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_under_autocast_the_check_allows_for_bfloat16_and_sees_a_leak_all_the_same(packed: bool) -> None:
+    model = deep_model(torch.float32)
+    if packed:
+        assert prefer_packed_attention(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_head(model)
+        add_to_logits(model, lambda logits: logits * 0.97)
+        with pytest.raises(ModelError, match="transforms its logits"):
+            check_head(model)
+        model = deep_model(torch.float32)
+        with pytest.raises(ModelError, match="see each other"), patch.object(head, "hidden_states", leaking_states):
+            check_head(model)
+
+
+def leaking_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """All of a row as one sequence, whose positions are right."""
+    mask = torch.ones(input_ids.shape, dtype=torch.int64)
+    options: dict[str, Any] = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+    states: Tensor = model.base_model(input_ids=input_ids, **options).last_hidden_state
+    return states
+
+
+def test_rounding_is_that_of_what_computes() -> None:
+    model = deep_model(torch.float32)
+    exact = rounding(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rounding(model) == rounding(deep_model(torch.bfloat16)) > exact
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
