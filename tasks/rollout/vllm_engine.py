@@ -50,12 +50,20 @@ class VllmEngine:
             if error.name != "vllm":
                 raise
             raise ModelError(INSTALL_HINT) from None
+        import torch
+
+        from tasks.language_model.loading import resolve_dtype, stored_dtype
+
         on_cpu = current_platform.device_type == "cpu"
         if model.device is not None and model.device.split(":")[0] != current_platform.device_type:
             raise ModelError(
                 f"device: `{model.device}`: the vLLM installed here runs on `{current_platform.device_type}` only; "
                 "set `device: null` or `generate.engine: transformers`"
             )
+        # vLLM's own `auto` makes 16 bits of float32 on a GPU, where the samples would then be scored in float32.
+        dtype = resolve_dtype(model.dtype, torch.device(current_platform.device_type))
+        if dtype == "auto":
+            dtype = stored_dtype(model.path, trust_remote_code=model.trust_remote_code)
         limits: dict[str, Any] = {} if options.max_num_seqs is None else {"max_num_seqs": options.max_num_seqs}
         # Any: whether vLLM is installed must not change what type checkers see.
         load: Any = vllm.LLM
@@ -65,7 +73,7 @@ class VllmEngine:
             skip_tokenizer_init=True,
             # Nothing of the model's own sampling settings: every request says all of it.
             generation_config="vllm",
-            dtype="float32" if on_cpu and model.dtype == "auto" else model.dtype,
+            dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=model.trust_remote_code,
             load_format="safetensors",
             max_model_len=min(longest_sequence, model.context),
