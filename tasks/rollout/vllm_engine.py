@@ -30,7 +30,7 @@ class VllmEngine:
     """vLLM's `LLM`. It picks its own attention kernels: `attn_implementation` does not apply.
 
     Args:
-        model: What to sample from; it is loaded here.
+        model: What to sample from; it is loaded here, on the first GPU that this process sees (see `vllm_process`).
         options: `generate.vllm`.
         longest_sequence: No prompt with its response will be longer, in tokens.
 
@@ -39,10 +39,9 @@ class VllmEngine:
     """
 
     def __init__(self, model: ModelRef, options: VllmOptions, longest_sequence: int) -> None:
-        # One process: the stage has one of its own already, and its end frees everything.
+        # One process: whoever loads the engine has one of its own already, and its end frees everything.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_gib)
-        _select_gpu(model.device)
         try:
             import vllm
             from vllm.platforms import current_platform
@@ -156,11 +155,3 @@ class VllmEngine:
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _select_gpu(device: str | None) -> None:
-    """Let vLLM, which takes no device by number, see only the GPU that ``device`` names."""
-    kind, _, index = (device or "").partition(":")
-    if kind == "cuda" and index:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = index if visible is None else visible.split(",")[int(index)]
