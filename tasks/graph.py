@@ -198,7 +198,7 @@ def _export_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
 
 STAGES: dict[str, Stage] = {
     "prompts": Stage("tasks.prompts", 2, _prompts_config, lambda c, k: [], own_process=False),
-    "models": Stage("tasks.models", 2, _models_config, lambda c, k: [PROMPTS]),
+    "models": Stage("tasks.models", 3, _models_config, lambda c, k: [PROMPTS]),
     "reference": Stage("tasks.reference", 3, _reference_config, lambda c, k: [PROMPTS, MODELS]),
     "generate": Stage("tasks.generate", 3, _generate_config, _generate_inputs),
     "score": Stage(

@@ -103,7 +103,7 @@ class StudentConfig(Section):
     """As `teacher.trust_remote_code`."""
 
     attn_implementation: str | None = None
-    """As `teacher.attn_implementation`."""
+    """As `teacher.attn_implementation`. Flash attention takes no float32: it trains with `precision: bf16` only."""
 
     @model_validator(mode="after")
     def _init_is_complete(self) -> "StudentConfig":

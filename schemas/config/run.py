@@ -113,6 +113,23 @@ class RunConfig(RunSettings):
                 "`train.guard.action: refresh` and `refresh_every` above 1 both say when the sampler is refreshed; "
                 "for rarer refreshes beside the guard raise `train.epochs_per_round` instead"
             )
+        if self.overlap and self.train.guard.action == "refresh":
+            raise ValueError(
+                "`train.guard.action: refresh` ends a round so that the next samples from the student as it is, and "
+                "with `overlap` the next has been sampled already, from an older student that is over budget too: set "
+                "`overlap: false`, or `train.guard.action` to `warn` or `stop`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flash_attention_trains_in_16_bits(self) -> "RunConfig":
+        attention = self.student.attn_implementation or ""
+        for key, training in (("warmup", self.warmup), ("train", self.train)):
+            if "flash" in attention and training is not None and training.precision == "fp32":
+                raise ValueError(
+                    f"`student.attn_implementation: {attention}` takes no float32, which `{key}.precision: fp32` "
+                    f"trains in: set `{key}.precision: bf16`, or another attention (null: ours)"
+                )
         return self
 
     @model_validator(mode="after")

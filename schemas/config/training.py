@@ -43,7 +43,8 @@ class GuardConfig(Section):
 
     action: Literal["warn", "refresh", "stop"] = "warn"
     """Over budget: `warn` says so once a round; `refresh` ends the round there, so that the next one samples from the
-    student as it is (the last round trains the epochs that this leaves; it can only warn); `stop` fails the stage."""
+    student as it is (the last round trains the epochs that this leaves; it can only warn), which `overlap` rules out;
+    `stop` fails the stage."""
 
 
 class OptimizerConfig(Section):

@@ -107,15 +107,20 @@ def agree(states: Tensor, others: Tensor, tolerance: float) -> bool:
 def rounding(model: PreTrainedModel) -> float:
     """Return how far two ways to the same hidden states may be apart by rounding, as the share that ``agree`` takes.
 
-    A leak between sequences changes a tenth and more. LLM.int8 rounds by what else is in the batch, which moved a
-    random model's states by three hundredths.
+    Under autocast that is its type's rounding, whatever the weights are stored in. A leak between sequences changes a
+    tenth and more. LLM.int8 rounds by what else is in the batch, which moved a random model's states by three
+    hundredths.
     """
-    return 1e-2 if model.dtype.itemsize >= 4 and not getattr(model, "is_quantized", False) else 5e-2
+    device = input_device(model).type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return 1e-2 if dtype.itemsize >= 4 and not getattr(model, "is_quantized", False) else 5e-2
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Check that ``OutputHead`` reproduces the model's own logits, so that an unknown architecture cannot score wrong.
+
+    What is checked is how the model computes here and now, in autocast's type under autocast.
 
     Raises:
         ModelError: the logits differ, or are not finite, or packed sequences see each other.
@@ -123,8 +128,10 @@ def check_head(model: PreTrainedModel) -> None:
     device = input_device(model)
     ids = torch.arange(1, 6, device=device)[None] % model.config.get_text_config().vocab_size
     positions = torch.arange(5, device=device)[None]
-    own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    ours = OutputHead.of(model).logits(hidden_states(model, ids, positions)[0])
+    states, own = _own_logits(model, ids, positions)
+    # Of the very states that the model's own head was given: two passes need not round alike, and what they round
+    # differently a head makes many times larger in some logits.
+    ours = OutputHead.of(model).logits(states).to(own.device)
     if not torch.isfinite(own).all():
         raise ModelError(
             f"{model.name_or_path}: its logits are not finite: the weights are damaged or overflow in their dtype "
@@ -135,7 +142,29 @@ def check_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} transforms its logits in a way this project does not know "
             f"(largest difference {(own - ours).abs().max().item():.3g}); it cannot be distilled yet"
         )
+    body = hidden_states(model, ids, positions)[0]
+    if not agree(body, states.to(body.device), rounding(model)):
+        raise ModelError(
+            f"{type(model).__name__} makes its logits of other hidden states than its body returns; it cannot be "
+            "distilled yet"
+        )
     check_isolation(model)
+
+
+def _own_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states [tokens, width] that reach a model's output head in a pass of its own over one packed row, and
+    what comes out: float32 logits [tokens, vocabulary]."""
+    given: list[Tensor] = []
+    projection = OutputHead.of(model).projection
+    with (
+        projection.register_forward_pre_hook(lambda module, args: given.append(args[0])),
+        packed_row(model, position_ids) as options,
+    ):
+        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+    if len(given) != 1:
+        raise ModelError(f"{type(model).__name__} does not make its logits by its output head; it cannot be distilled")
+    (states,) = given
+    return states.reshape(-1, states.shape[-1]), output.logits[0].float()
 
 
 @torch.no_grad()

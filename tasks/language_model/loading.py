@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from schemas.config import Quantization
@@ -18,6 +18,10 @@ from tasks.language_model.sources import ModelRef, Spread
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 """What `transformers` raises where a model's files are missing or damaged; of other shapes a RuntimeError."""
+
+
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors calls the types that a model can compute in."""
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -43,6 +47,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
         return "auto" if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def stored_dtype(folder: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
+    """Return the type that ``from_pretrained(dtype="auto")`` takes: the config's, else that of the weights.
+
+    Raises:
+        ModelError: the folder's config or weights cannot be read.
+    """
+    try:
+        named = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
+        if isinstance(named, torch.dtype):
+            return named
+        files = sorted(Path(folder).glob("*.safetensors"))
+        with safe_open(files[0] if files else Path(folder) / "model.safetensors", framework="pt") as weights:
+            types = (weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118 - no mapping
+            return next((_STORED[kind] for kind in types if kind in _STORED), torch.float32)
+    except UNREADABLE as error:
+        raise ModelError(f"{folder}: the type of its weights cannot be read: {error}") from error
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -128,7 +150,9 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        compute = _compute_dtype(folder, options["dtype"], trust_remote_code)
+        compute = options["dtype"]
+        if not isinstance(compute, torch.dtype):
+            compute = stored_dtype(folder, trust_remote_code=trust_remote_code)
         options["quantization_config"] = bitsandbytes_config(quantization, compute)
         # Such weights are rounded where they will lie.
         options["device_map"] = {"": target}
@@ -156,14 +180,6 @@ def load_model(
         if packed:
             prefer_packed_attention(loaded)
     return loaded
-
-
-def _compute_dtype(folder: str | Path, dtype: torch.dtype | str, trust_remote_code: bool) -> torch.dtype:
-    """Return the type a model computes in that is loaded with ``from_pretrained(dtype=dtype)``."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    stored = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype
-    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
 
 
 @torch.no_grad()

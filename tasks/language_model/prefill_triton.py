@@ -17,13 +17,15 @@ def reduce(logits: Tensor, neighbours: int, shared_vocab: int) -> tuple[Tensor, 
     """Return each row's largest logit, log sum exp(logit - largest), and the largest of every few neighbouring ids.
 
     Args:
-        logits: Of any float dtype [n, vocabulary], contiguous; computed with in float32.
+        logits: Of any float dtype [n, vocabulary]; computed with in float32.
         neighbours: Ids in one block of the last result, a power of two.
         shared_vocab: Ids from here on count in the sum alone.
 
     Returns:
         float32 [n, 1], [n, 1], and [n, blocks that begin below ``shared_vocab``].
     """
+    # The kernel finds a row by its number alone.
+    logits = logits.contiguous()
     rows, vocabulary = logits.shape
     blocks = -(-shared_vocab // neighbours)
     shapes = ((rows, 1), (rows, 1), (rows, blocks))

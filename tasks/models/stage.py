@@ -25,6 +25,7 @@ from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
+from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.loading import UNREADABLE, require_safetensors
 from tasks.language_model.quantization import require_full_weights, require_loadable
@@ -48,8 +49,8 @@ def resolve_models(job: StageJob) -> None:
     student_config = teacher_config if same else _config(found.student, found.trust_student)
     require_loadable(teacher_config, config.teacher.quantization)
     require_full_weights(student_config, "teacher.model" if config.student.model is None else "student.model")
-    teacher_context = _context(teacher_config, found.teacher)
-    student_context = _context(student_config, found.student)
+    teacher_context = _context(job, teacher_config, found.teacher)
+    student_context = teacher_context if same else _context(job, student_config, found.student)
     _check_prompts(job, tokenizers.student, min(teacher_context, student_context))
     job.progress(1, 3, "steps")
 
@@ -182,11 +183,14 @@ def _config(source: SourcePath, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _context(config: PreTrainedConfig, source: SourcePath) -> int:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is None:
-        raise ModelError(f"{source.name}: its config does not say how long a sequence may be (max_position_embeddings)")
-    return int(longest)
+def _context(job: StageJob, config: PreTrainedConfig, source: SourcePath) -> int:
+    limit, longest = context_limit(config, source.name), config.get_text_config().max_position_embeddings
+    if limit < longest:
+        job.warn(
+            f"{source.name}: its context is {limit} tokens in this run, not {longest}: with a longer sequence in the "
+            "same pack its rotary embedding (longrope) would change all others too"
+        )
+    return limit
 
 
 def _load(

@@ -19,6 +19,7 @@ from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.checkpoint import keep_checkpoint, name_last_checkpoint, newest_checkpoint, read_state
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import end_ids, require_chat_template
+from tasks.language_model.context_limit import context_limit
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
 from tasks.language_model.model_folder import write_model_folder
@@ -115,7 +116,7 @@ def train_prompts(
     table = of_split(store.read_table(PROMPTS, PROMPTS_TABLE), "train")
     prompts = require_verifiable(table, "train")
     tokens = encode_messages(tokenizer, prompts.column("messages"))
-    context = int(model.config.get_text_config().max_position_embeddings)
+    context = context_limit(model.config, str(model.name_or_path))
     fits = tokens.lengths + longest <= context
     if not fits.any():
         raise PromptError(

@@ -15,6 +15,7 @@ from tasks.evaluate.means import metrics_table, response_means
 from tasks.evaluate.responses import HeldOut, Sampling, own_responses
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import require_chat_template
+from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.sources import ModelRef
@@ -67,7 +68,7 @@ def _model(config: RLConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -
         path=str(folder),
         version=folder_fingerprint(folder, None)[:16],
         step=0,
-        context=int(settings.get_text_config().max_position_embeddings),
+        context=context_limit(settings, str(folder)),
         shared_vocab=len(tokenizer),
         device=config.device,
         trust_remote_code=config.trust_remote_code,

@@ -149,9 +149,9 @@ def open_engine(
     """
     engine = engine_name(model, config)
     if engine == "vllm":
-        from tasks.rollout.vllm_engine import VllmEngine
+        from tasks.rollout.vllm_process import open_vllm
 
-        return VllmEngine(model, config.vllm, longest_sequence)
+        return open_vllm(model, config.vllm, longest_sequence)
     if engine == "server":
         from tasks.rollout.server_engine import ServerEngine
 

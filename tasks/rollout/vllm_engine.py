@@ -30,7 +30,7 @@ class VllmEngine:
     """vLLM's `LLM`. It picks its own attention kernels: `attn_implementation` does not apply.
 
     Args:
-        model: What to sample from; it is loaded here.
+        model: What to sample from; it is loaded here, on the first GPU that this process sees (see `vllm_process`).
         options: `generate.vllm`.
         longest_sequence: No prompt with its response will be longer, in tokens.
 
@@ -39,10 +39,9 @@ class VllmEngine:
     """
 
     def __init__(self, model: ModelRef, options: VllmOptions, longest_sequence: int) -> None:
-        # One process: the stage has one of its own already, and its end frees everything.
+        # One process: whoever loads the engine has one of its own already, and its end frees everything.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_gib)
-        _select_gpu(model.device)
         try:
             import vllm
             from vllm.platforms import current_platform
@@ -50,12 +49,20 @@ class VllmEngine:
             if error.name != "vllm":
                 raise
             raise ModelError(INSTALL_HINT) from None
+        import torch
+
+        from tasks.language_model.loading import resolve_dtype, stored_dtype
+
         on_cpu = current_platform.device_type == "cpu"
         if model.device is not None and model.device.split(":")[0] != current_platform.device_type:
             raise ModelError(
                 f"device: `{model.device}`: the vLLM installed here runs on `{current_platform.device_type}` only; "
                 "set `device: null` or `generate.engine: transformers`"
             )
+        # vLLM's own `auto` makes 16 bits of float32 on a GPU, where the samples would then be scored in float32.
+        dtype = resolve_dtype(model.dtype, torch.device(current_platform.device_type))
+        if dtype == "auto":
+            dtype = stored_dtype(model.path, trust_remote_code=model.trust_remote_code)
         limits: dict[str, Any] = {} if options.max_num_seqs is None else {"max_num_seqs": options.max_num_seqs}
         # Any: whether vLLM is installed must not change what type checkers see.
         load: Any = vllm.LLM
@@ -65,7 +72,7 @@ class VllmEngine:
             skip_tokenizer_init=True,
             # Nothing of the model's own sampling settings: every request says all of it.
             generation_config="vllm",
-            dtype="float32" if on_cpu and model.dtype == "auto" else model.dtype,
+            dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=model.trust_remote_code,
             load_format="safetensors",
             max_model_len=min(longest_sequence, model.context),
@@ -148,11 +155,3 @@ class VllmEngine:
         del self._llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _select_gpu(device: str | None) -> None:
-    """Let vLLM, which takes no device by number, see only the GPU that ``device`` names."""
-    kind, _, index = (device or "").partition(":")
-    if kind == "cuda" and index:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = index if visible is None else visible.split(",")[int(index)]

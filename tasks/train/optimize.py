@@ -15,9 +15,9 @@ from schemas.errors import ConfigError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
-from tasks.language_model.loading import load_tokenizer, resolve_device
+from tasks.language_model.head import check_head
+from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
-from tasks.language_model.tensor_parallel import load_whole
 from tasks.stage import StageJob
 from tasks.train.liger import fuse_layers
 from tasks.train.loss import Objective, choose_kernel
@@ -37,6 +37,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
 
     Raises:
         StageError: the loss or the gradient is not finite; in all processes alike.
+        ModelError: the student cannot be loaded, or packed rows are not for it.
     """
     store, config, settings = job.store, job.config, plan.settings
     warmup, launch = job.round == WARMUP, config.train.launch
@@ -45,7 +46,10 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     kernel = choose_kernel(settings.loss_kernel, device)
     # Before the student is loaded: the two are never in memory together.
     probe = None if plan.guard is None else round_probe(job, plan.reader, device)
-    model = load_whole(replace(start, dtype="float32", device=str(device)))
+    model = load_ref(replace(start, dtype="float32", device=str(device)), packed=True)
+    # As it trains: flash attention takes no float32.
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        check_head(model)
     model.config.use_cache = False
     if settings.liger_kernels:
         fuse_layers(model, device)

@@ -53,7 +53,7 @@ class PackReader:
         return rows
 
     def __getitem__(self, pack: int) -> dict[str, Any]:
-        """Return a pack's columns as Arrow scalars."""
+        """Return a pack's columns, each an Arrow array of one row."""
         group = int(np.searchsorted(self._starts, pack, side="right")) - 1
         row = self._read_group(group).slice(pack - int(self._starts[group]), 1)
         return {name: row.column(name).combine_chunks() for name in row.column_names}

@@ -126,6 +126,15 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"teacher": {"model": "a", "max_memory": {"cpu": "2GiB"}}}, "`max_memory` goes with `device_map`"),
         ({"teacher": {"model": "a", "device_map": "auto", "max_memory": {0: "70"}}}, "teacher.max_memory.0"),
         ({"teacher": {"model": "a", "device_map": "auto"}, "devices": {"teacher": "cuda:1"}}, "set one of them"),
+        ({"refresh_every": 2, "train": {"guard": {"action": "refresh"}}}, "raise `train.epochs_per_round` instead"),
+        ({"overlap": True, "train": {"guard": {"action": "refresh"}}}, "set `overlap: false`"),
+        *(
+            (
+                {"student": {"model": "b", "attn_implementation": "flash_attention_2"}, key: {"precision": "fp32"}},
+                f"set `{key}.precision: bf16`",
+            )
+            for key in ("train", "warmup")
+        ),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], part: str) -> None:

@@ -30,6 +30,7 @@ class Case:
         dtype: Of the logits.
         spread: How far logits are apart.
         shift: Added to all of them.
+        apart: Whether a row's logits lie apart in memory, as those of a slice or a transpose do.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     spread: float = 4.0
     shift: float = 0.0
+    apart: bool = False
 
     def draw(self) -> Tensor:
         """Return the logits; the largest of the last row has a neighbour of its size in another block."""
@@ -45,13 +47,15 @@ class Case:
         logits = torch.randn(self.rows, self.vocabulary, generator=generator) * self.spread + self.shift
         if self.rows:
             logits[-1, 0] = logits[-1, -1] = logits.max() + 1
-        return logits.to(self.dtype)
+        logits = logits.to(self.dtype)
+        return logits.T.contiguous().T if self.apart else logits
 
 
 CASES = [
     *(Case(5, *sizes) for sizes in [(1, 1), (10, 10), (63, 63), (64, 64), (65, 65), (641, 600), (4096, 4096)]),
     *(Case(3, *sizes) for sizes in [(4097, 4097), (9001, 8999), (8192, 4096)]),
     Case(0, 300, 300),
+    Case(3, 300, 300, apart=True),
     *(Case(4, 5003, 4900, torch.bfloat16, spread, shift) for spread in (1e-3, 40.0) for shift in (-300.0, 0.0, 300.0)),
 ]
 

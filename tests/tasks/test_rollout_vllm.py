@@ -3,19 +3,21 @@
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from schemas.config import VllmOptions
+from schemas.config import GenerateConfig, VllmOptions
+from schemas.errors import ModelError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
-from tasks.rollout.engine import Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Requests, Rollouts, SamplingSettings, open_engine
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import execute
 from tests.tasks.rollout_runs import TRAIN, make_run
@@ -154,6 +156,23 @@ def test_a_full_queue_takes_no_further_shard_until_one_ends(results: VllmResults
     # Three requests fill the queue: two shards of two do so at first.
     assert results.taken[0] == 2
     assert results.taken[-1] == 3
+
+
+def test_in_a_process_of_its_own_it_gives_the_same_responses(results: VllmResults, folder: Path) -> None:
+    from tasks.rollout.vllm_engine import VllmEngine
+    from tasks.rollout.vllm_process import VllmProcess
+
+    engine = VllmProcess(partial(VllmEngine, model_ref(folder), VllmOptions(), 64), "0")
+    for settings, expected in ((GREEDY, results.greedy), (SAMPLED, results.sampled)):
+        ((_, found),) = engine.generate([Requests(PROMPTS, SEEDS)], settings, lambda count: None)
+        assert np.array_equal(found.response_ids, expected.response_ids)
+        assert np.array_equal(found.offsets, expected.offsets)
+    engine.close()
+
+
+def test_a_gpu_where_vllm_was_built_for_none_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="runs on `cpu` only"):
+        open_engine(replace(model_ref(folder), device="cuda:1"), GenerateConfig(engine="vllm"), 64)
 
 
 def test_the_table_is_the_same_from_both_engines(results: VllmResults, folder: Path, tmp_path: Path) -> None:

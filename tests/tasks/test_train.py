@@ -2,12 +2,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from schemas.errors import ArtifactError, ModelError, StageError
 from schemas.stage_key import WARMUP, StageKey
@@ -155,3 +158,28 @@ def test_a_damaged_pack_file_is_named(tmp_path: Path, teacher_dir: Path, student
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ArtifactError, match=f"{path.name}: not a readable Parquet file"):
         execute(store, config, StageKey("train", 0))
+
+
+def attention_of_16_bits(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """Stand in for flash attention: float32 is computed in autocast's type, and taken in no other."""
+    if query.dtype == torch.float32:
+        if not torch.is_autocast_enabled(query.device.type):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    return sdpa_attention_forward(module, query, key, value, *args, **options)
+
+
+def test_an_attention_that_takes_16_bits_only_trains_with_autocast(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    AttentionInterface.register("of_16_bits", attention_of_16_bits)
+    AttentionMaskInterface.register("of_16_bits", sdpa_mask)
+    options: dict[str, Any] = {"rounds": 1, "epochs": 1, "packs": random_packs(), "attention": "of_16_bits"}
+    store, config = training_run(tmp_path, teacher_dir, student_dir, precision="bf16", **options)
+    execute(store, config, StageKey("train", 0))
+    losses = metrics(store, 0).column("loss").to_pylist()
+    assert losses
+    assert np.isfinite(losses).all()

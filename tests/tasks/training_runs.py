@@ -55,13 +55,21 @@ def random_packs(packs: int = 3, sequences: int = 4, seed: int = 0) -> pa.Table:
 
 
 def training_run(
-    root: Path, teacher: Path, student: Path, *, rounds: int, epochs: int, packs: pa.Table, **train: Any
+    root: Path,
+    teacher: Path,
+    student: Path,
+    *,
+    rounds: int,
+    epochs: int,
+    packs: pa.Table,
+    attention: str | None = None,
+    **train: Any,
 ) -> tuple[RunStore, RunConfig]:
     """A run whose models stage really ran and whose packs are given, the same for every round."""
     config = make_config(
         root,
         teacher={"model": str(teacher)},
-        student={"model": str(student)},
+        student={"model": str(student), "attn_implementation": attention},
         rounds=rounds,
         score={"top_k": TOP_K, "topk_dtype": "float32"},
         warmup={"precision": "fp32"},
