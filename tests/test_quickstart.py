@@ -16,13 +16,13 @@ from tasks.graph import loop
 
 ROOT = Path(__file__).parents[1]
 SHORTER = [
-    "prompts.limit=40",
-    "prompts.held_out=12",
+    "prompts.limit=28",
+    "prompts.held_out=8",
     "warmup.epochs=1",
-    "warmup.max_new_tokens=24",
+    "warmup.max_new_tokens=16",
     "rounds=1",
-    "generate.max_new_tokens=24",
-    "generate.batch_size=28",
+    "generate.max_new_tokens=16",
+    "generate.batch_size=20",
 ]
 
 
