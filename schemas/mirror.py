@@ -7,9 +7,10 @@ from schemas import local_files
 from schemas.errors import ArtifactError
 from schemas.manifest import MANIFEST_NAME, FileRecord, hash_file
 from schemas.object_store import ObjectStore
+from schemas.stage_key import StageKey
 
 FOLDER_MARK = ".whole-"
-"""An empty object beside a folder says that all of the folder is there."""
+"""An empty object beside a folder says that what lies in the folder is whole."""
 
 
 class Mirror:
@@ -27,6 +28,14 @@ class Mirror:
     def upload(self, path: Path) -> None:
         """Upload a file under its name."""
         self.objects.upload(path, self._name(path))
+
+    def upload_table(self, path: Path) -> None:
+        """Upload a file that is whole by itself, in a folder of its stage too: there it lies among others like it."""
+        name = self._name(path)
+        key, folder = StageKey.of_file(name), name.rpartition("/")[0]
+        if key is not None and folder != key.folder:
+            self.objects.write(self._mark(folder), b"")
+        self.upload(path)
 
     def upload_folder(self, path: Path) -> None:
         """Upload a folder, and last the mark that it is whole."""
@@ -75,7 +84,7 @@ class Mirror:
             if FOLDER_MARK in name:
                 continue
             inside = name.removeprefix(f"{prefix}/")
-            # A file in a folder is part of it; folders of shards and tables there are none.
+            # Without a mark, a file in a folder is one of those that were there when a process died.
             parents = ["/".join(name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
             if "/" not in inside or any(parent in whole for parent in parents):
                 self.download(name)

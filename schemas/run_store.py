@@ -308,7 +308,8 @@ class RunStore(RunFiles):
         run_id = "" if record is None else record.run_id
         with local_files.writing_file(path) as temporary:
             write_parquet(temporary, table, schema, name, run_id=run_id, row_group_rows=row_group_rows)
-        self.upload(path)
+        if self.mirror is not None:
+            self.mirror.upload_table(path)
 
     def read_table(self, key: StageKey, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
         """Read a finished stage's whole table (or some of its columns), validated.
