@@ -120,7 +120,8 @@ def _wait_for_orphans(folder: Path, place: str) -> None:
 def stage_at_work(folder: Path) -> Iterator[None]:
     """Say that a stage works in a run's folder; several may at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / STAGES_LOCK_NAME).open("a") as file:
+    # Readable: NFSv4 gives a shared lock on no other file.
+    with (folder / STAGES_LOCK_NAME).open("a+") as file:
         _flock(file, fcntl.LOCK_SH)
         yield
 

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -68,6 +71,23 @@ def test_a_new_holder_waits_for_stages_that_a_dead_flow_left(tmp_path: Path) -> 
 
 def test_stages_of_one_run_work_side_by_side(tmp_path: Path) -> None:
     with local_lock(tmp_path, "runs/x"), stage_at_work(tmp_path), stage_at_work(tmp_path):
+        pass
+
+
+def test_locks_are_taken_where_the_system_wants_files_open_for_what_they_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def flock_on_nfs(file: IO[str], operation: int) -> None:
+        """NFSv4 locks ranges of bytes instead: shared ones need a file that can be read, others one to write to."""
+        opened = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if opened == (os.O_WRONLY if operation & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_on_nfs)
+    with local_lock(tmp_path, "runs/x"), stage_at_work(tmp_path):
         pass
 
 
