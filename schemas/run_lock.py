@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from schemas.errors import RunLockedError, StorageError
-from schemas.local_files import remove_temporaries, storage_error
+from schemas.local_files import remove_temporaries, storage_error, storage_errors
 from schemas.object_store import ObjectStore
 
 LOCK_NAME = "run.lock"
@@ -70,19 +70,19 @@ def local_lock(folder: Path, place: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK_NAME).open("a+", encoding="utf-8")
     except OSError as error:
-        raise storage_error(error, place) or StorageError(f"{place}: cannot be written to: {error.strerror}") from error
+        raise _unwritable(place, error) from error
     with opened as file:
         try:
             _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise _refusal(place, file.read()) from None
-        _write(file, json.dumps(_holder()))
+        _name_holder(file, json.dumps(_holder()), place)
         try:
             _wait_for_orphans(folder, place)
             yield
         finally:
-            _write(file, "")
+            _name_holder(file, "", place)
 
 
 def _flock(file: IO[str], operation: int) -> None:
@@ -94,16 +94,24 @@ def _flock(file: IO[str], operation: int) -> None:
         _logger.warning("%s: this disk has no locks: nothing keeps a second process off the run", file.name)
 
 
-def _write(file: IO[str], text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
+def _name_holder(file: IO[str], text: str, place: str) -> None:
+    try:
+        # Not through the file's buffer: what does not fit would be tried again when it is closed.
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), text.encode())
+    except OSError as error:
+        # The system holds the lock, whatever the text; and what frees space has to start on a full disk.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise _unwritable(place, error) from error
+
+
+def _unwritable(place: str, error: OSError) -> StorageError:
+    return storage_error(error, place) or StorageError(f"{place}: cannot be written to: {error.strerror}")
 
 
 def _wait_for_orphans(folder: Path, place: str) -> None:
     deadline = time.monotonic() + ORPHAN_SECONDS
-    with (folder / STAGES_LOCK_NAME).open("a") as file:
+    with storage_errors(place), (folder / STAGES_LOCK_NAME).open("a") as file:
         while True:
             try:
                 _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
