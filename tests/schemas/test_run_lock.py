@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -124,15 +124,37 @@ def test_a_lease_that_nobody_renews_is_taken_over(server: ObjectServer) -> None:
         assert str(os.getpid()) in (store.read(LOCK_NAME) or b"").decode()
 
 
+def left_by_a_dead_process(store: ObjectStore) -> dict[str, Any]:
+    """Return what the lock says that a process of this machine, now dead, has taken and not given back."""
+    code = (
+        "import os, sys; from schemas.object_store import ObjectStore; from schemas.run_lock import StoreLease;"
+        "held = StoreLease(ObjectStore(sys.argv[1])).held(); held.__enter__(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, store.url], check=True)
+    found: dict[str, Any] = json.loads(store.read(LOCK_NAME) or b"")
+    return found
+
+
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(server: ObjectServer) -> None:
     store = objects(server, "gone")
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    left = {"host": socket.gethostname(), "pid": gone.pid, "command": "npd", "since": "then", "token": "t"}
-    store.write(LOCK_NAME, json.dumps(left).encode())
+    left_by_a_dead_process(store)
     with StoreLease(store, lease=3600, renew=0.2).held():
         pass
     assert store.read(LOCK_NAME) is None
+
+
+@pytest.mark.parametrize("name", ["boot", "pid_namespace"])
+@pytest.mark.parametrize("value", [None, "another"])
+def test_a_process_that_this_one_could_not_see_is_not_taken_for_dead(
+    server: ObjectServer, name: str, value: str | None
+) -> None:
+    store = objects(server, f"unseen-{name}-{value}")
+    # Containers that share their host's network share its name, and none of its processes.
+    left = left_by_a_dead_process(store) | {name: value}
+    store.write(LOCK_NAME, json.dumps(left).encode())
+    begun = time.monotonic()
+    with lease(store).held():
+        assert time.monotonic() - begun >= 1.5
 
 
 def test_a_holder_learns_that_its_lease_was_taken(server: ObjectServer) -> None:
