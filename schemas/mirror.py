@@ -54,13 +54,7 @@ class Mirror:
         if self._known.get(record.path) == record.sha256 and path.is_file():
             return
         if not (path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256):
-            self.download(record.path)
-            if hash_file(path) != record.sha256:
-                path.unlink()
-                raise ArtifactError(
-                    f"{self.objects.url}/{record.path}: its bytes are not those the manifest recorded; "
-                    "run its stage again"
-                )
+            self._download(record.path, record)
         self._known[record.path] = record.sha256
 
     def download(self, name: str) -> None:
@@ -69,9 +63,17 @@ class Mirror:
         Raises:
             ArtifactError: it is missing.
         """
+        self._download(name)
+
+    def _download(self, name: str, record: FileRecord | None = None) -> None:
         try:
             with local_files.writing_file(self.folder / name) as temporary:
                 self.objects.download(name, temporary)
+                # Before it gets its name: others may read the file that has it.
+                if record is not None and hash_file(temporary) != record.sha256:
+                    raise ArtifactError(
+                        f"{self.objects.url}/{name}: its bytes are not those the manifest recorded; run its stage again"
+                    )
         except FileNotFoundError:
             raise ArtifactError(f"{self.objects.url}/{name}: missing; run its stage again") from None
 
