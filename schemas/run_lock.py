@@ -158,9 +158,19 @@ class StoreLease:
     def __init__(self, objects: ObjectStore, *, lease: float = LEASE_SECONDS, renew: float = RENEW_SECONDS) -> None:
         self._objects, self._lease, self._renew = objects, lease, renew
         self._holder = _holder()
-        self._ended = threading.Event()
-        self.lost = threading.Event()
-        """Set when somebody else has taken the lock: this process must not write any more."""
+        self._ended, self._lost = threading.Event(), threading.Event()
+        self._renewed = time.monotonic()
+
+    @property
+    def token(self) -> str:
+        """What the lock's text has of this holder alone."""
+        token: str = self._holder["token"]
+        return token
+
+    def is_lost(self) -> bool:
+        """Say whether another process has taken the lock, or soon may: this one must not write any more."""
+        # By the clock too: a call to a store that is away may hang for longer than the lease has left.
+        return self._lost.is_set() or time.monotonic() - self._renewed > self._lease - self._renew
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -181,7 +191,7 @@ class StoreLease:
                 self._objects.delete(LOCK_NAME)
 
     def _take(self) -> None:
-        if self._objects.create(LOCK_NAME, self._text()):
+        if self._create():
             return
         seen = self._objects.read(LOCK_NAME)
         if seen is not None and not _died_here(seen):
@@ -195,26 +205,39 @@ class StoreLease:
                     raise _refusal(self._objects.url, now)
         if self._objects.read(LOCK_NAME) == seen:
             self._objects.delete(LOCK_NAME)
-        if not self._objects.create(LOCK_NAME, self._text()):
+        if not self._create():
             raise _refusal(self._objects.url, self._objects.read(LOCK_NAME) or b"")
 
+    def _create(self) -> bool:
+        self._renewed = time.monotonic()
+        return self._objects.create(LOCK_NAME, self._text())
+
     def _keep(self) -> None:
-        try:
-            while not self._ended.wait(self._renew):
-                if not self._is_ours(self._objects.read(LOCK_NAME)):
-                    break
-                self._objects.write(LOCK_NAME, self._text())
-            else:
+        wait = self._renew
+        while not self._ended.wait(wait):
+            try:
+                self._write_again()
+                wait = self._renew
+            except StorageError as error:
+                _logger.warning("%s", error)
+                wait = self._renew / 5
+            if self.is_lost():
+                self._lost.set()
                 return
-        except StorageError as error:
-            _logger.warning("%s", error)
-        self.lost.set()
+
+    def _write_again(self) -> None:
+        begun = time.monotonic()
+        if not self._is_ours(self._objects.read(LOCK_NAME)):
+            self._lost.set()
+        elif not self.is_lost():
+            self._objects.write(LOCK_NAME, self._text())
+            self._renewed = begun
 
     def _text(self) -> bytes:
         return json.dumps(self._holder | {"renewed": time.time_ns()}).encode()
 
     def _is_ours(self, text: bytes | None) -> bool:
-        return text is not None and self._holder["token"].encode() in text
+        return text is not None and self.token.encode() in text
 
 
 def _died_here(text: bytes) -> bool:
@@ -247,6 +270,8 @@ class RunLock:
     def __init__(self, folder: Path, place: str, objects: ObjectStore | None) -> None:
         self._folder, self._place, self._objects = folder, place, objects
         self._lease: StoreLease | None = None
+        self.token: str | None = None
+        """Tells this hold on an object store's run from others', for processes that ``follow`` it; None elsewhere."""
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -262,20 +287,44 @@ class RunLock:
             if self._objects is None:
                 yield
                 return
-            self._lease = StoreLease(self._objects)
-            with self._lease.held():
-                yield
+            lease = StoreLease(self._objects)
+            with lease.held():
+                self._lease, self.token = lease, lease.token
+                try:
+                    yield
+                finally:
+                    self._lease = self.token = None
+
+    def follow(self, token: str | None) -> None:
+        """Work on a run that this process's parent holds, by the ``token`` of its lock."""
+        self.token = token
 
     def require(self) -> None:
-        """Check that the lock, once taken, is still this process's.
+        """Check that the lock, once taken, is still this process's, as far as it has heard; costs nothing.
 
         Raises:
-            RunLockedError: somebody else has taken it.
+            RunLockedError: somebody else has taken it, or soon may.
         """
-        if self._lease is not None and self._lease.lost.is_set():
-            raise RunLockedError(
-                f"{self._place}: the lock could not be renewed, or another process has taken it; this one stops here"
-            )
+        if self._lease is not None and self._lease.is_lost():
+            raise self._lost()
+
+    def confirm(self) -> None:
+        """Check by a look at the lock that it is still this process's, or its parent's; in a folder the system knows.
+
+        Raises:
+            RunLockedError: somebody else has taken it, or soon may.
+        """
+        self.require()
+        if self._objects is not None and self.token is not None:
+            text = self._objects.read(LOCK_NAME)
+            if text is None or self.token.encode() not in text:
+                raise self._lost()
+
+    def _lost(self) -> RunLockedError:
+        return RunLockedError(
+            f"{self._place}: the lock could not be renewed, or another process has taken it; this one stops here. Once "
+            "no other works on the run, the same command continues it"
+        )
 
     def stage_at_work(self) -> AbstractContextManager[None]:
         """Say that this process runs a stage; a new holder of the lock waits for it to end."""

@@ -229,7 +229,12 @@ class RunStore(RunFiles):
         ]
 
     def finish(self, key: StageKey, manifest: Manifest) -> None:
-        """Write the manifest: from here on the stage is complete."""
+        """Write the manifest: from here on the stage is complete.
+
+        Raises:
+            RunLockedError: another process has taken the run meanwhile.
+        """
+        self.lock.confirm()
         self._records.pop(key, None)
         self.write_bytes(self.path(key, MANIFEST_NAME), record_bytes(manifest))
         self.remove(self.path(key, PARTIAL_NAME))

@@ -8,16 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from schemas.errors import RunLockedError
+from schemas.errors import RunLockedError, StorageError
 from schemas.object_store import ObjectStore
 from schemas.run_lock import LOCK_NAME, StoreLease, local_lock, stage_at_work
+from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from schemas.tables import PROMPTS
 from tests.faults.object_server import ObjectServer
+from tests.run_fixtures import finish_stage, make_config
 
 HOLD = """
 import sys, time
@@ -105,6 +109,13 @@ def lease(store: ObjectStore) -> StoreLease:
     return StoreLease(store, lease=1.5, renew=0.2)
 
 
+def wait_until(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
+
+
 def test_in_an_object_store_too_the_second_is_refused(server: ObjectServer) -> None:
     store = objects(server, "second")
     with lease(store).held():
@@ -162,5 +173,59 @@ def test_a_holder_learns_that_its_lease_was_taken(server: ObjectServer) -> None:
     mine = lease(store)
     with mine.held():
         store.write(LOCK_NAME, b"somebody else's")
-        assert mine.lost.wait(10)
+        assert wait_until(mine.is_lost)
     assert store.read(LOCK_NAME) == b"somebody else's"
+
+
+def test_a_store_that_is_away_for_less_than_the_lease_costs_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore("memory://away/runs/x")
+    tries = 0
+
+    def away(name: str, data: bytes) -> None:
+        nonlocal tries
+        tries += 1
+        raise StorageError("away")
+
+    mine = lease(store)
+    with mine.held():
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write", away)
+            assert wait_until(lambda: tries == 3)
+        before = store.read(LOCK_NAME)
+        assert wait_until(lambda: store.read(LOCK_NAME) != before)
+        assert not mine.is_lost()
+
+
+def test_a_lock_is_lost_before_another_process_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ObjectStore("memory://late/runs/x")
+    hanging = threading.Event()
+
+    def hang(name: str, data: bytes) -> None:
+        hanging.wait(60)
+
+    mine = lease(store)
+    with mine.held():
+        monkeypatch.setattr(store, "write", hang)
+        begun = time.monotonic()
+        assert wait_until(mine.is_lost)
+        # Renewed at some time before; a lease is 1.5 seconds.
+        assert time.monotonic() - begun < 1.5
+        hanging.set()
+
+
+def test_no_stage_is_finished_once_the_lock_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path / "cache"))
+    store = RunStore.create(make_config(tmp_path).model_copy(update={"root": f"memory:/{tmp_path}"}))
+    key = StageKey("prompts")
+    with store.lock.held():
+        manifest = finish_stage(store, key, PROMPTS, [])
+        child = RunStore(store.url)
+        child.lock.follow(store.lock.token)
+        child.finish(key, manifest)
+        store.supersede(key)
+        assert store.objects is not None
+        store.objects.write(LOCK_NAME, b"somebody else's")
+        for each in (store, child):
+            with pytest.raises(RunLockedError, match="another process has taken it"):
+                each.finish(key, manifest)
+        assert store.manifest(key) is None
