@@ -1,6 +1,7 @@
 """Runs a stage in a process of its own, so that its memory comes back and its death fails one stage, not the flow."""
 
 import json
+import logging
 import os
 import selectors
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 from flows.stage_process import StageProcess, start_process
 from schemas.config import RLConfig, RunConfig, RunSettings
-from schemas.errors import StageError, error_by_name
+from schemas.errors import RunLockedError, StageError, StorageError, error_by_name
 from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
@@ -30,6 +31,8 @@ RUN = StageKey("run")
 _POLL_SECONDS = 0.5
 _EXIT_SECONDS = 60.0
 _TERMINATE_SECONDS = 5.0
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -143,11 +146,21 @@ def _run_job(
                 process.wait(_EXIT_SECONDS)
         finally:
             process.end(_TERMINATE_SECONDS)
-            store.upload_log(log_of)
+            _keep_log(store, log_of)
     if final is None:
         raise StageError(_describe_death(at_work(), process.code, log))
     if final["event"] == "error":
         raise error_by_name(final["type"])(final["message"])
+
+
+def _keep_log(store: RunStore, key: StageKey) -> None:
+    try:
+        # Another process's log may have the name by now.
+        store.lock.require()
+        store.upload_log(key)
+    except (RunLockedError, StorageError) as error:
+        # What the stage came to matters more.
+        _logger.warning("%s stays on this machine alone: %s", store.log(key), error)
 
 
 def _converse(

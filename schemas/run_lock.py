@@ -187,8 +187,15 @@ class StoreLease:
         finally:
             self._ended.set()
             thread.join()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        try:
             if self._is_ours(self._objects.read(LOCK_NAME)):
                 self._objects.delete(LOCK_NAME)
+        except StorageError as error:
+            # What the run came to matters more, and a lock that nobody renews lapses.
+            _logger.warning("%s. The lock of this run lapses by itself, in %g seconds", error, self._lease)
 
     def _take(self) -> None:
         if self._create():

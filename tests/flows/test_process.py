@@ -11,7 +11,7 @@ import pytest
 
 from flows.process import cancelling, run_in_process, threads_of
 from schemas.config import RunConfig
-from schemas.errors import PromptError, RunLockedError, StageError
+from schemas.errors import PromptError, RunLockedError, StageError, StorageError
 from schemas.run_lock import LOCK_NAME, StoreLease
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -134,6 +134,24 @@ def test_a_cancelled_stage_ends_with_its_child(tmp_path: Path) -> None:
         run_in_process(store, config, PROMPTS)
     canceller.join()
     assert not is_running(child_of(store))
+
+
+def test_a_log_that_cannot_be_uploaded_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+
+    def away(key: StageKey) -> None:
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(store, "upload_log", away)
+    run_in_process(store, config, PROMPTS)
+    assert f"{store.log(PROMPTS)}" in caplog.text
+    assert "the store is away" in caplog.text
+    (tmp_path / "prompts.jsonl").unlink()
+    with pytest.raises(PromptError, match=r"prompts\.jsonl"):
+        run_in_process(store, config, PROMPTS)
 
 
 def test_a_stage_ends_when_another_process_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

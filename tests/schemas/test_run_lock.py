@@ -196,6 +196,24 @@ def test_a_store_that_is_away_for_less_than_the_lease_costs_no_lock(monkeypatch:
         assert not mine.is_lost()
 
 
+def test_a_store_that_is_away_at_the_end_hides_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ObjectStore("memory://gone/runs/x")
+
+    def away(name: str) -> None:
+        raise StorageError("the store is away")
+
+    def interrupted() -> None:
+        with lease(store).held():
+            monkeypatch.setattr(store, "read", away)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "the store is away" in caplog.text
+
+
 def test_a_lock_is_lost_before_another_process_may_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     store = ObjectStore("memory://late/runs/x")
     hanging = threading.Event()
