@@ -1,6 +1,7 @@
 """Runs a stage in a process of its own, so that its memory comes back and its death fails one stage, not the flow."""
 
 import json
+import logging
 import os
 import selectors
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 from flows.stage_process import StageProcess, start_process
 from schemas.config import RLConfig, RunConfig, RunSettings
-from schemas.errors import StageError, error_by_name
+from schemas.errors import RunLockedError, StageError, StorageError, error_by_name
 from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
@@ -30,6 +31,8 @@ RUN = StageKey("run")
 _POLL_SECONDS = 0.5
 _EXIT_SECONDS = 60.0
 _TERMINATE_SECONDS = 5.0
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -85,9 +88,11 @@ def run_in_process(
     Raises:
         NPDError: what the stage raised, as the same class; for any other error, or a child that died, a StageError
             that names the log; a StageError too if the stage was cancelled.
+        RunLockedError: the lock was lost meanwhile.
     """
     named, threads = [(key.stage, key.round)], threads_of(config, key)
-    job = Job(store.url, config.model_dump(mode="json"), named, str(store.log(key)), threads)
+    values, lock = config.model_dump(mode="json"), store.lock.token
+    job = Job(store.url, values, named, str(store.log(key)), threads, lock=lock)
 
     def hear(event: dict[str, Any]) -> None:
         on_progress(event["done"], event["total"], event["unit"])
@@ -130,7 +135,8 @@ def run_stages_in_process(
             on_progress(event["done"], event["total"], event["unit"])
 
     named = [(key.stage, key.round) for key in keys]
-    job = Job(store.url, config.model_dump(mode="json"), named, str(store.log(RUN)), threads, list(lenders))
+    values, lock = config.model_dump(mode="json"), store.lock.token
+    job = Job(store.url, values, named, str(store.log(RUN)), threads, list(lenders), lock)
     _run_job(store, job, RUN, lambda: at_work, hear)
 
 
@@ -147,26 +153,40 @@ def _run_job(
             os.close(writing)
         sink.write(f"--- {at_work().label} · process {process.pid} · {now_iso()}\n".encode())
         try:
-            final = _converse(process, job, events.fileno(), hear)
+            final = _converse(process, job, events.fileno(), hear, store.lock.require)
             if final is not None:
                 process.wait(_EXIT_SECONDS)
         finally:
             process.end(_TERMINATE_SECONDS)
-            store.upload_log(log_of)
+            _keep_log(store, log_of)
     if final is None:
         raise StageError(_describe_death(at_work(), process.code, log))
     if final["event"] == "error":
         raise error_by_name(final["type"])(final["message"])
 
 
+def _keep_log(store: RunStore, key: StageKey) -> None:
+    try:
+        # Another process's log may have the name by now.
+        store.lock.require()
+        store.upload_log(key)
+    except (RunLockedError, StorageError) as error:
+        # What the stage came to matters more.
+        _logger.warning("%s stays on this machine alone: %s", store.log(key), error)
+
+
 def _converse(
-    process: StageProcess, job: Job, events: int, hear: Callable[[dict[str, Any]], None]
+    process: StageProcess,
+    job: Job,
+    events: int,
+    hear: Callable[[dict[str, Any]], None],
+    require: Callable[[], None],
 ) -> dict[str, Any] | None:
     """Send the job and relay what it tells; return the child's last word, None if it died without one."""
     # A child that dies at once is reported by its exit status, not as a broken pipe.
     with suppress(BrokenPipeError):
         _write_all(process.stdin, job.to_line())
-    for line in _lines(process, events):
+    for line in _lines(process, events, require):
         event: dict[str, Any] = json.loads(line)
         if event["event"] in ("error", "done"):
             return event
@@ -179,14 +199,21 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _lines(process: StageProcess, events: int) -> Iterator[bytes]:
-    """Yield whole lines until the child has closed the pipe, or has died while others still hold it."""
+def _lines(process: StageProcess, events: int, require: Callable[[], None]) -> Iterator[bytes]:
+    """Yield whole lines until the child has closed the pipe, or has died while others still hold it.
+
+    Args:
+        process: The child.
+        events: File descriptor of the pipe.
+        require: Raises when this process may not go on.
+    """
     buffer, cancelled = b"", _CANCELLED.get()
     with selectors.DefaultSelector() as selector:
         selector.register(events, selectors.EVENT_READ)
         while True:
             if cancelled is not None and cancelled.is_set():
                 raise StageError("cancelled: the run ended beside it; the same command continues where it stopped")
+            require()
             died = process.has_ended()
             if selector.select(0 if died else _POLL_SECONDS):
                 chunk = os.read(events, 65536)

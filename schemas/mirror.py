@@ -7,9 +7,10 @@ from schemas import local_files
 from schemas.errors import ArtifactError
 from schemas.manifest import MANIFEST_NAME, FileRecord, hash_file
 from schemas.object_store import ObjectStore
+from schemas.stage_key import StageKey
 
 FOLDER_MARK = ".whole-"
-"""An empty object beside a folder says that all of the folder is there."""
+"""An empty object beside a folder says that what lies in the folder is whole."""
 
 
 class Mirror:
@@ -28,6 +29,14 @@ class Mirror:
         """Upload a file under its name."""
         self.objects.upload(path, self._name(path))
 
+    def upload_table(self, path: Path) -> None:
+        """Upload a file that is whole by itself, in a folder of its stage too: there it lies among others like it."""
+        name = self._name(path)
+        key, folder = StageKey.of_file(name), name.rpartition("/")[0]
+        if key is not None and folder != key.folder:
+            self.objects.write(self._mark(folder), b"")
+        self.upload(path)
+
     def upload_folder(self, path: Path) -> None:
         """Upload a folder, and last the mark that it is whole."""
         self.objects.delete(self._mark(self._name(path)))
@@ -45,13 +54,7 @@ class Mirror:
         if self._known.get(record.path) == record.sha256 and path.is_file():
             return
         if not (path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256):
-            self.download(record.path)
-            if hash_file(path) != record.sha256:
-                path.unlink()
-                raise ArtifactError(
-                    f"{self.objects.url}/{record.path}: its bytes are not those the manifest recorded; "
-                    "run its stage again"
-                )
+            self._download(record.path, record)
         self._known[record.path] = record.sha256
 
     def download(self, name: str) -> None:
@@ -60,9 +63,17 @@ class Mirror:
         Raises:
             ArtifactError: it is missing.
         """
+        self._download(name)
+
+    def _download(self, name: str, record: FileRecord | None = None) -> None:
         try:
             with local_files.writing_file(self.folder / name) as temporary:
                 self.objects.download(name, temporary)
+                # Before it gets its name: others may read the file that has it.
+                if record is not None and hash_file(temporary) != record.sha256:
+                    raise ArtifactError(
+                        f"{self.objects.url}/{name}: its bytes are not those the manifest recorded; run its stage again"
+                    )
         except FileNotFoundError:
             raise ArtifactError(f"{self.objects.url}/{name}: missing; run its stage again") from None
 
@@ -75,7 +86,7 @@ class Mirror:
             if FOLDER_MARK in name:
                 continue
             inside = name.removeprefix(f"{prefix}/")
-            # A file in a folder is part of it; folders of shards and tables there are none.
+            # Without a mark, a file in a folder is one of those that were there when a process died.
             parents = ["/".join(name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
             if "/" not in inside or any(parent in whole for parent in parents):
                 self.download(name)

@@ -71,7 +71,8 @@ class ObjectStore:
 
     Raises:
         ConfigError: there is no fsspec driver for the URL.
-        StorageError: from every call: the store is out of reach, or refuses.
+        StorageError: from every call: the store is out of reach, or refuses; from those that write or list: there is no
+            such bucket.
     """
 
     def __init__(self, url: str) -> None:
@@ -96,19 +97,25 @@ class ObjectStore:
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object, whole or not at all."""
-        self._call("write", name, lambda: self._filesystem.pipe_file(self._full(name), data))
+        self._in_bucket("write", name, lambda: self._filesystem.pipe_file(self._full(name), data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one; return whether it was written."""
         try:
-            self._call("write", name, lambda: self._filesystem.pipe_file(self._full(name), data, mode="create"))
+            self._in_bucket("write", name, lambda: self._filesystem.pipe_file(self._full(name), data, mode="create"))
         except FileExistsError:
             return False
         return True
 
     def upload(self, path: Path, name: str) -> None:
-        """Write a local file as an object, whole or not at all."""
-        self._call("write", name, lambda: self._filesystem.put_file(str(path), self._full(name)))
+        """Write a local file as an object, whole or not at all.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        # First: a missing file says nothing of the bucket.
+        path.stat()
+        self._in_bucket("write", name, lambda: self._filesystem.put_file(str(path), self._full(name)))
 
     def download(self, name: str, path: Path) -> None:
         """Copy an object into a local file.
@@ -120,7 +127,7 @@ class ObjectStore:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the objects below ``prefix`` with their bytes, in the order of their names."""
-        found = self._call(
+        found = self._in_bucket(
             "list", prefix, lambda: self._filesystem.find(self._full(prefix), withdirs=False, detail=True)
         )
         start = len(self._root) + 1
@@ -135,10 +142,20 @@ class ObjectStore:
 
     def copy(self, name: str, target: str) -> None:
         """Copy an object inside the store."""
-        self._call("copy", name, lambda: self._filesystem.cp_file(self._full(name), self._full(target)))
+        self._in_bucket("copy", name, lambda: self._filesystem.cp_file(self._full(name), self._full(target)))
 
     def _full(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
+
+    def _in_bucket(self, what: str, name: str, call: Callable[[], T]) -> T:
+        """Make a call that, copies aside, misses nothing but the bucket."""
+        try:
+            return self._call(what, name, call)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self.url}/{name}: cannot {what}: {_words(error)}. Create the bucket if it is not there, or set "
+                "`root` to one that is; then run the same command again"
+            ) from error
 
     def _call(self, what: str, name: str, call: Callable[[], T]) -> T:
         wait = FIRST_WAIT_SECONDS

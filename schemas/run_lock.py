@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from schemas.errors import RunLockedError, StorageError
-from schemas.local_files import remove_temporaries, storage_error
+from schemas.local_files import remove_temporaries, storage_error, storage_errors
 from schemas.object_store import ObjectStore
 
 LOCK_NAME = "run.lock"
@@ -42,11 +42,25 @@ _logger = logging.getLogger(__name__)
 def _holder() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
+        **_process_ids(),
         "pid": os.getpid(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:3]])[:200],
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "token": uuid.uuid4().hex,
     }
+
+
+def _process_ids() -> dict[str, str | None]:
+    """Return where this process's id is its own: a boot of a machine, and a namespace there; None where nobody tells.
+
+    The host's name does not say: containers may share it and see none of each other's processes.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return {"boot": None, "pid_namespace": None}
+    return {"boot": boot, "pid_namespace": namespace}
 
 
 def _refusal(place: str, text: bytes | str) -> RunLockedError:
@@ -70,19 +84,19 @@ def local_lock(folder: Path, place: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK_NAME).open("a+", encoding="utf-8")
     except OSError as error:
-        raise storage_error(error, place) or StorageError(f"{place}: cannot be written to: {error.strerror}") from error
+        raise _unwritable(place, error) from error
     with opened as file:
         try:
             _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise _refusal(place, file.read()) from None
-        _write(file, json.dumps(_holder()))
+        _name_holder(file, json.dumps(_holder()), place)
         try:
             _wait_for_orphans(folder, place)
             yield
         finally:
-            _write(file, "")
+            _name_holder(file, "", place)
 
 
 def _flock(file: IO[str], operation: int) -> None:
@@ -94,16 +108,24 @@ def _flock(file: IO[str], operation: int) -> None:
         _logger.warning("%s: this disk has no locks: nothing keeps a second process off the run", file.name)
 
 
-def _write(file: IO[str], text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
+def _name_holder(file: IO[str], text: str, place: str) -> None:
+    try:
+        # Not through the file's buffer: what does not fit would be tried again when it is closed.
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), text.encode())
+    except OSError as error:
+        # The system holds the lock, whatever the text; and what frees space has to start on a full disk.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise _unwritable(place, error) from error
+
+
+def _unwritable(place: str, error: OSError) -> StorageError:
+    return storage_error(error, place) or StorageError(f"{place}: cannot be written to: {error.strerror}")
 
 
 def _wait_for_orphans(folder: Path, place: str) -> None:
     deadline = time.monotonic() + ORPHAN_SECONDS
-    with (folder / STAGES_LOCK_NAME).open("a") as file:
+    with storage_errors(place), (folder / STAGES_LOCK_NAME).open("a") as file:
         while True:
             try:
                 _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +142,8 @@ def _wait_for_orphans(folder: Path, place: str) -> None:
 def stage_at_work(folder: Path) -> Iterator[None]:
     """Say that a stage works in a run's folder; several may at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / STAGES_LOCK_NAME).open("a") as file:
+    # Readable: NFSv4 gives a shared lock on no other file.
+    with (folder / STAGES_LOCK_NAME).open("a+") as file:
         _flock(file, fcntl.LOCK_SH)
         yield
 
@@ -129,15 +152,25 @@ class StoreLease:
     """A lock in an object store: an object that its holder keeps renewing.
 
     A challenger watches it: unchanged for ``LEASE_SECONDS`` it was left by a process that died; at once if that process
-    was of this machine and is gone. Clocks are not compared.
+    is known to be gone, which only one of its machine and PID namespace can tell. Clocks are not compared.
     """
 
     def __init__(self, objects: ObjectStore, *, lease: float = LEASE_SECONDS, renew: float = RENEW_SECONDS) -> None:
         self._objects, self._lease, self._renew = objects, lease, renew
         self._holder = _holder()
-        self._ended = threading.Event()
-        self.lost = threading.Event()
-        """Set when somebody else has taken the lock: this process must not write any more."""
+        self._ended, self._lost = threading.Event(), threading.Event()
+        self._renewed = time.monotonic()
+
+    @property
+    def token(self) -> str:
+        """What the lock's text has of this holder alone."""
+        token: str = self._holder["token"]
+        return token
+
+    def is_lost(self) -> bool:
+        """Say whether another process has taken the lock, or soon may: this one must not write any more."""
+        # By the clock too: a call to a store that is away may hang for longer than the lease has left.
+        return self._lost.is_set() or time.monotonic() - self._renewed > self._lease - self._renew
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -154,11 +187,18 @@ class StoreLease:
         finally:
             self._ended.set()
             thread.join()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        try:
             if self._is_ours(self._objects.read(LOCK_NAME)):
                 self._objects.delete(LOCK_NAME)
+        except StorageError as error:
+            # What the run came to matters more, and a lock that nobody renews lapses.
+            _logger.warning("%s. The lock of this run lapses by itself, in %g seconds", error, self._lease)
 
     def _take(self) -> None:
-        if self._objects.create(LOCK_NAME, self._text()):
+        if self._create():
             return
         seen = self._objects.read(LOCK_NAME)
         if seen is not None and not _died_here(seen):
@@ -172,35 +212,51 @@ class StoreLease:
                     raise _refusal(self._objects.url, now)
         if self._objects.read(LOCK_NAME) == seen:
             self._objects.delete(LOCK_NAME)
-        if not self._objects.create(LOCK_NAME, self._text()):
+        if not self._create():
             raise _refusal(self._objects.url, self._objects.read(LOCK_NAME) or b"")
 
+    def _create(self) -> bool:
+        self._renewed = time.monotonic()
+        return self._objects.create(LOCK_NAME, self._text())
+
     def _keep(self) -> None:
-        try:
-            while not self._ended.wait(self._renew):
-                if not self._is_ours(self._objects.read(LOCK_NAME)):
-                    break
-                self._objects.write(LOCK_NAME, self._text())
-            else:
+        wait = self._renew
+        while not self._ended.wait(wait):
+            try:
+                self._write_again()
+                wait = self._renew
+            except StorageError as error:
+                _logger.warning("%s", error)
+                wait = self._renew / 5
+            if self.is_lost():
+                self._lost.set()
                 return
-        except StorageError as error:
-            _logger.warning("%s", error)
-        self.lost.set()
+
+    def _write_again(self) -> None:
+        begun = time.monotonic()
+        if not self._is_ours(self._objects.read(LOCK_NAME)):
+            self._lost.set()
+        elif not self.is_lost():
+            self._objects.write(LOCK_NAME, self._text())
+            self._renewed = begun
 
     def _text(self) -> bytes:
         return json.dumps(self._holder | {"renewed": time.time_ns()}).encode()
 
     def _is_ours(self, text: bytes | None) -> bool:
-        return text is not None and self._holder["token"].encode() in text
+        return text is not None and self.token.encode() in text
 
 
 def _died_here(text: bytes) -> bool:
+    """Say whether a lock was left by a process that is known to be dead; where nobody can know, the lock lapses."""
+    here = _process_ids()
     try:
         found = json.loads(text)
-        host, pid = found["host"], int(found["pid"])
+        there, pid = {name: found[name] for name in here}, int(found["pid"])
     except (ValueError, KeyError, TypeError):
         return False
-    if host != socket.gethostname():
+    # macOS tells neither, and two of its machines may have one name: there a dead holder blocks for a lease's length.
+    if there != here or None in here.values():
         return False
     try:
         os.kill(pid, 0)
@@ -221,6 +277,8 @@ class RunLock:
     def __init__(self, folder: Path, place: str, objects: ObjectStore | None) -> None:
         self._folder, self._place, self._objects = folder, place, objects
         self._lease: StoreLease | None = None
+        self.token: str | None = None
+        """Tells this hold on an object store's run from others', for processes that ``follow`` it; None elsewhere."""
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -236,20 +294,44 @@ class RunLock:
             if self._objects is None:
                 yield
                 return
-            self._lease = StoreLease(self._objects)
-            with self._lease.held():
-                yield
+            lease = StoreLease(self._objects)
+            with lease.held():
+                self._lease, self.token = lease, lease.token
+                try:
+                    yield
+                finally:
+                    self._lease = self.token = None
+
+    def follow(self, token: str | None) -> None:
+        """Work on a run that this process's parent holds, by the ``token`` of its lock."""
+        self.token = token
 
     def require(self) -> None:
-        """Check that the lock, once taken, is still this process's.
+        """Check that the lock, once taken, is still this process's, as far as it has heard; costs nothing.
 
         Raises:
-            RunLockedError: somebody else has taken it.
+            RunLockedError: somebody else has taken it, or soon may.
         """
-        if self._lease is not None and self._lease.lost.is_set():
-            raise RunLockedError(
-                f"{self._place}: the lock could not be renewed, or another process has taken it; this one stops here"
-            )
+        if self._lease is not None and self._lease.is_lost():
+            raise self._lost()
+
+    def confirm(self) -> None:
+        """Check by a look at the lock that it is still this process's, or its parent's; in a folder the system knows.
+
+        Raises:
+            RunLockedError: somebody else has taken it, or soon may.
+        """
+        self.require()
+        if self._objects is not None and self.token is not None:
+            text = self._objects.read(LOCK_NAME)
+            if text is None or self.token.encode() not in text:
+                raise self._lost()
+
+    def _lost(self) -> RunLockedError:
+        return RunLockedError(
+            f"{self._place}: the lock could not be renewed, or another process has taken it; this one stops here. Once "
+            "no other works on the run, the same command continues it"
+        )
 
     def stage_at_work(self) -> AbstractContextManager[None]:
         """Say that this process runs a stage; a new holder of the lock waits for it to end."""

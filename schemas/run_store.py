@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from schemas.manifest import (
     parse_record,
     record_bytes,
 )
+from schemas.mirror import Mirror
 from schemas.provenance import now_iso, package_versions, run_identity
 from schemas.run_files import RunFiles
 from schemas.stage_key import StageKey
@@ -45,6 +46,11 @@ class RunStore(RunFiles):
 
     A stage's files appear under their names only when whole, and count only once the stage's manifest names them.
     """
+
+    def __init__(self, place: str | Path) -> None:
+        super().__init__(place)
+        self._records: dict[StageKey, dict[str, FileRecord]] = {}
+        """What a stage's manifest names, by path, as this store has last read it from an object store."""
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -135,8 +141,12 @@ class RunStore(RunFiles):
     def manifest(self, key: StageKey) -> Manifest | None:
         """Return a stage's manifest, or None while it has none."""
         name = f"{key.folder}/{MANIFEST_NAME}"
+        self._records.pop(key, None)
         data = self.read(name)
-        return None if data is None else parse_record(data, f"{self.url}/{name}", Manifest)
+        manifest = None if data is None else parse_record(data, f"{self.url}/{name}", Manifest)
+        if manifest is not None and self.mirror is not None:
+            self._records[key] = {record.path: record for record in manifest.outputs}
+        return manifest
 
     def finished(self, key: StageKey) -> Manifest:
         """Return the manifest of a stage that must be there.
@@ -187,6 +197,7 @@ class RunStore(RunFiles):
                 self.mirror.restore(key.folder)
         elif self.mirror is not None:
             local_files.remove(self.path(key))
+        self._records.pop(key, None)
         if not partial.is_file():
             self.write_bytes(partial, json.dumps(fingerprint).encode())
         local_files.remove_temporaries(self.path(key))
@@ -218,7 +229,13 @@ class RunStore(RunFiles):
         ]
 
     def finish(self, key: StageKey, manifest: Manifest) -> None:
-        """Write the manifest: from here on the stage is complete."""
+        """Write the manifest: from here on the stage is complete.
+
+        Raises:
+            RunLockedError: another process has taken the run meanwhile.
+        """
+        self.lock.confirm()
+        self._records.pop(key, None)
         self.write_bytes(self.path(key, MANIFEST_NAME), record_bytes(manifest))
         self.remove(self.path(key, PARTIAL_NAME))
 
@@ -228,6 +245,7 @@ class RunStore(RunFiles):
             manifest = self.manifest(key)
         except ArtifactError:
             manifest = None
+        self._records.pop(key, None)
         if manifest is None:
             self.remove(self.path(key))
             return
@@ -270,10 +288,24 @@ class RunStore(RunFiles):
             ArtifactError: a downloaded file is missing, or is not what its stage's manifest says.
         """
         if self.mirror is not None:
-            name = self.relative(path)
-            for record in self._records_below(name):
-                self.mirror.fetch(record)
+            self._fetch(self.mirror, self.relative(path))
         return path
+
+    def _fetch(self, mirror: Mirror, name: str) -> None:
+        key = StageKey.of_file(f"{name}/")
+        if key is None:
+            return
+        # A manifest names all files of its stage: read again for each, they would take the square of their number.
+        record = self._records.get(key, {}).get(name)
+        if record is not None:
+            # Where it fails, another process may have run the stage again since.
+            with suppress(ArtifactError):
+                mirror.fetch(record)
+                return
+        manifest = self.manifest(key)
+        for record in () if manifest is None else manifest.outputs:
+            if record.path == name or record.path.startswith(f"{name}/"):
+                mirror.fetch(record)
 
     def receive(self, path: Path) -> Path:
         """Make a file that another machine wrote for a stage at work present here, and return its path.
@@ -284,13 +316,6 @@ class RunStore(RunFiles):
         if self.mirror is not None and not path.is_file():
             self.mirror.download(self.relative(path))
         return path
-
-    def _records_below(self, name: str) -> list[FileRecord]:
-        key = StageKey.of_file(f"{name}/")
-        manifest = None if key is None else self.manifest(key)
-        if manifest is None:
-            return []
-        return [r for r in manifest.outputs if r.path == name or r.path.startswith(name + "/")]
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -308,7 +333,8 @@ class RunStore(RunFiles):
         run_id = "" if record is None else record.run_id
         with local_files.writing_file(path) as temporary:
             write_parquet(temporary, table, schema, name, run_id=run_id, row_group_rows=row_group_rows)
-        self.upload(path)
+        if self.mirror is not None:
+            self.mirror.upload_table(path)
 
     def read_table(self, key: StageKey, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
         """Read a finished stage's whole table (or some of its columns), validated.

@@ -54,6 +54,7 @@ class Job(NamedTuple):
         threads: CPU threads to use; None: the libraries' own choice.
         lenders: Places of runs whose results of equal fingerprints are taken over; a stage whose own result stands is
             then not run either. None: every stage runs.
+        lock: Token of the parent's hold on the run, if that lies in an object store.
     """
 
     place: str
@@ -62,6 +63,7 @@ class Job(NamedTuple):
     log: str
     threads: int | None = None
     lenders: list[str] | None = None
+    lock: str | None = None
 
     def to_line(self) -> bytes:
         """Return the job as the line the child reads."""
@@ -134,6 +136,7 @@ def run_job(events_descriptor: int) -> int:
         limit_threads(job.threads)
     try:
         store, config = RunStore(job.place), parse_settings(job.config)
+        store.lock.follow(job.lock)
         if isinstance(config, RunConfig) and config.train.on_policy is not None:
             # What it imports takes longer than a small run trains, and is no part of the stage's time.
             importlib.import_module("tasks.train.on_policy")

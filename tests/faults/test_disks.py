@@ -85,6 +85,44 @@ def test_a_disk_without_space_is_named_and_nothing_stays(tmp_path: Path) -> None
         Path("/dev/full").write_bytes(b"x")
 
 
+GC = """
+import sys
+from pathlib import Path
+from flows.cli import app
+from schemas.run_store import RunStore
+from tests.run_fixtures import make_config
+folder = Path(sys.argv[1])
+store = RunStore.create(make_config(folder))
+with store.lock.held():
+    pass
+(folder / "test" / "superseded").mkdir()
+(folder / "test" / "superseded" / "earlier").write_bytes(bytes(1 << 16))
+try:
+    (folder / "filler").write_bytes(bytes(1 << 20))
+except OSError as error:
+    print(error.strerror)
+app(["gc", str(store.folder)])
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+    reason="the system allows no namespace in which to mount a small disk",
+)
+def test_what_frees_space_starts_on_a_disk_without_any(tmp_path: Path) -> None:
+    script = f"mount -t tmpfs -o size=256k tmpfs {tmp_path} && {sys.executable} -c '{GC}' {tmp_path}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "No space left on device" in done.stdout
+    assert "1 files, 65.5 kB: deleted" in done.stdout
+
+
+def test_a_lock_that_cannot_name_its_holder_for_another_reason_says_so(tmp_path: Path) -> None:
+    store = RunStore.create(make_config(tmp_path))
+    with largest_file(0), pytest.raises(StorageError, match=r"larger than.*continues"), store.lock.held():
+        pass
+
+
 @pytest.mark.parametrize("root", ["/sys", "/proc", __file__])
 def test_a_place_that_is_read_only_is_refused_before_anything_runs(root: str) -> None:
     # The kernel's own file systems let nobody make folders, root included.

@@ -4,17 +4,20 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from flows.process import cancelling, run_in_process, threads_of
 from schemas.config import RunConfig
-from schemas.errors import PromptError, StageError
+from schemas.errors import PromptError, RunLockedError, StageError, StorageError
+from schemas.run_lock import LOCK_NAME, StoreLease
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from tasks.graph import PROMPTS
 from tasks.process import Job, describe_failure
+from tests.faults.object_server import ObjectServer
 from tests.run_fixtures import make_config, make_store
 
 SECONDS = 60.0
@@ -131,6 +134,46 @@ def test_a_cancelled_stage_ends_with_its_child(tmp_path: Path) -> None:
         run_in_process(store, config, PROMPTS)
     canceller.join()
     assert not is_running(child_of(store))
+
+
+def test_a_log_that_cannot_be_uploaded_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+
+    def away(key: StageKey) -> None:
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(store, "upload_log", away)
+    run_in_process(store, config, PROMPTS)
+    assert f"{store.log(PROMPTS)}" in caplog.text
+    assert "the store is away" in caplog.text
+    (tmp_path / "prompts.jsonl").unlink()
+    with pytest.raises(PromptError, match=r"prompts\.jsonl"):
+        run_in_process(store, config, PROMPTS)
+
+
+def test_a_stage_ends_when_another_process_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("schemas.run_lock.StoreLease", partial(StoreLease, renew=0.2))
+    with ObjectServer() as server, server.reachable():
+        config = endless_config(tmp_path).model_copy(update={"root": server.bucket})
+        store = RunStore.create(config)
+
+        def take() -> None:
+            child_of(store)
+            assert store.objects is not None
+            store.objects.write(LOCK_NAME, b"somebody else's")
+
+        taker = threading.Thread(target=take)
+        with store.lock.held():
+            taker.start()
+            with pytest.raises(RunLockedError, match=r"another process has taken it.*continues"):
+                run_in_process(store, config, PROMPTS)
+            taker.join()
+        assert not is_running(child_of(store))
+        assert store.manifest(PROMPTS) is None
 
 
 def test_stages_that_may_run_side_by_side_share_the_cores(tmp_path: Path) -> None:

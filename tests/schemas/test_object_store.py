@@ -1,6 +1,6 @@
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,28 @@ def test_objects_are_written_listed_copied_and_deleted(server: ObjectServer, tmp
     assert (tmp_path / "copy").read_bytes() == b"123"
     with pytest.raises(FileNotFoundError):
         objects.download("nothing", tmp_path / "none")
+
+
+def test_a_bucket_that_is_not_there_is_named_with_what_to_do(server: ObjectServer, tmp_path: Path) -> None:
+    objects = ObjectStore("s3://no-such-bucket/runs/x")
+    (tmp_path / "file").write_bytes(b"1")
+    calls: list[Callable[[], object]] = [
+        lambda: objects.write("a", b"1"),
+        lambda: objects.create("a", b"1"),
+        lambda: objects.upload(tmp_path / "file", "a"),
+        lambda: objects.copy("a", "b"),
+        lambda: objects.sizes(),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError, match=r"s3://no-such-bucket/runs/x.*does not exist.*Create the bucket"):
+            call()
+    # What may be missing elsewhere is missing here.
+    assert objects.read("a") is None
+    objects.delete("a")
+    with pytest.raises(FileNotFoundError):
+        objects.download("a", tmp_path / "copy")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        objects.upload(tmp_path / "nowhere", "a")
 
 
 def test_only_one_of_many_creates_an_object(server: ObjectServer) -> None:

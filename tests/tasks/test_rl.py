@@ -24,6 +24,7 @@ from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.rl.reward import VerifiedReward, rewards, verifiable
 from tasks.rl.trainer import prompt_order
 from tasks.stage import execute
+from tests.faults.object_server import ObjectServer
 from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, run_rl, source_store
 
 
@@ -143,6 +144,28 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_bytes(
     assert rl_tables(store) == rl_tables(finished[0])
     weights = store.path(RL, "model", "model.safetensors").read_bytes()
     assert weights == finished[0].path(RL, "model", "model.safetensors").read_bytes()
+
+
+def test_a_run_in_an_object_store_that_is_killed_after_a_checkpoint_keeps_its_rollouts(
+    tmp_path: Path, source: RunStore, finished: tuple[RunStore, RLConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(done: int, total: int, unit: str) -> None:
+        if (done, unit) == (7, "steps"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path / "cache"))
+    with ObjectServer() as server, server.reachable():
+        config = rl_config(tmp_path, source.folder, **SETTINGS).model_copy(update={"root": server.bucket})
+        with pytest.raises(KeyboardInterrupt):
+            run_rl(RunStore.at(config), config, killed)
+        # Another machine goes on.
+        shutil.rmtree(tmp_path / "cache")
+        seen: list[int] = []
+        store = RunStore.at(config)
+        run_rl(store, config, lambda done, total, unit: seen.append(done) if unit == "steps" else None)
+        assert seen[0] == 7
+        assert rollouts(store).equals(rollouts(finished[0]))
+        assert store.finished(RL).counters["samples"] == rollouts(finished[0]).num_rows
 
 
 def test_a_finished_run_is_not_done_again_and_a_new_setting_redoes_what_reads_it(
