@@ -4,11 +4,12 @@ import importlib
 import json
 import logging
 import resource
+import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic
 
 from schemas.config import RLConfig, RunConfig, RunSettings
@@ -19,6 +20,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.graph import STAGES, C, Stage, loop
 from tasks.rl.graph import RL_LOOP, RL_STAGES
+from tasks.stage_clock import StageClock
 
 _logger = logging.getLogger(__name__)
 
@@ -179,11 +181,29 @@ def take_over(store: RunStore, config: RunSettings, key: StageKey, lenders: Sequ
         if manifest is None or manifest.fingerprint != fingerprint or lender.first_damage(manifest) is not None:
             continue
         store.begin(key, fingerprint)
-        for record in manifest.outputs:
-            store.write_copy(store.folder / record.path, lender.fetch(lender.folder / record.path))
+        _copy_outputs(store, key, manifest, lender)
         store.finish(key, manifest)
         return manifest
     return None
+
+
+def _copy_outputs(store: RunStore, key: StageKey, manifest: Manifest, lender: RunStore) -> None:
+    """Copy a stage's files, those of a folder together: a stage takes a folder that is there for whole."""
+    folders: dict[Path, list[Path]] = {}
+    for record in manifest.outputs:
+        path = Path(record.path)
+        inside = path.relative_to(key.folder)
+        if len(inside.parts) == 1:
+            store.write_copy(store.folder / path, lender.fetch(lender.folder / path))
+        else:
+            folders.setdefault(Path(key.folder) / inside.parts[0], []).append(path)
+    for folder, paths in folders.items():
+        store.remove(store.folder / folder)
+        with store.writing_folder(store.folder / folder) as temporary:
+            for path in paths:
+                target = temporary / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(lender.fetch(lender.folder / path), target)
 
 
 def settle(
@@ -212,10 +232,20 @@ def execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progr
 def _execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progress) -> Manifest:
     planned, stage = plan(store, config, key), stage_of(config, key)
     store.begin(key, planned.fingerprint)
-    started, clock = now_iso(), time.perf_counter()
-    job = StageJob(store, config, key, progress)
-    importlib.import_module(stage.module).run(job)
-    seconds = time.perf_counter() - clock
+    started, clock = now_iso(), StageClock(store, key)
+
+    def ticking(done: int, total: int, unit: str) -> None:
+        clock.tick()
+        progress(done, total, unit)
+
+    job = StageJob(store, config, key, ticking)
+    try:
+        importlib.import_module(stage.module).run(job)
+    except BaseException:
+        clock.interrupted()
+        raise
+    seconds = clock.seconds
+    clock.finished()
     counters = {**job.counters, "seconds": round(seconds, 3), "peak_memory_bytes": _peak_memory_bytes()}
     if "tokens" in counters and "tokens_per_second" not in counters:
         counters["tokens_per_second"] = round(counters["tokens"] / seconds, 1)

@@ -1,5 +1,6 @@
 """Evaluating models: the one a round ends with, or the two that a run starts from."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> d
 
     The student first, which is freed before the teacher is loaded: its hidden states wait on disk.
     """
+    begun = time.perf_counter()
     prompts, responses = held_out_references(job)
     batch_tokens = job.config.evaluate.batch_tokens
     total, done = 2 * (len(prompts.values) + len(responses.values)), 0
@@ -110,7 +112,9 @@ def _agreement(job: StageJob, teacher_ref: ModelRef, student_ref: ModelRef) -> d
     for name, mean in metrics.items():
         if not np.isfinite(mean.value):
             raise StageError(f"{job.key.label}: {name} is not finite; the student's weights are damaged")
-    job.counters |= {"tokens": done, "held_out_responses": len(responses)}
+    # What sampling and benchmarks took of the stage's time is not these tokens'.
+    rate = round(done / (time.perf_counter() - begun), 1)
+    job.counters |= {"tokens": done, "tokens_per_second": rate, "held_out_responses": len(responses)}
     return metrics
 
 
