@@ -11,7 +11,7 @@ from schemas.run_lock import LOCK_NAME, STAGES_LOCK_NAME
 from schemas.run_store import PARTIAL_NAME, REPORT_NAME, SUPERSEDED
 from schemas.stage_key import StageKey
 from tasks.audit.findings import Audit
-from tasks.audit.run_files import RunFiles
+from tasks.audit.stored_files import StoredFiles
 from tasks.graph import PROMPTS
 from tasks.stage import plan, stage_of, stages_of
 
@@ -25,7 +25,7 @@ def _keys_of(audit: Audit[Any], names: Iterable[str]) -> dict[str, StageKey]:
     return {name: key for name, key in keys.items() if key is not None and (key.round is not None or key in order)}
 
 
-def read_manifests(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) -> list[StageKey]:
+def read_manifests(audit: Audit[Any], files: StoredFiles, sizes: dict[str, int]) -> list[StageKey]:
     """Read every manifest of the run, those of stages that no longer belong to the loop too.
 
     Returns:
@@ -53,7 +53,7 @@ def read_manifests(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) ->
     return [*(key for key in order if key in present), *sorted(present - set(order), key=lambda key: key.folder)]
 
 
-def check_files(audit: Audit[Any], files: RunFiles, sizes: dict[str, int], key: StageKey) -> None:
+def check_files(audit: Audit[Any], files: StoredFiles, sizes: dict[str, int], key: StageKey) -> None:
     """Hash every file that a stage's manifest names, and look for files that it does not name."""
     manifest = audit.manifests.get(key)
     inside = {name for name in sizes if name.startswith(f"{key.folder}/")} - {f"{key.folder}/{MANIFEST_NAME}"}
@@ -178,7 +178,7 @@ def differing_keys(left: Any, right: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def check_other_files(audit: Audit[Any], files: RunFiles, sizes: dict[str, int]) -> None:
+def check_other_files(audit: Audit[Any], files: StoredFiles, sizes: dict[str, int]) -> None:
     """Hash what is kept of stages that ran again, and note what belongs to nothing."""
     manifests = [name for name in sizes if name.startswith(f"{SUPERSEDED}/") and name.endswith(f"/{MANIFEST_NAME}")]
     named: set[str] = set()

@@ -14,8 +14,8 @@ from tasks.audit.manifests import check_chain, check_files, check_other_files, r
 from tasks.audit.packs import check_packs
 from tasks.audit.rl import check_answers, check_rl, check_rl_prompts
 from tasks.audit.rollouts import check_prompts, check_rollouts, require_models
-from tasks.audit.run_files import RunFiles
 from tasks.audit.scores import check_ledger, check_scores
+from tasks.audit.stored_files import StoredFiles
 from tasks.audit.tables import check_tables
 from tasks.audit.training import check_export, check_training
 from tasks.stage import stages_of
@@ -79,7 +79,7 @@ def verify(store: RunStore, watch: Watch = not_watched) -> Report:
     rows = _ROWS if isinstance(config, RunConfig) else _RL_ROWS
     if record.config_hash != hash_json(config.fingerprinted()) or record.seed != config.seed:
         audit.broken(RUN_NAME, "config_hash and seed are not those of the config beside them")
-    files = RunFiles(store)
+    files = StoredFiles(store)
     sizes = files.sizes()
     report.coverage.files += 1
     report.coverage.bytes += sizes[RUN_NAME]

@@ -9,7 +9,7 @@ from schemas.manifest import FileRecord
 from schemas.object_store import ObjectStore
 from schemas.run_store import RunStore
 from schemas.tables import PROMPTS as PROMPTS_TABLE
-from tasks.audit.run_files import RunFiles
+from tasks.audit.stored_files import StoredFiles
 from tasks.graph import PROMPTS
 from tests.run_fixtures import finish_stage, make_config, prompts_table
 
@@ -25,7 +25,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
 
 def damage(store: RunStore) -> str | None:
     (record,) = store.finished(PROMPTS).outputs
-    files = RunFiles(store)
+    files = StoredFiles(store)
     return files.damage(record, files.sizes())
 
 
@@ -64,7 +64,7 @@ def test_a_file_that_is_not_here_comes_to_stay(store: RunStore) -> None:
 def test_an_object_that_goes_meanwhile_is_missing(store: RunStore) -> None:
     record: FileRecord
     (record,) = store.finished(PROMPTS).outputs
-    files = RunFiles(store)
+    files = StoredFiles(store)
     sizes = files.sizes()
     assert store.objects is not None
     store.objects.delete(record.path)

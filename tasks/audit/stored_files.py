@@ -9,7 +9,7 @@ from schemas.mirror import FOLDER_MARK
 from schemas.run_store import RunStore
 
 
-class RunFiles:
+class StoredFiles:
     """Names and bytes of a run's files, in a folder or an object store.
 
     Args:
