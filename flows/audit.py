@@ -121,7 +121,8 @@ def print_difference(console: Console, left: str, right: str, found: RunDifferen
     """Print which settings, packages and stages of two runs differ, and which are equal."""
     _line(console, f"left: {left}")
     _line(console, f"right: {right}")
-    for title, placement in (("settings", False), ("settings that say only where or how visibly work runs", True)):
+    minor = "settings that say only where, in what portions or how visibly work runs"
+    for title, placement in (("settings", False), (minor, True)):
         settings = [setting for setting in found.settings if setting.placement is placement]
         if settings or not placement:
             _line(console, f"{title}{'' if settings else ': equal'}", "bold")

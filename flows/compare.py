@@ -14,7 +14,7 @@ from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 
 from flows.comparison_progress import current_runs_listener
-from flows.comparison_worker import Worker, lenders
+from flows.comparison_worker import Worker, lenders, stands
 from flows.process import available_cores, cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
@@ -61,7 +61,6 @@ from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_html
 from tasks.rl.graph import EVALUATE
-from tasks.stage import standing
 
 
 def _flow_run_name() -> str:
@@ -212,7 +211,7 @@ class Work:
             config = continuation_config(self.comparison, self.base, run.method, seed=run.seed, run=store.url)
             label = continuation_label(run.method, run.seed)
             if run.method not in self.methods:
-                if _stands(config, continuation_stages()):
+                if _is_done(config, continuation_stages()):
                     self.continued[run] = read_scores(RunStore.at(config), EVALUATE, "rl")
                 continue
             futures[run] = continuation.with_options(task_run_name=label).submit(config, label, self._worker)
@@ -287,7 +286,7 @@ class Work:
                 continue
             if run.method not in self.methods:
                 config = self._config(run)
-                if _stands(config, method_stages(config)):
+                if _is_done(config, method_stages(config)):
                     self.outcomes[run] = read_outcome(RunStore.at(config), config)
                 continue
             futures[run] = method_run.with_options(task_run_name=run.label).submit(
@@ -334,10 +333,13 @@ class Work:
         return landmarks
 
 
-def _stands(config: RunSettings, stages: Sequence[StageKey]) -> bool:
-    """Say whether a run has done ``stages`` under ``config``."""
-    done = standing(RunStore.at(config), config)
-    return all(key in done for key in stages)
+def _is_done(config: RunSettings, stages: Sequence[StageKey]) -> bool:
+    """Say whether a run that is not made this time has done ``stages`` under ``config``; a damaged one has not."""
+    try:
+        return stands(RunStore.at(config), config, stages)
+    except NPDError as error:
+        get_run_logger().warning("%s: left out of the tables: %s", config.name, error)
+        return False
 
 
 @task(name="method run", cache_policy=NO_CACHE, persist_result=False, retries=0)

@@ -44,7 +44,7 @@ class Worker:
             NPDError: a stage failed; names the log.
         """
         with self.free:
-            if all(_stands(store, config, key) for key in keys):
+            if stands(store, config, keys):
                 if self.listener is not None:
                     self.listener.finished(label, up_to_date=True)
                 return
@@ -71,8 +71,12 @@ def lenders(store: RunStore, seed: int, comparison: str) -> list[str]:
     return [place for path in sorted(same) if (place := str(path.absolute())) != store.url]
 
 
+def stands(store: RunStore, config: RunSettings, keys: Sequence[StageKey]) -> bool:
+    """Say whether the results of ``keys`` stand; their files are compared by size, since the run hashed them."""
+    return all(_stands(store, config, key) for key in keys)
+
+
 def _stands(store: RunStore, config: RunSettings, key: StageKey) -> bool:
-    """Say whether a stage's result stands; its files are compared by size, since the run hashed them."""
     manifest = store.manifest(key)
     if manifest is None or any(store.manifest(needed) is None for needed in stage_of(config, key).inputs(config, key)):
         return False

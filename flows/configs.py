@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TypeVar
 
-from schemas.config import RunConfig, RunSettings, apply_overrides, load_as, parse_as
-from schemas.errors import ArtifactError, ConfigError
-from schemas.manifest import RUN_NAME
+from schemas.config import RunConfig, RunSettings, apply_overrides, kind_of, load_as, parse_as
+from schemas.errors import ConfigError
 from schemas.object_store import is_url
 from schemas.run_store import RunStore
 
@@ -19,7 +18,7 @@ def read_config(config: str, overrides: list[str] | None = None) -> RunConfig:
 
 def recorded_config(store: RunStore, overrides: list[str] | None = None) -> RunSettings:
     """Return what a run of any kind last ran with; see ``recorded_as``."""
-    return recorded_as(type(store.settings), store, overrides)
+    return recorded_as(kind_of(store.recorded_values()), store, overrides)
 
 
 def read_as(kind: type[S], config: str, overrides: list[str] | None = None) -> S:
@@ -40,14 +39,13 @@ def recorded_as(kind: type[S], store: RunStore, overrides: list[str] | None = No
     Raises:
         ConfigError: an override is wrong, or would move the run.
     """
-    record = store.record()
-    if record is None:
-        raise ArtifactError(f"{store.url}: no {RUN_NAME}")
-    recorded = parse_as(kind, record.config, origin=f"{store.url}/{RUN_NAME}")
-    values = apply_overrides(recorded.model_dump(mode="json"), overrides or [])
-    if (values["name"], values["root"]) != (recorded.name, recorded.root):
+    recorded = store.recorded_values()
+    # Validated once they are applied: they may be what makes a config of an earlier version right.
+    values = apply_overrides(recorded, overrides or [])
+    changed = parse_as(kind, values, origin=f"{store.url}: recorded config")
+    if (changed.name, changed.root) != (recorded.get("name"), recorded.get("root")):
         raise ConfigError("--set name, --set root: a run that exists keeps its name and place")
-    if RunStore.at(recorded).folder.resolve() != store.folder.resolve():
-        root, _, name = store.url.rpartition("/")
-        values |= {"name": name, "root": root or "/"}
-    return parse_as(kind, values, origin=f"{store.url}: recorded config")
+    if RunStore.at(changed).folder.resolve() == store.folder.resolve():
+        return changed
+    root, _, name = store.url.rpartition("/")
+    return parse_as(kind, values | {"name": name, "root": root or "/"}, origin=f"{store.url}: recorded config")

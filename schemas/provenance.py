@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from schemas.config import RunSettings
@@ -12,16 +11,8 @@ _PACKAGES = ("near-policy-distillation", "torch", "transformers", "trl", "vllm",
 
 
 def run_identity(config: RunSettings) -> str:
-    """Return a hash of the config that is the same wherever its files lie: of absolute paths only the last part."""
-
-    def placeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: placeless(child) for name, child in value.items()}
-        if isinstance(value, list):
-            return [placeless(child) for child in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return hash_json(placeless(config.fingerprinted()))[:16]
+    """Return a hash of the config that is the same wherever its files lie."""
+    return hash_json(config.identified())[:16]
 
 
 def now_iso() -> str:

@@ -90,11 +90,12 @@ class RunStore(RunFiles):
             StorageError: the place cannot be written to.
         """
         record, values, now = self.record(), config.model_dump(mode="json"), now_iso()
-        if record is not None and record.config == values:
+        config_hash = hash_json(config.identified())
+        if record is not None and (record.config, record.config_hash) == (values, config_hash):
             return
         updated = RunRecord(
             run_id=record.run_id if record is not None else run_id or run_identity(config),
-            config_hash=hash_json(config.fingerprinted()),
+            config_hash=config_hash,
             config=values,
             seed=config.seed,
             packages=package_versions(),
@@ -107,14 +108,19 @@ class RunStore(RunFiles):
     @property
     def config(self) -> RunConfig:
         """The config a distillation run last ran with."""
-        return parse_config(self._recorded(), origin=f"{self.url}/{RUN_NAME}")
+        return parse_config(self.recorded_values(), origin=f"{self.url}/{RUN_NAME}")
 
     @property
     def settings(self) -> RunSettings:
         """The config a run of any kind last ran with."""
-        return parse_settings(self._recorded(), origin=f"{self.url}/{RUN_NAME}")
+        return parse_settings(self.recorded_values(), origin=f"{self.url}/{RUN_NAME}")
 
-    def _recorded(self) -> dict[str, Any]:
+    def recorded_values(self) -> dict[str, Any]:
+        """Return the config the run last ran with as it was recorded, not validated.
+
+        Raises:
+            ArtifactError: there is no run.
+        """
         record = self.record()
         if record is None:
             raise ArtifactError(f"{self.url}: no {RUN_NAME}")

@@ -105,7 +105,7 @@ def _train_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     values = _sections("train")(config, key)
     if config.train.guard.action != "refresh":
         # Only then does the guard change what comes out; a run that it stopped goes on with a higher budget.
-        del values["train"]["guard"]
+        values["train"]["guard"] = None
     # The schedule spans all rounds, so their number shapes every step.
     values |= {"rounds": config.rounds}
     if config.train.on_policy is not None:
@@ -160,9 +160,8 @@ def _evaluate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     for name in ("policy", "temperature", "top_p", "samples_per_prompt"):
         del values["generate"][name]
     values["generate"]["engine"] = config.local_sampling.engine
-    if key == BASELINE and config.score.engine == "server":
-        values["teacher_engine"] = config.score.engine
-    return values
+    served = key == BASELINE and config.score.engine == "server"
+    return values | {"teacher_engine": config.score.engine if served else None}
 
 
 def _pack_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:

@@ -25,7 +25,7 @@ from tasks.stage import execute, settle
 EVENT_SECONDS = 0.1
 """Least time between two progress events of one unit; the last one of a unit always goes out."""
 
-_LARGE_TEACHER = ", or set `teacher.quantization` or `teacher.device_map`"
+_LARGE_TEACHER = ", or set `teacher.device_map`; or, from the start again, `teacher.quantization`"
 
 MEMORY_SETTINGS = {
     "models": "nothing can be lowered here: choose a smaller model, or give the machine more memory",
@@ -38,7 +38,8 @@ MEMORY_SETTINGS = {
     "export": "set `export.dtype: bfloat16`, or give the machine more memory",
     "baseline": "lower `evaluate.batch_tokens` or `generate.batch_size` (of an RL run: `evaluate.batch_size`)",
     "evaluate": "lower `evaluate.batch_tokens` or `generate.batch_size`" + _LARGE_TEACHER,
-    "rl": "lower `grpo.sequences_per_batch` or `grpo.max_new_tokens`, or keep `grpo.gradient_checkpointing: true`",
+    "rl": "keep `grpo.gradient_checkpointing: true`; or, from the start again, lower `grpo.sequences_per_batch` or "
+    "`grpo.max_new_tokens`",
 }
 """What to change where a stage's memory runs out; first what the stage goes on with from its finished files."""
 

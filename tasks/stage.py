@@ -134,9 +134,9 @@ def current_manifest(store: RunStore, config: RunSettings, key: StageKey) -> Man
 def standing(store: RunStore, config: RunSettings, *, through: int | None = None) -> dict[StageKey, Manifest]:
     """Return the manifests of what can be shown as the result of ``config``, in the order in which stages run.
 
-    Left out is a stage that ran with other settings, and one that reads such a stage or one that is at work: it runs
-    again. Sources outside the run and the stages' files are not looked at, nor are settings that one of the two sides
-    does not know: a run of an earlier version can be shown.
+    Left out is a stage that ran with other settings or on other inputs than are there, and one that reads such a stage
+    or one that is at work: it runs again. Sources outside the run and the stages' files are not looked at, nor are
+    settings that one of the two sides does not know: a run of an earlier version can be shown.
 
     Args:
         store: The run.
@@ -147,6 +147,7 @@ def standing(store: RunStore, config: RunSettings, *, through: int | None = None
         ArtifactError: a manifest is damaged.
     """
     found: dict[StageKey, Manifest] = {}
+    present: dict[str, str] = {}
     stale: set[StageKey] = set()
     for key in stages_of(config):
         if through is not None and key.round is not None and key.round > through:
@@ -155,8 +156,11 @@ def standing(store: RunStore, config: RunSettings, *, through: int | None = None
         if stale & set(stage.inputs(config, key)) or (manifest is None and store.has_begun(key)):
             stale.add(key)
         elif manifest is not None:
-            if _agree(manifest.config, json.loads(json.dumps(stage.config(config, key)))):
+            wanted = json.loads(json.dumps(stage.config(config, key)))
+            same_inputs = all(present.get(record.path, record.sha256) == record.sha256 for record in manifest.inputs)
+            if same_inputs and _agree(manifest.config, wanted):
                 found[key] = manifest
+                present |= {record.path: record.sha256 for record in manifest.outputs}
             else:
                 stale.add(key)
     return found
@@ -166,6 +170,8 @@ def _agree(recorded: Any, wanted: Any) -> bool:
     """Say whether two settings are equal in what both of them have."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         return all(_agree(recorded[name], wanted[name]) for name in recorded.keys() & wanted.keys())
+    if isinstance(recorded, list) and isinstance(wanted, list):
+        return len(recorded) == len(wanted) and all(map(_agree, recorded, wanted))
     return bool(recorded == wanted)
 
 
@@ -180,6 +186,9 @@ def take_over(store: RunStore, config: RunSettings, key: StageKey, lenders: Sequ
         manifest = lender.manifest(key)
         if manifest is None or manifest.fingerprint != fingerprint or lender.first_damage(manifest) is not None:
             continue
+        if store.manifest(key) is None:
+            # An attempt of its own that did not end leaves nothing behind.
+            store.remove(store.path(key))
         store.begin(key, fingerprint)
         _copy_outputs(store, key, manifest, lender)
         store.finish(key, manifest)

@@ -11,7 +11,7 @@ from schemas.config.comparison import (
     method_config,
 )
 from schemas.config.launch import LaunchConfig
-from schemas.config.load import apply_overrides, load_as, load_config, parse_as, parse_config, parse_settings
+from schemas.config.load import apply_overrides, kind_of, load_as, load_config, parse_as, parse_config, parse_settings
 from schemas.config.models import DeviceMap, MemoryLimits, ModelSource, Quantization, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
     DatasetSource,
@@ -93,6 +93,7 @@ __all__ = [
     "apply_overrides",
     "continuation_config",
     "fields_markdown",
+    "kind_of",
     "load_as",
     "load_comparison",
     "load_config",

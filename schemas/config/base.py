@@ -1,5 +1,6 @@
 """What every config section shares: strictness, docstrings as descriptions, and what a stage's fingerprint reads."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -9,7 +10,7 @@ PLACEMENT: dict[str, Any] = {"fingerprint": False}
 """``json_schema_extra`` of fields that say where or how visibly work runs, not what comes out of it: changing one
 does not re-run a stage."""
 
-SOURCE: dict[str, Any] = {"fingerprint": False}
+SOURCE: dict[str, Any] = {"fingerprint": "content"}
 """``json_schema_extra`` of fields that say where content lies: ``source_fingerprints`` of the stage that reads it
 stand for the content, so that moving it does not re-run a stage."""
 
@@ -29,24 +30,38 @@ class Section(BaseModel):
 
     def fingerprinted(self) -> dict[str, Any]:
         """Return the section as JSON values, without the fields that cannot change what a stage writes."""
+        return self._values(sources=False)
+
+    def identified(self) -> dict[str, Any]:
+        """Return the section as ``fingerprinted``, and what content it names: of absolute paths only the last part."""
+        return self._values(sources=True)
+
+    def _values(self, *, sources: bool) -> dict[str, Any]:
         values = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
-            if _is_placement(field):
+            kind = _kind(field)
+            if kind is False or (kind == "content" and not sources):
                 values.pop(name, None)
+            elif kind == "content":
+                values[name] = _placeless(values[name])
             else:
-                values[name] = _fingerprinted(getattr(self, name), values[name])
+                values[name] = _section_values(getattr(self, name), values[name], sources)
         return values
 
 
-def _fingerprinted(value: Any, dumped: Any) -> Any:
-    """Return a field's value as JSON, its sections fingerprinted; ``dumped``: what a value without sections is."""
+def _section_values(value: Any, dumped: Any, sources: bool) -> Any:
+    """Return a field's value as JSON, sections in it by ``_values``; ``dumped``: what a value without sections is."""
     if isinstance(value, Section):
-        return value.fingerprinted()
+        return value._values(sources=sources)
     if isinstance(value, list):
-        return [_fingerprinted(*pair) for pair in zip(value, dumped, strict=True)]
+        return [_section_values(*pair, sources) for pair in zip(value, dumped, strict=True)]
     return dumped
 
 
-def _is_placement(field: FieldInfo) -> bool:
+def _placeless(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _kind(field: FieldInfo) -> Any:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and extra.get("fingerprint") is False
+    return extra.get("fingerprint") if isinstance(extra, dict) else None

@@ -39,7 +39,12 @@ def parse_config(values: dict[str, Any], *, origin: str = "config", folder: Path
 
 def parse_settings(values: dict[str, Any], *, origin: str = "config") -> RunSettings:
     """Validate a recorded config, of whatever kind of run it says it is; see ``parse_as``."""
-    return parse_as(RLConfig if values.get("kind") == "rl" else RunConfig, values, origin=origin)
+    return parse_as(kind_of(values), values, origin=origin)
+
+
+def kind_of(values: dict[str, Any]) -> type[RunSettings]:
+    """Return the kind of run that recorded settings say they are of."""
+    return RLConfig if values.get("kind") == "rl" else RunConfig
 
 
 def load_as(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:

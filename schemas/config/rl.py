@@ -79,7 +79,7 @@ class GRPOConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: autocast over float32 weights. `fp32`: no autocast."""
 
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = Field(default=True, json_schema_extra=PLACEMENT)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     engine: Literal["transformers", "vllm"] = "transformers"

@@ -16,7 +16,7 @@ from tasks.stage import stages_of
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that differs; ``placement``: it says only where or how visibly work runs, not what comes out."""
+    """A setting that differs; ``placement``: it says only where, in what portions or how visibly work runs."""
 
     key: str
     left: Any
@@ -99,7 +99,7 @@ def _order(configs: tuple[RunSettings, RunSettings], key: StageKey) -> tuple[int
 
 def _settings(left: RunSettings, right: RunSettings) -> list[Setting]:
     sides = left.model_dump(mode="json"), right.model_dump(mode="json")
-    shaping = set(differing_keys(left.fingerprinted(), right.fingerprinted()))
+    shaping = set(differing_keys(left.identified(), right.identified()))
 
     def shapes(key: str) -> bool:
         return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in shaping)

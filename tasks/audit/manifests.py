@@ -12,7 +12,6 @@ from schemas.run_store import PARTIAL_NAME, REPORT_NAME, SUPERSEDED
 from schemas.stage_key import StageKey
 from tasks.audit.findings import Audit
 from tasks.audit.stored_files import StoredFiles
-from tasks.graph import PROMPTS
 from tasks.stage import plan, stage_of, stages_of
 
 _OWN = (RUN_NAME, LOCK_NAME, STAGES_LOCK_NAME, REPORT_NAME)
@@ -129,18 +128,19 @@ def check_chain(audit: Audit[Any], key: StageKey) -> None:
 
 
 def _check_fingerprint(audit: Audit[Any], key: StageKey, manifest: Manifest, where: str) -> None:
-    outside = hasattr(importlib.import_module(stage_of(audit.config, key).module), "source_fingerprints")
+    module = importlib.import_module(stage_of(audit.config, key).module)
     try:
+        outside = hasattr(module, "source_fingerprints") and bool(module.source_fingerprints(audit.config))
         expected = plan(audit.store, audit.config, key).fingerprint
     except NPDError as error:
-        if not outside:
+        if not hasattr(module, "source_fingerprints"):
             raise
         audit.report.notes.append(f"{key.label}: sources outside the run cannot be compared: {error}")
         return
     if manifest.fingerprint == expected:
         return
     if outside:
-        what = "prompt files" if key == PROMPTS else "model files"
+        what = {"prompts": "prompt files", "evaluate": "`lm-eval` tasks"}.get(key.stage, "files")
         audit.report.notes.append(
             f"{key.label}: its {what} outside the run are not those it was made from any more; the results here stand, "
             "but `npd run` would make them again"

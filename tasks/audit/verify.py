@@ -77,7 +77,7 @@ def verify(store: RunStore, watch: Watch = not_watched) -> Report:
         return report
     audit: Audit[Any] = Audit(store, config, record.run_id, watch, report)
     rows = _ROWS if isinstance(config, RunConfig) else _RL_ROWS
-    if record.config_hash != hash_json(config.fingerprinted()) or record.seed != config.seed:
+    if record.config_hash != hash_json(config.identified()) or record.seed != config.seed:
         audit.broken(RUN_NAME, "config_hash and seed are not those of the config beside them")
     files = StoredFiles(store)
     sizes = files.sizes()

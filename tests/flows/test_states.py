@@ -7,6 +7,7 @@ from flows.configs import read_config, recorded_config
 from flows.states import StageState, outdated_after, stage_key, stage_states, upstream, upstream_problem
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError, ConfigError
+from schemas.manifest import record_bytes
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from tasks.graph import PROMPTS
@@ -118,6 +119,29 @@ def test_a_moved_run_keeps_its_place_and_its_config(store: RunStore) -> None:
     assert read_config(str(store.folder)).train == store.config.train
     with pytest.raises(ConfigError, match="keeps its name"):
         recorded_config(store, ["name=other"])
+
+
+def test_a_setting_that_is_no_longer_allowed_can_be_set_right(store: RunStore) -> None:
+    record = store.record()
+    assert record is not None
+    values = record.config | {"overlap": True}
+    values["train"]["guard"] |= {"action": "refresh"}
+    store.write_bytes(store.folder / "run.json", record_bytes(record.model_copy(update={"config": values})))
+    with pytest.raises(ConfigError, match="overlap"):
+        recorded_config(store)
+    changed = recorded_config(store, ["overlap=false"])
+    assert isinstance(changed, RunConfig)
+    assert not changed.overlap
+
+
+def test_a_record_of_an_earlier_version_is_brought_up_to_date(store: RunStore) -> None:
+    record, config = store.record(), store.config
+    assert record is not None
+    store.write_bytes(store.folder / "run.json", record_bytes(record.model_copy(update={"config_hash": "0" * 64})))
+    store.record_config(config)
+    again = store.record()
+    assert again is not None
+    assert (again.config_hash, again.run_id) == (record.config_hash, record.run_id)
 
 
 def test_a_folder_without_a_run_is_no_config(tmp_path: Path) -> None:

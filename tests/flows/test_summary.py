@@ -11,9 +11,11 @@ from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import EVALUATE_METRICS, FILTER
+from schemas.tables import EVALUATE_METRICS, FILTER, score_schema
+from schemas.tables import PROMPTS as PROMPTS_TABLE
 from schemas.untrusted_text import escape_markdown
-from tests.run_fixtures import finish_stage, make_config, make_store
+from tasks.graph import PROMPTS
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table, rollout_table, score_table
 
 
 def evaluate_table(index: int, kl: float, *models: str) -> pa.Table:
@@ -140,6 +142,30 @@ def test_what_other_settings_made_is_not_shown_as_theirs(run: tuple[RunStore, Ru
     # A setting that is no more, of an earlier version, hides nothing.
     store.finish(key, manifest.model_copy(update={"config": {"filter": {"forgotten": 1}}}))
     assert summarize(store, config).rounds == before.rounds
+
+
+def test_a_run_of_an_earlier_version_is_shown(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    finish_stage(store, PROMPTS, PROMPTS_TABLE, [prompts_table({"a": "train"})])
+    made = store.finished(PROMPTS).model_copy(
+        update={"config": {"prompts": {"sources": [{"type": "jsonl", "path": "/long/ago.jsonl"}]}}}
+    )
+    store.finish(PROMPTS, made)
+    assert "prompts" in summarize(store, config).seconds
+    assert len(summarize(store, config).rounds) == 2
+
+
+def test_what_was_made_from_other_inputs_is_not_shown(run: tuple[RunStore, RunConfig]) -> None:
+    store, config = run
+    key, score = StageKey("filter", 0), StageKey("score", 0)
+    schema = score_schema(config.score.top_k, "float16")
+    rollouts = rollout_table([[1]] * 2, [[1, 2]] * 2)
+    finish_stage(store, score, schema, [score_table(rollouts, [0.1, 0.2], top_k=config.score.top_k)])
+    read = store.finished(score).outputs
+    store.finish(key, store.finished(key).model_copy(update={"inputs": read}))
+    assert summarize(store, config).rounds[-1].reasons
+    finish_stage(store, score, schema, [score_table(rollouts, [0.3, 0.4], top_k=config.score.top_k)])
+    assert summarize(store, config).rounds[-1].reasons == {}
 
 
 def test_rounds_after_the_wanted_one_are_not_read(run: tuple[RunStore, RunConfig]) -> None:

@@ -18,6 +18,7 @@ from schemas.config import (
     parse_settings,
 )
 from schemas.errors import ConfigError
+from schemas.provenance import run_identity
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -226,6 +227,17 @@ def test_where_content_lies_does_not_touch_fingerprints() -> None:
 
     assert at("/here") == at("/there")
     assert at("/here") != at("/here", answer="gold")
+
+
+def test_a_run_is_known_by_the_names_of_its_content_and_not_by_its_place() -> None:
+    def made(teacher: str, path: str, **more: Any) -> RunConfig:
+        sources = {"sources": [{"type": "jsonl", "path": path}]}
+        return parse_config(MINIMAL | {"teacher": {"model": teacher}, "prompts": sources} | more)
+
+    here, there = made("/here/t", "/here/p.jsonl"), made("/there/t", "/there/p.jsonl", root="/elsewhere")
+    assert run_identity(here) == run_identity(there)
+    others = [made("/here/u", "/here/p.jsonl"), made("org/t", "/here/p.jsonl"), made("/here/t", "/here/q.jsonl")]
+    assert len({run_identity(config) for config in [here, *others]}) == 4
 
 
 @pytest.mark.parametrize(

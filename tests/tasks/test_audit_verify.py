@@ -229,10 +229,12 @@ def test_inputs_that_are_not_there_any_more_are_found(run: Finished) -> None:
     assert now in found
 
 
-def test_a_fingerprint_that_is_not_that_of_its_inputs_is_found(run: Finished) -> None:
-    manifest = run.store.finished(StageKey("score", 1)).model_copy(update={"fingerprint": "0" * 64})
-    run.store.write_bytes(run.store.path(StageKey("score", 1), "manifest.json"), record_bytes(manifest))
-    assert first_break(run).startswith("round=001/stage=score/manifest.json: fingerprint: is not that of its settings")
+@pytest.mark.parametrize("stage", ["score", "evaluate"])
+def test_a_fingerprint_that_is_not_that_of_its_inputs_is_found(run: Finished, stage: str) -> None:
+    key = StageKey(stage, 1)
+    manifest = run.store.finished(key).model_copy(update={"fingerprint": "0" * 64})
+    run.store.write_bytes(run.store.path(key, "manifest.json"), record_bytes(manifest))
+    assert first_break(run).startswith(f"{key.folder}/manifest.json: fingerprint: is not that of its settings")
 
 
 def test_a_changed_setting_names_the_first_stage_that_it_touches(run: Finished) -> None:
@@ -269,7 +271,7 @@ def test_sources_outside_the_run_are_noted_and_break_nothing(
     flip(teacher / "model.safetensors", -1)
     report = verify(store)
     assert report.holds
-    assert any("models: its model files outside the run are not those" in note for note in report.notes)
+    assert any("models: its files outside the run are not those" in note for note in report.notes)
     shutil.rmtree(teacher)
     report = verify(store)
     assert report.holds

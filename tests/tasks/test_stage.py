@@ -41,8 +41,24 @@ def test_a_result_of_equal_fingerprint_is_taken_over_whole(
     assert not store.path(MODELS, "student").exists()
     assert store.manifest(MODELS) is None
 
+    # Nor does anything of the attempt stay.
+    store.write_bytes(store.path(MODELS, ".seconds.json"), b"9")
+    store.write_bytes(store.path(MODELS, "half.parquet"), b"9")
     assert take_over(store, own, MODELS, [lender]) == manifest == store.manifest(MODELS)
     assert store.first_damage(manifest) is None
+    assert sorted(path.name for path in store.path(MODELS).iterdir()) == ["manifest.json", "models.json", "student"]
+
+
+def test_what_was_finished_before_is_kept_when_another_result_is_taken_over(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    lender, config = resolved(tmp_path / "lender", teacher_dir, student_dir)
+    execute(lender, config, MODELS)
+    store, own = resolved(tmp_path / "own", teacher_dir, student_dir)
+    other = own.student.model_copy(update={"model": str(teacher_dir)})
+    execute(store, own.model_copy(update={"student": other}), MODELS)
+    assert take_over(store, own, MODELS, [lender]) is not None
+    assert store.superseded()
 
 
 def test_another_result_is_not_taken_over(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
