@@ -203,14 +203,14 @@ def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied
     store, key = RunStore(copied), StageKey("filter", 0)
     kept = store.finished(key).counters["kept"]
     stage = ["rerun", str(copied), "--stage", "filter", "--round", "0", "--set"]
-    changed = command(*stage, "filter.max_delta_ifd.quantile=0.5")
-    assert changed.returncode == 0, changed.stdout + changed.stderr
-    assert "out of date now: round 0 · pack, round 0 · train" in changed.stdout
+    code, output = invoke(*stage, "filter.max_delta_ifd.quantile=0.5")
+    assert code == 0, output
+    assert "out of date now: round 0 · pack, round 0 · train" in output
     assert store.finished(key).counters["kept"] < kept
 
-    undone = command(*stage, "filter.max_delta_ifd.quantile=0.9")
-    assert undone.returncode == 0, undone.stdout + undone.stderr
-    assert "every later stage still matches" in undone.stdout
+    code, output = invoke(*stage, "filter.max_delta_ifd.quantile=0.9")
+    assert code == 0, output
+    assert "every later stage still matches" in output
     assert store.finished(key).counters["kept"] == kept
 
     again = command("run", str(copied))
@@ -226,10 +226,10 @@ def test_run_repairs_a_later_round_that_was_damaged(copied: Path) -> None:
     table = store.table_files(key)[0]
     whole = table.read_bytes()
     table.write_bytes(whole[:100])
-    done = command("run", str(copied))
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = invoke("run", str(copied))
+    assert code == 0, output
     assert table.read_bytes() == whole
-    assert done.stdout.count(": up to date") == len(loop(store.config)) - 1
+    assert output.count(": up to date") == len(loop(store.config)) - 1
 
 
 def test_rerun_refuses_a_setting_that_earlier_stages_read(copied: Path) -> None:
