@@ -181,6 +181,16 @@ def test_models_that_move_are_the_same_models(tmp_path: Path, teacher_dir: Path,
     assert plan(store, there, MODELS).fingerprint != store.finished(MODELS).fingerprint
 
 
+def test_a_relative_teacher_that_is_not_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_dir: Path, student_dir: Path
+) -> None:
+    monkeypatch.chdir(teacher_dir.parent)
+    store, config = resolve(tmp_path, teacher_dir.name, {"model": str(student_dir)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"teacher\.model: {teacher_dir.name}: no such folder in {tmp_path}, "):
+        teacher_model(store, config)
+
+
 def hub_cache(cache: Path, name: str, commit: str, folder: Path) -> Path:
     """Lay a model down as the Hub's client does; return the folder of its files."""
     place = cache / f"models--{name.replace('/', '--')}"
