@@ -8,7 +8,7 @@ from tasks.language_model.sources import (
     answering_model,
     asking_student,
     earlier_policy,
-    teacher_model,
+    resolved_models,
 )
 from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import Engine, LazyEngine, SamplingSettings, engine_name, open_engine
@@ -32,12 +32,12 @@ def run(job: StageJob) -> None:
     from tasks.language_model.loading import load_tokenizer
 
     store, config = job.store, job.config
-    student, teacher = asking_student(store, config, job.round), teacher_model(store, config)
+    student = asking_student(store, config, job.round)
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
-    # The teacher prefills these samples next, so they must fit into both models.
-    context = min(student.context, teacher.context)
+    # The teacher prefills these samples next, so they must fit into both models. Its weights are not needed here.
+    context = min(student.context, resolved_models(store).teacher_context)
     if config.generate.policy == "answers":
-        _write_answers(job, teacher, tokenizer, context)
+        _write_answers(job, student, tokenizer, context)
     else:
         _write_samples(job, answering_model(store, config, job.round), tokenizer, context)
 
@@ -87,12 +87,12 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
     job.counters |= {"engine": engine_name(policy, config)} | engine.counters()
 
 
-def _write_answers(job: StageJob, teacher: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:
+def _write_answers(job: StageJob, student: ModelRef, tokenizer: "PreTrainedTokenizerBase", context: int) -> None:
     from tasks.language_model.chat import end_ids
     from tasks.rollout.answers import answered
     from tasks.rollout.shards import Group, write_shards, written_here
 
-    ends = tuple(end_ids(tokenizer, teacher.path))
+    ends = tuple(end_ids(tokenizer, student.path))
     asked, respond = answered(job, tokenizer, context, ends, "generate.policy")
     group = Group(
         prompts=asked,

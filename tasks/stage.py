@@ -240,8 +240,8 @@ def execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progr
 
 def _execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progress) -> Manifest:
     planned, stage = plan(store, config, key), stage_of(config, key)
+    started, clock = now_iso(), StageClock(store, key, planned.fingerprint)
     store.begin(key, planned.fingerprint)
-    started, clock = now_iso(), StageClock(store, key)
 
     def ticking(done: int, total: int, unit: str) -> None:
         clock.tick()

@@ -50,8 +50,9 @@ def kind_of(values: dict[str, Any]) -> type[RunSettings]:
 def load_as(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R:
     """Read a YAML config, apply ``key.sub=value`` overrides, and resolve its relative paths.
 
-    Paths of prompts, models and chat templates that exist relative to the config file's folder are made absolute;
-    ``root`` (and ``run`` of an RL run) is relative to the working directory.
+    Paths of prompts, models, chat templates and `lm-eval` tasks are made absolute where they exist relative to the
+    config file's folder, or else to the working directory; ``root`` (and ``run`` of an RL run) is relative to the
+    working directory.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or holds an unknown or wrong value; names the key.
@@ -232,19 +233,23 @@ def _sections(annotation: Any) -> list[type[Section]]:
 
 
 def _resolve_paths(config: R, folder: Path) -> R:
+    def existing(text: str) -> Path | None:
+        path = Path(text).expanduser()
+        # Also from the working directory, which is not that of every process of the run.
+        return next((local.resolve() for local in (folder / path, path) if local.exists()), None)
+
     def resolved(text: str | None) -> str | None:
         if text is None or "://" in text:
             return text
-        path = Path(text).expanduser()
-        local = path if path.is_absolute() else folder / path
-        return str(local.resolve()) if local.exists() else text
+        return str(existing(text) or text)
 
     def beside(source: PromptSource) -> PromptSource:
         if isinstance(source, DatasetSource):
             return source.model_copy(update={"dataset": resolved(source.dataset)})
         if isinstance(source, JsonlSource | ParquetSource):
-            # Always a path, so a missing file is reported where it was looked for.
-            return source.model_copy(update={"path": str((folder / Path(source.path).expanduser()).resolve())})
+            # Always a path, so a missing file is reported where it was looked for first.
+            path = existing(source.path) or (folder / Path(source.path).expanduser()).resolve()
+            return source.model_copy(update={"path": str(path)})
         return source
 
     def beside_all(prompts: PromptsConfig) -> PromptsConfig:

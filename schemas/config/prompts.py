@@ -35,7 +35,8 @@ class JsonlSource(_Rows):
     """Which kind of source this is."""
 
     path: str = Field(min_length=1, json_schema_extra=SOURCE)
-    """The file; relative paths start at the config file's folder."""
+    """The file; a relative path starts at the config file's folder, or at the working directory if it exists only
+    there."""
 
 
 class ParquetSource(_Rows):
@@ -45,7 +46,8 @@ class ParquetSource(_Rows):
     """Which kind of source this is."""
 
     path: str = Field(min_length=1, json_schema_extra=SOURCE)
-    """The file; relative paths start at the config file's folder."""
+    """The file; a relative path starts at the config file's folder, or at the working directory if it exists only
+    there."""
 
 
 class DatasetSource(_Rows):

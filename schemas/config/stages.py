@@ -174,7 +174,8 @@ class LmEvalConfig(Section):
     """Take the first so many questions of each task; null: all."""
 
     include_path: str | None = Field(default=None, json_schema_extra=SOURCE)
-    """Folder with tasks of your own (YAML); a relative path starts at the config file's folder."""
+    """Folder with tasks of your own (YAML); a relative path starts at the config file's folder, or at the working
+    directory if it exists only there."""
 
     apply_chat_template: bool = False
     """Whether questions are put as a user's message."""

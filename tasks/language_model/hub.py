@@ -27,9 +27,17 @@ def fetch(name: str, revision: str | None, key: str, *, trust_remote_code: bool)
 
     patterns = model_files(trust_remote_code=trust_remote_code)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}: {name}: not a local folder, and the Hub could not provide it: {error}") from error
+    # Where the Hub is out of reach its client settles for what the cache has, which may be links to nothing.
+    dangling = [path for pattern in patterns for path in folder.glob(pattern) if not path.exists()]
+    if dangling:
+        raise ModelError(
+            f"{key}: {name}: the Hub's cache has lost the content of {dangling[0]}, and the Hub could not provide it: "
+            "run the same command again where the Hub can be reached"
+        )
+    return folder
 
 
 def find_or_fetch(name: str, commit: str, version: str, key: str, *, trust_remote_code: bool) -> Path:
@@ -52,6 +60,14 @@ def find_or_fetch(name: str, commit: str, version: str, key: str, *, trust_remot
         folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
     except LocalEntryNotFoundError:
         folder = None
-    if folder is not None and folder_fingerprint(folder, None).startswith(version):
+    if folder is not None and _is_version(folder, version):
         return folder
     return fetch(name, commit, key, trust_remote_code=trust_remote_code)
+
+
+def _is_version(folder: Path, version: str) -> bool:
+    try:
+        return folder_fingerprint(folder, None).startswith(version)
+    except OSError:
+        # A snapshot is links, and what they lead to may have been cleared away.
+        return False

@@ -144,7 +144,10 @@ def _teacher_folder(store: RunStore, teacher: TeacherConfig, found: ResolvedMode
     if own.folder is not None:
         return own.folder
     if found.teacher_commit is None:
-        raise ArtifactError(f"{store.url}/{MODELS.folder}/models.json: teacher_commit: none; run stage `models` again")
+        raise ModelError(
+            f"teacher.model: {own.name}: no such folder in {Path.cwd()}, and stage `models` found it in one: give its "
+            "absolute path"
+        )
     return hub.find_or_fetch(
         own.name,
         found.teacher_commit,

@@ -149,36 +149,73 @@ class VllmProcess:
             yield
         except _GONE:
             self._process.join()
-            raise StageError(
-                f"the process of vLLM on GPU {self._gpu} died (exit code {self._process.exitcode}), most likely out of "
-                "memory: lower `generate.vllm.gpu_memory_utilization` or `generate.vllm.max_num_seqs`"
-            ) from None
+            raise StageError(f"the process of vLLM on GPU {self._gpu} {_ending(self._process.exitcode)}") from None
 
 
-def _serve(pipe: Connection, opener: Callable[[], Engine], gpu: str) -> None:
-    """Be the engine's process, until the other end of ``pipe`` closes."""
+def _ending(code: int | None) -> str:
+    if not code:
+        return "ended before its work was done: see what it printed, then run the same command again: it continues"
+    return (
+        f"died (exit code {code}), most likely out of memory: lower `generate.vllm.gpu_memory_utilization` or "
+        "`generate.vllm.max_num_seqs`"
+    )
+
+
+class _PipeClosedError(Exception):
+    """The other end has closed; a class of its own, as what a pipe raises may come from within vLLM, too."""
+
+
+class _EnginePipe:
+    """The engine's end of the pipe.
+
+    Args:
+        pipe: It.
+
+    Raises:
+        _PipeClosedError: from every call: the other end has closed.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def send(self, kind: str, value: Any = None) -> None:
+        try:
+            self._pipe.send((kind, value))
+        except _GONE as error:
+            raise _PipeClosedError from error
+
+    def receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except _GONE as error:
+            raise _PipeClosedError from error
+
+
+def _serve(connection: Connection, opener: Callable[[], Engine], gpu: str) -> None:
+    """Be the engine's process, until the other end of ``connection`` closes."""
     # First: CUDA reads it once.
     os.environ[VISIBLE] = gpu
-    with suppress(*_GONE):
+    pipe = _EnginePipe(connection)
+    with suppress(_PipeClosedError):
         try:
             engine = opener()
-            pipe.send(("ready", None))
+            pipe.send("ready")
             while True:
-                settings = pipe.recv()
-                for shard in engine.generate(_requests(pipe), settings, lambda count: pipe.send(("finished", count))):
-                    pipe.send(("shard", shard))
-                pipe.send(("end", None))
-        except _GONE:
+                settings = pipe.receive()
+                for shard in engine.generate(_requests(pipe), settings, partial(pipe.send, "finished")):
+                    pipe.send("shard", shard)
+                pipe.send("end")
+        except _PipeClosedError:
             raise
         except Exception as error:  # the boundary of the process: every error must reach the other
             traceback.print_exc()
-            pipe.send(("failed", _portable(error)))
+            pipe.send("failed", _portable(error))
 
 
-def _requests(pipe: Connection) -> Iterator[Requests]:
+def _requests(pipe: _EnginePipe) -> Iterator[Requests]:
     while True:
-        pipe.send(("wanted", None))
-        requests = pipe.recv()
+        pipe.send("wanted")
+        requests = pipe.receive()
         if requests is None:
             return
         yield requests

@@ -11,7 +11,7 @@ from tasks.language_model.chat import reply_header
 from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.loading import free_memory, load_tokenizer
 from tasks.language_model.prefill import TokensDone
-from tasks.language_model.sources import ModelRef, policy_model, teacher_model
+from tasks.language_model.sources import ModelRef, policy_model, resolved_models, teacher_model
 from tasks.language_model.tensor_parallel import load_whole, prefill_model
 from tasks.score.check import checked_rows, mean_gap, require_sampled
 from tasks.score.results import CHECK_NAME, has_sampled_logprobs, write_check, write_scores, write_student
@@ -23,9 +23,9 @@ from tasks.stage import StageJob
 def score_round(job: StageJob) -> None:
     """Score every shard that is not there yet: all of them by the student, then all by the teacher."""
     store, settings = job.store, job.config.score
-    student, teacher = policy_model(store, job.config, job.round), teacher_model(store, job.config)
-    if settings.top_k > teacher.shared_vocab:
-        raise ModelError(f"score.top_k: {settings.top_k}: teacher and student share {teacher.shared_vocab} tokens only")
+    student, shared = policy_model(store, job.config, job.round), resolved_models(store).shared_vocab
+    if settings.top_k > shared:
+        raise ModelError(f"score.top_k: {settings.top_k}: teacher and student share {shared} tokens only")
     bare = bare_context(job, student)
     shards = plan_shards(job)
     untaught = [shard for shard in shards if not shard.path.is_file()]
@@ -42,19 +42,20 @@ def score_round(job: StageJob) -> None:
         done += count
         job.progress(done, total, "tokens")
 
+    # Actors fetch the teacher themselves; one on servers has its own machines.
+    by_actors = untaught if job.config.ray is not None and settings.engine == "transformers" else []
+    # Before the student's pass, which takes long: a teacher that is not there should be told of first.
+    teacher = teacher_model(store, job.config) if untaught and not by_actors else None
+
     # The whole round by the student first, so that its memory is free again when the teacher is loaded.
     if job.config.ray is not None and untaught:
         from tasks.score.on_ray import score_on_ray
 
-        # A teacher on servers has its own machines.
-        by_actors = untaught if settings.engine == "transformers" else []
         score_on_ray(job, job.config.ray, unlearned, by_actors, on_tokens, check=checked is not None)
-        if not by_actors:
-            _score_by_teacher(job, teacher, untaught, bare, on_tokens)
-    elif untaught:
-        if unlearned or checked is not None:
-            _score_by_student(job, student, unlearned, checked, bare, on_tokens)
-            free_memory()
+    elif unlearned or checked is not None:
+        _score_by_student(job, student, unlearned, checked, bare, on_tokens)
+        free_memory()
+    if teacher is not None:
         _score_by_teacher(job, teacher, untaught, bare, on_tokens)
         free_memory()
     job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}

@@ -257,6 +257,33 @@ def test_a_launch_that_cannot_be_is_refused(launch: dict[str, Any], others: dict
     assert problem in error_of(train=train | {"launch": launch}, **others)
 
 
+def test_relative_paths_start_at_the_config_or_else_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "configs", tmp_path / "work"
+    for place, names in ((there, ["both"]), (here, ["both", "models/t", "tasks"])):
+        for name in names:
+            (place / name).mkdir(parents=True)
+    for name in ("p.jsonl", "chat.jinja"):
+        (here / name).touch()
+    (there / "c.yaml").write_text(
+        yaml.safe_dump(MINIMAL | {"student": {"model": "both", "chat_template": "chat.jinja"}})
+    )
+    monkeypatch.chdir(here)
+    lm_eval = "evaluate.lm_eval={tasks: [own], include_path: tasks}"
+    config = load_config(there / "c.yaml", ["teacher.model=models/t", lm_eval])
+    assert config.teacher.model == str(here / "models/t")
+    assert config.student.model == str(there / "both")
+    assert config.student.chat_template == str(here / "chat.jinja")
+    assert config.prompts.sources[0].model_dump()["path"] == str(here / "p.jsonl")
+    assert config.evaluate.lm_eval is not None
+    assert config.evaluate.lm_eval.include_path == str(here / "tasks")
+    # What is nowhere: a name of the Hub, and a file that is missed where it was looked for first.
+    config = load_config(there / "c.yaml", ["teacher.model=org/t", "prompts.sources.0.path=q.jsonl"])
+    assert config.teacher.model == "org/t"
+    assert config.prompts.sources[0].model_dump()["path"] == str(there / "q.jsonl")
+
+
 def sections(section: type[Section]) -> set[type[Section]]:
     found = {section}
     for child in Section.__subclasses__():

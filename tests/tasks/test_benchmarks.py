@@ -1,13 +1,17 @@
 """Benchmarks by name: what happens without `lm-eval`, and a real task of one's own with it."""
 
+import errno
+import io
 import json
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from schemas.config import load_config
+from schemas.config import RunConfig, load_config
 from schemas.errors import ConfigError
 from schemas.run_store import RunStore
 from schemas.tables import EVALUATE_METRICS, METRICS_FILE
@@ -16,6 +20,7 @@ from tasks.evaluate.benchmarks import metrics_of_results, require_lm_eval
 from tasks.evaluate.means import Mean
 from tasks.graph import BASELINE, loop
 from tasks.stage import execute
+from tests.run_fixtures import make_config
 from tests.test_loop import ROOT, smoke_config
 
 INSTALLED = find_spec("lm_eval") is not None
@@ -55,6 +60,36 @@ def test_a_folder_of_tasks_is_found_beside_the_config(tmp_path: Path) -> None:
     before = source_fingerprints(config)
     (tmp_path / "own" / "task.yaml").write_text("task: own", encoding="utf-8")
     assert source_fingerprints(config) != before
+
+
+def own_tasks(folder: Path) -> RunConfig:
+    return make_config(folder.parent, evaluate={"lm_eval": {"tasks": ["own"], "include_path": str(folder)}})
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"evaluate\.lm_eval\.include_path: {tmp_path}/own: .*No such file"):
+        source_fingerprints(own_tasks(tmp_path / "own"))
+
+
+@pytest.mark.parametrize(("call", "victim"), [("open", "own/task.yaml"), ("scandir", "own/deeper")])
+def test_a_folder_of_tasks_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, victim: str
+) -> None:
+    folder = tmp_path / "own"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "task.yaml").write_text("task: own", encoding="utf-8")
+    module = io if call == "open" else os
+    read = getattr(module, call)
+
+    # Whoever runs the tests may read everything.
+    def refusing(path: Any, *arguments: Any, **others: Any) -> Any:
+        if str(path) == str(tmp_path / victim):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *arguments, **others)
+
+    monkeypatch.setattr(module, call, refusing)
+    with pytest.raises(ConfigError, match=rf"include_path: {folder}: cannot be read: .*{victim}"):
+        source_fingerprints(own_tasks(folder))
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm-eval is an option with two dozen packages of its own")

@@ -63,6 +63,11 @@ def test_every_train_prompt_is_answered_in_order(tmp_path: Path, teacher_dir: Pa
     assert counters["slot_use"] == 1.0
 
 
+def test_the_teacher_need_not_be_on_the_machine_that_samples(tmp_path: Path, student_dir: Path) -> None:
+    manifest = run_stage(tmp_path, tmp_path / "on another machine", student_dir)[2]
+    assert manifest.counters["samples"] == TRAIN
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -180,6 +181,16 @@ def test_models_that_move_are_the_same_models(tmp_path: Path, teacher_dir: Path,
     assert plan(store, there, MODELS).fingerprint != store.finished(MODELS).fingerprint
 
 
+def test_a_relative_teacher_that_is_not_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_dir: Path, student_dir: Path
+) -> None:
+    monkeypatch.chdir(teacher_dir.parent)
+    store, config = resolve(tmp_path, teacher_dir.name, {"model": str(student_dir)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"teacher\.model: {teacher_dir.name}: no such folder in {tmp_path}, "):
+        teacher_model(store, config)
+
+
 def hub_cache(cache: Path, name: str, commit: str, folder: Path) -> Path:
     """Lay a model down as the Hub's client does; return the folder of its files."""
     place = cache / f"models--{name.replace('/', '--')}"
@@ -205,6 +216,29 @@ def test_a_hub_teacher_is_found_by_its_commit_in_any_cache(
         teacher_model(store, config)
     there = hub_cache(second, "org/teacher", commit, teacher_dir)
     (second / "models--org--teacher" / "refs" / "main").write_text("f" * 40)
+    assert teacher_model(store, config).path == str(there)
+
+
+def test_a_hub_teacher_whose_cache_was_pruned_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_dir: Path, student_dir: Path
+) -> None:
+    there = hub_cache(tmp_path / "hub", "org/teacher", "0123456789abcdef0123456789abcdef01234567", teacher_dir)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    store, config = resolve(tmp_path, "org/teacher", {"model": str(student_dir)})
+    weights = there / "model.safetensors"
+    blob = weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "pruned")
+    with pytest.raises(ModelError, match=r"teacher\.model: org/teacher: the Hub's cache has lost .*model\.safetensors"):
+        teacher_model(store, config)
+
+    download = huggingface_hub.snapshot_download
+
+    def hub(name: str, **arguments: Any) -> str:
+        if not arguments.get("local_files_only"):
+            blob.rename(tmp_path / "pruned")
+        return str(download(name, **arguments))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert teacher_model(store, config).path == str(there)
 
 

@@ -1,10 +1,12 @@
 """The seconds in a manifest are those of all attempts at its stage."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schemas.errors import StageError
+from schemas.object_store import ObjectStore
 from schemas.run_store import RunStore
 from tasks import stage_clock
 from tasks.graph import PROMPTS
@@ -76,12 +78,62 @@ def test_an_attempt_counts_from_the_ones_before(store: RunStore, time: Time, mon
 def test_a_damaged_note_counts_as_none(store: RunStore, data: bytes) -> None:
     store.begin(PROMPTS, "fingerprint")
     store.path(PROMPTS, CLOCK_NAME).write_bytes(data)
-    assert StageClock(store, PROMPTS).seconds < 2
+    assert StageClock(store, PROMPTS, "fingerprint").seconds < 2
 
 
 def test_a_moment_is_not_worth_a_note(store: RunStore, time: Time) -> None:
     store.begin(PROMPTS, "fingerprint")
-    clock = StageClock(store, PROMPTS)
+    clock = StageClock(store, PROMPTS, "fingerprint")
     time.now += 0.5
     clock.interrupted()
     assert not store.path(PROMPTS, CLOCK_NAME).exists()
+
+
+def test_attempts_at_other_settings_count_for_nothing(store: RunStore) -> None:
+    store.begin(PROMPTS, "fingerprint")
+    store.path(PROMPTS, CLOCK_NAME).write_text("40.0")
+    assert StageClock(store, PROMPTS, "fingerprint").seconds >= 40
+    assert StageClock(store, PROMPTS, "another").seconds < 2
+
+
+def test_a_note_stays_on_this_machine_and_outlives_a_new_beginning(
+    tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is away would hold up the stage, which tells of its progress in its own thread."""
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path / "cache"))
+    store = RunStore.create(prompts_config(tmp_path).model_copy(update={"root": f"memory:/{tmp_path}"}))
+    note = store.path(PROMPTS, CLOCK_NAME)
+    assert store.objects is not None
+
+    def fail(job: StageJob) -> None:
+        time.now += 31
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectStore, "write", unreachable)
+            patch.setattr(ObjectStore, "upload", unreachable)
+            job.progress(1, 2, "prompts")
+        raise StageError("the disk burns")
+
+    for attempt in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr("tasks.prompts.run", fail)
+            with pytest.raises(StageError, match="burns"):
+                execute(store, store.config, PROMPTS)
+        assert note.read_text() == f"{31.0 * (attempt + 1)}"
+    assert store.relative(note) not in store.objects.sizes()
+
+    # A kill soon after the start, which has emptied the working copy.
+    def killed(job: StageJob) -> None:
+        job.progress(1, 2, "prompts")
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.prompts.run", killed)
+        patch.setattr(StageClock, "interrupted", lambda self: None)
+        with pytest.raises(SystemExit):
+            execute(store, store.config, PROMPTS)
+    assert execute(store, store.config, PROMPTS).counters["seconds"] == 93.0
+    assert not note.exists()
+
+
+def unreachable(*arguments: Any, **others: Any) -> None:
+    raise AssertionError("nothing goes to the store")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -140,6 +141,8 @@ def test_shards_come_and_go_as_they_do_in_one_process(monkeypatch: pytest.Monkey
     [
         (partial(ModelError, "no such weights"), ModelError, "no such weights"),
         (partial(MemoryError, "too large"), MemoryError, "too large"),
+        (partial(EOFError, "weights file is truncated"), EOFError, "weights file is truncated"),
+        (partial(ConnectionResetError, "by the engine's core"), ConnectionResetError, "by the engine's core"),
         (partial(UnportableError, "queer", "error"), StageError, "UnportableError: queer error"),
     ],
 )
@@ -150,6 +153,33 @@ def test_what_goes_wrong_there_is_raised_here(
     with pytest.raises(kind, match=words):
         VllmProcess(partial(fail, error), "6")
     assert os.environ[VISIBLE] == "4,6"
+
+
+class TruncatedEngine(SeenEngine):
+    """Raises while it answers what a pipe raises, too."""
+
+    def generate(
+        self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
+    ) -> Iterator[tuple[int, Rollouts]]:
+        yield from super().generate(requests, settings, finished)
+        raise EOFError("weights file is truncated")
+
+
+def test_an_engine_may_raise_what_a_pipe_raises() -> None:
+    engine = VllmProcess(TruncatedEngine, "6")
+    with pytest.raises(EOFError, match="weights file is truncated"):
+        list(engine.generate(asked([[1]]), SETTINGS, lambda count: None))
+    engine.close()
+
+
+def leave() -> Engine:
+    sys.exit(0)
+
+
+def test_a_process_that_ends_of_itself_is_not_called_out_of_memory() -> None:
+    with pytest.raises(StageError, match="on GPU 6 ended before its work was done") as caught:
+        VllmProcess(leave, "6")
+    assert "memory" not in str(caught.value)
 
 
 class DyingEngine(SeenEngine):
