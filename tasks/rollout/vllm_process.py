@@ -9,7 +9,6 @@ the same samples.
 
 import multiprocessing
 import os
-import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from schemas.config import VllmOptions
-from schemas.errors import ModelError, StageError
+from schemas.errors import ModelError, NPDError, StageError, error_by_name
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
 from tasks.rollout.vllm_engine import VllmEngine
@@ -29,6 +28,7 @@ _GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 """What a pipe raises whose other end has closed."""
 
 _EXIT_SECONDS = 10.0
+_OUT_OF_MEMORY = "OutOfMemoryError"
 
 
 def open_vllm(model: ModelRef, options: VllmOptions, longest_sequence: int) -> Engine:
@@ -140,7 +140,7 @@ class VllmProcess:
         with self._alive():
             kind, value = self._pipe.recv()
         if kind == "failed":
-            raise value
+            raise _error(*value)
         return kind, value
 
     @contextmanager
@@ -209,7 +209,7 @@ def _serve(connection: Connection, opener: Callable[[], Engine], gpu: str) -> No
             raise
         except Exception as error:  # the boundary of the process: every error must reach the other
             traceback.print_exc()
-            pipe.send("failed", _portable(error))
+            pipe.send("failed", _described(error))
 
 
 def _requests(pipe: _EnginePipe) -> Iterator[Requests]:
@@ -221,10 +221,12 @@ def _requests(pipe: _EnginePipe) -> Iterator[Requests]:
         yield requests
 
 
-def _portable(error: Exception) -> Exception:
-    """Return ``error``, or a StageError that says the same where it does not survive pickling."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a library's errors raise when they are copied
-        return StageError(f"vLLM failed: {type(error).__name__}: {error}")
-    return error
+def _described(error: Exception) -> tuple[str, str]:
+    """Return an error as its class's name and its words: the class itself may be a library's, and not travel."""
+    own = isinstance(error, NPDError | MemoryError) or type(error).__name__ == _OUT_OF_MEMORY
+    return type(error).__name__, str(error) if own else f"vLLM failed: {type(error).__name__}: {error}"
+
+
+def _error(name: str, message: str) -> Exception:
+    """Return what ``_described`` told of."""
+    return MemoryError(message) if name in ("MemoryError", _OUT_OF_MEMORY) else error_by_name(name)(message)

@@ -141,8 +141,8 @@ def test_shards_come_and_go_as_they_do_in_one_process(monkeypatch: pytest.Monkey
     [
         (partial(ModelError, "no such weights"), ModelError, "no such weights"),
         (partial(MemoryError, "too large"), MemoryError, "too large"),
-        (partial(EOFError, "weights file is truncated"), EOFError, "weights file is truncated"),
-        (partial(ConnectionResetError, "by the engine's core"), ConnectionResetError, "by the engine's core"),
+        (partial(EOFError, "weights file is truncated"), StageError, "EOFError: weights file is truncated"),
+        (partial(ConnectionResetError, "by the core"), StageError, "ConnectionResetError: by the core"),
         (partial(UnportableError, "queer", "error"), StageError, "UnportableError: queer error"),
     ],
 )
@@ -167,7 +167,7 @@ class TruncatedEngine(SeenEngine):
 
 def test_an_engine_may_raise_what_a_pipe_raises() -> None:
     engine = VllmProcess(TruncatedEngine, "6")
-    with pytest.raises(EOFError, match="weights file is truncated"):
+    with pytest.raises(StageError, match="EOFError: weights file is truncated"):
         list(engine.generate(asked([[1]]), SETTINGS, lambda count: None))
     engine.close()
 
