@@ -42,6 +42,7 @@ class StageJob(Generic[C]):
         key: Which stage of which round.
         progress: Tell people how far the work is.
         counters: What the stage counts; goes into its manifest.
+        clock: Counts the stage's seconds, where it runs as a stage.
     """
 
     store: RunStore
@@ -49,6 +50,12 @@ class StageJob(Generic[C]):
     key: StageKey
     progress: Progress = no_progress
     counters: dict[str, Any] = field(default_factory=dict)
+    clock: StageClock | None = None
+
+    def start_over(self) -> None:
+        """Tell that nothing of earlier attempts is used: its seconds are no more part of the result than its tokens."""
+        if self.clock is not None:
+            self.clock.start_over()
 
     def warn(self, message: str) -> None:
         """Tell people of something that does not stop the stage: now in the log, later in manifest and terminal."""
@@ -247,7 +254,7 @@ def _execute(store: RunStore, config: RunSettings, key: StageKey, progress: Prog
         clock.tick()
         progress(done, total, unit)
 
-    job = StageJob(store, config, key, ticking)
+    job = StageJob(store, config, key, ticking, clock=clock)
     try:
         importlib.import_module(stage.module).run(job)
     except BaseException:

@@ -49,6 +49,10 @@ class StageClock:
         """Of this attempt and those before it."""
         return self._before + time.perf_counter() - self._begun
 
+    def start_over(self) -> None:
+        """Forget the attempts before this one."""
+        self._before = 0.0
+
     def tick(self) -> None:
         """Note the seconds if it is time to; may be called often, from any thread."""
         with self._lock:

@@ -45,6 +45,7 @@ def train_on_policy(job: StageJob) -> None:
     store, config, settings = job.store, job.config, job.config.train
     on_policy = settings.on_policy
     assert on_policy is not None, "the config says so"
+    job.start_over()
     start, teacher_ref = start_model(store, config, job.round), teacher_model(store, config)
     device = resolve_device(start.device)
     tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)

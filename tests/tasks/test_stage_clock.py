@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import StageError
+from schemas.errors import ArtifactError, StageError
 from schemas.object_store import ObjectStore
 from schemas.run_store import RunStore
-from tasks import stage_clock
+from schemas.stage_key import StageKey
+from tasks import prompts, stage_clock
 from tasks.graph import PROMPTS
 from tasks.stage import StageJob, execute
 from tasks.stage_clock import CLOCK_NAME, StageClock
+from tasks.train.on_policy import train_on_policy
 from tests.flows.test_process import prompts_config
-from tests.run_fixtures import make_store
+from tests.run_fixtures import make_config, make_store
 
 
 class Time:
@@ -72,6 +74,43 @@ def test_an_attempt_counts_from_the_ones_before(store: RunStore, time: Time, mon
     # From its start again, it is a stage of its own.
     store.supersede(PROMPTS)
     assert execute(store, config, PROMPTS).counters["seconds"] == 0.0
+
+
+def test_a_stage_that_begins_anew_counts_its_last_attempt(
+    store: RunStore, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(job: StageJob) -> None:
+        time.now += 40
+        raise StageError("the disk burns")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.prompts.run", lost)
+        with pytest.raises(StageError, match="burns"):
+            execute(store, store.config, PROMPTS)
+    assert store.path(PROMPTS, CLOCK_NAME).read_text() == "40.0"
+    run = prompts.run
+
+    def anew(job: StageJob) -> None:
+        time.now += 2
+        job.start_over()
+        time.now += 3
+        run(job)
+
+    monkeypatch.setattr("tasks.prompts.run", anew)
+    assert execute(store, store.config, PROMPTS).counters["seconds"] == 5.0
+
+
+def test_on_policy_training_begins_anew(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, rounds=1, train={"on_policy": {}, "steps_per_round": 2})
+    store, key = make_store(tmp_path, config), StageKey("train", 0)
+    store.begin(key, "fingerprint")
+    store.path(key, CLOCK_NAME).write_text("40.0")
+    clock = StageClock(store, key, "fingerprint")
+    time.now += 2
+    # No stage has run that it needs.
+    with pytest.raises(ArtifactError):
+        train_on_policy(StageJob(store, config, key, clock=clock))
+    assert clock.seconds == 2.0
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b'"9"', b"-1", b"1e400", b"NaN", b"[" * 9999, b"null", b"true"])
