@@ -14,6 +14,9 @@ from schemas.errors import StorageError
 TEMPORARY = ".tmp-"
 """How names begin under which something is still being written."""
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The system's numbers for a disk, quota or file that takes no more."""
+
 _WHY = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",

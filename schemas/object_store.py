@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from schemas import local_files
 from schemas.errors import ConfigError, StorageError
 
 TRIES = 5
@@ -122,8 +123,14 @@ class ObjectStore:
 
         Raises:
             FileNotFoundError: there is no such object.
+            StorageError: this machine's disk is full, too.
         """
-        self._call("read", name, lambda: self._filesystem.get_file(self._full(name), str(path)))
+        try:
+            self._call("read", name, lambda: self._filesystem.get_file(self._full(name), str(path)))
+        except OSError as error:
+            if error.errno in local_files.FULL and (full := local_files.storage_error(error, str(path))):
+                raise full from error
+            raise
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the objects below ``prefix`` with their bytes, in the order of their names."""
@@ -167,6 +174,9 @@ class ObjectStore:
             except _OURS:
                 raise
             except Exception as error:  # drivers raise their libraries' own classes
+                if isinstance(error, OSError) and error.errno in local_files.FULL:
+                    # No further try makes room on this machine.
+                    raise
                 if attempt == TRIES:
                     raise StorageError(
                         f"{self.url}/{name}: cannot {what} after {TRIES} tries: {_words(error)}. Once the store is "

@@ -1,9 +1,9 @@
 """Every file that lies in a run, by name: what the manifests are held against."""
 
-import tempfile
 from pathlib import Path
 
 from schemas.errors import ArtifactError
+from schemas.local_files import scratch_folder, storage_errors
 from schemas.manifest import FileRecord, hash_file
 from schemas.mirror import FOLDER_MARK
 from schemas.run_store import RunStore
@@ -36,6 +36,7 @@ class StoredFiles:
 
         Raises:
             ArtifactError: a download has other bytes than recorded.
+            StorageError: a download finds no place on this machine's disk, or the object store is out of reach.
         """
         path = self._store.folder / record.path
         if record.path not in sizes:
@@ -45,8 +46,7 @@ class StoredFiles:
         if sizes[record.path] != record.bytes:
             return f"has {sizes[record.path]:,} bytes, the manifest recorded {record.bytes:,}"
         try:
-            # Tables are read next, from the working copy: what is not there yet may as well stay.
-            found = self.hash(record.path) if path.is_file() else hash_file(self._store.fetch(path))
+            found = self._hash_to_stay(path) if self._objects is not None else self.hash(record.path)
         except FileNotFoundError:
             return "missing"
         except OSError as error:
@@ -69,9 +69,18 @@ class StoredFiles:
 
         Raises:
             FileNotFoundError: it is not there.
+            StorageError: as ``damage``.
         """
         if self._objects is None:
             return hash_file(self._store.folder / name)
-        with tempfile.TemporaryDirectory() as folder:
-            self._objects.download(name, Path(folder) / "object")
-            return hash_file(Path(folder) / "object")
+        # Beside the working copy: a model may be larger than the system's folder for temporary files.
+        with storage_errors(str(self._store.folder)), scratch_folder(self._store.folder) as folder:
+            self._objects.download(name, folder / "object")
+            return hash_file(folder / "object")
+
+    def _hash_to_stay(self, path: Path) -> str:
+        """Return the sha256 of an object; tables are read next, so one that is not here yet may as well stay."""
+        if path.is_file():
+            return self.hash(self._store.relative(path))
+        with storage_errors(str(self._store.folder)):
+            return hash_file(self._store.fetch(path))

@@ -1,5 +1,6 @@
 """Scoring a round shard by shard: the student, then the teacher and the table."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ from tasks.stage import StageJob
 
 def score_round(job: StageJob) -> None:
     """Score every shard that is not there yet: all of them by the student, then all by the teacher."""
-    store, settings = job.store, job.config.score
+    store, settings, begun = job.store, job.config.score, time.perf_counter()
     student, shared = policy_model(store, job.config, job.round), resolved_models(store).shared_vocab
     if settings.top_k > shared:
         raise ModelError(f"score.top_k: {settings.top_k}: teacher and student share {shared} tokens only")
@@ -58,7 +59,9 @@ def score_round(job: StageJob) -> None:
     if teacher is not None:
         _score_by_teacher(job, teacher, untaught, bare, on_tokens)
         free_memory()
-    job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done}
+    # The tokens are of this attempt, the stage's seconds of all.
+    rate = round(done / (time.perf_counter() - begun), 1)
+    job.counters |= {"samples": sum(shard.rows for shard in shards), "tokens": done, "tokens_per_second": rate}
     if checks.is_file():
         job.counters["sampled_logprob_gap"] = mean_gap(store.read_part(checks, SCORE_CHECK))
     for path in (*(shard.student for shard in shards), checks):

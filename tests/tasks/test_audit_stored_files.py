@@ -1,10 +1,12 @@
 """Files of a run in an object store, held against their manifests."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from schemas.errors import StorageError
 from schemas.manifest import FileRecord
 from schemas.object_store import ObjectStore
 from schemas.run_store import RunStore
@@ -69,3 +71,39 @@ def test_an_object_that_goes_meanwhile_is_missing(store: RunStore) -> None:
     assert store.objects is not None
     store.objects.delete(record.path)
     assert files.damage(record, sizes) == "missing"
+
+
+def test_objects_are_downloaded_beside_the_working_copy_and_leave_nothing(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download, places = ObjectStore.download, []
+
+    def watching(objects: ObjectStore, name: str, path: Path) -> None:
+        places.append(path)
+        download(objects, name, path)
+
+    monkeypatch.setattr(ObjectStore, "download", watching)
+    before = sorted(store.folder.rglob("*"))
+    assert damage(store) is None
+    assert [store.folder in path.parents for path in places] == [True]
+    assert sorted(store.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_full_disk_is_told_of_and_breaks_no_file(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    if not is_here:
+        store.part(PROMPTS, 0).unlink()
+    reader = RunStore(store.url)
+    assert reader.objects is not None
+    tries = []
+
+    def full(name: str, path: str) -> None:
+        tries.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reader.objects._filesystem, "get_file", full)
+    with pytest.raises(StorageError, match=rf"{store.folder}.*no space is left on the disk"):
+        damage(reader)
+    assert len(tries) == 1

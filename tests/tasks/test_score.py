@@ -23,6 +23,7 @@ from tasks.score.check import checked_rows
 from tasks.score.ifd import ifd, mean_nll
 from tasks.score.scoring import local_prefill, score_rollouts, score_table
 from tasks.stage import execute
+from tasks.stage_clock import CLOCK_NAME
 from tests.run_fixtures import finish_stage
 from tests.tasks.rollout_runs import make_run
 from tests.tiny_models import make_model, make_tokenizer
@@ -350,7 +351,9 @@ def test_a_stage_continues_in_the_middle_of_either_pass_with_the_same_bytes(
         for name, written in kept.items():
             assert store.path(SCORE, name).stat().st_mtime_ns == written
 
+    store.path(SCORE, CLOCK_NAME).write_text("1e6")
     manifest = execute(store, config, SCORE, watch)
+    assert manifest.counters["tokens_per_second"] > 1
     assert {path.name: path.read_bytes() for path in store.table_files(SCORE)} == expected
     assert manifest.counters.get("sampled_logprob_gap") == whole.counters.get("sampled_logprob_gap")
     done, total = reported[-1]
