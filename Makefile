@@ -1,6 +1,6 @@
 # make round   set up and run the quickstart            make test   set up and run every test
 # make lint    ruff, mypy and hadolint                  make docs   write the generated parts of README and docs
-# make bench   every benchmark of BENCHMARKS.md, about an hour; it wants the machine for itself
+# make bench   every benchmark of BENCHMARKS.md, some two hours; it wants the machine for itself
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input

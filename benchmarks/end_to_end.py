@@ -1,8 +1,8 @@
 """End to end: wall-clock time of near-policy distillation against TRL's on-policy trainers.
 
 All sides take the same random student and teacher, the same prompts, as many epochs, responses of the same length
-(random models hardly ever end one early), AdamW, the same precision and, as nearly as packs can be filled, the same
-tokens in an optimizer step. What each does:
+(random models hardly ever end one early), AdamW, the same precision and as many optimizer steps an epoch, so as many
+response tokens in one. What each does:
 
 - `here`: the stages of every round (generate, score, filter, pack, train, export) by `tasks.stage.execute` in this
   process, each loading its models and with all its Parquet, hashes and checkpoints. 10 epochs in 2 rounds of 5: 2
@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.measure import Measurement, Sample, Work, alternate, at_least, ratios
 from benchmarks.random_models import SHAPES, write_model
@@ -258,17 +260,24 @@ def note_generation(model: Any, end_id: int) -> list[Generation]:
 
 
 def pack_tokens(setting: Setting, messages: list[list[dict[str, str]]]) -> int:
-    """Return the pack size with which an epoch takes as many steps here as ``step_prompts`` makes for TRL."""
+    """Return the least pack size with which an epoch takes as many steps here as ``step_prompts`` makes for TRL.
+
+    Responses are taken to have all the tokens they may: models with random weights seldom end one.
+    """
     from tasks.language_model.loading import load_tokenizer
+    from tasks.pack.binning import best_fit_decreasing
 
     tokenizer = load_tokenizer(setting.models.student)
-    prompt_tokens = sum(
+    prompt_tokens = [
         len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))["input_ids"])
         for chat in messages
-    )
+    ]
+    lengths = np.array(prompt_tokens) + setting.new_tokens
     steps = setting.prompts // setting.step_prompts
-    # Sequences do not fill bins to the last token.
-    return int(1.03 * (prompt_tokens + setting.prompts * setting.new_tokens) / steps)
+    capacity = max(int(lengths.max()), -(-int(lengths.sum()) // steps))
+    while len(best_fit_decreasing(lengths, capacity).offsets) - 1 > steps:
+        capacity += 1
+    return capacity
 
 
 def prepare_setting(arguments: argparse.Namespace, folder: Path) -> Setting:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Exit codes: 0 done; 1 a stage failed (verify: something does not hold; diff: the runs differ); 2 wrong input, "
     "config or arguments, or another process works on the run; 130 interrupted, 143 ended by SIGTERM. "
-    "A run that failed or was interrupted continues where it stopped when `npd run` is called again."
+    "A run that failed or was interrupted continues where it stopped when the same command is called again."
 )
 
 
@@ -63,6 +63,15 @@ Overrides = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change the config: key.sub=value, the value as YAML, for example train.kd_weight=0.5. May be repeated. "
+        "`npd config` lists every key.",
+    ),
+]
+RLOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the config: key.sub=value, the value as YAML, for example grpo.steps=100. May be repeated. "
         "`npd config` lists every key.",
     ),
 ]
@@ -136,7 +145,7 @@ def rl(
         str,
         typer.Argument(metavar="CONFIG", help="A YAML config, or an RL run's folder to continue it as it last ran."),
     ],
-    overrides: Overrides = None,
+    overrides: RLOverrides = None,
     verbose: Verbose = False,
 ) -> None:
     """Continue a student with RL: GRPO whose rewards are what the prompts' verifiers say.

@@ -16,7 +16,7 @@ def compare(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change the comparison: key.sub=value, for example seeds=[0,1] or set.train.kd_weight=0.5.",
+            help="Change the comparison: key.sub=value, for example seeds=[0,1] or 'set={train.kd_weight: 0.5}'.",
         ),
     ] = None,
     only: Annotated[

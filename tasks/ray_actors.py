@@ -193,7 +193,7 @@ def joined(settings: RayConfig) -> Iterator[Cluster]:
         if error.name != "ray":
             raise
         raise ConfigError(
-            "`ray` needs Ray, which is not installed: `pip install 'near-policy-distillation[ray]'` on every machine "
+            "`ray` needs Ray, which is not installed: `pip install -e '.[ray]'` on every machine "
             "of the cluster; or set `ray: null`"
         ) from None
     if settings.address is None:

@@ -129,12 +129,17 @@ def with_values(values: dict[str, Any], changes: dict[str, Any], origin: str) ->
     """Return ``values`` with each ``a.b: value`` of ``changes`` set.
 
     Raises:
-        ConfigError: a key reaches into a plain value; begins with ``origin``.
+        ConfigError: a key reaches into a plain value, or a mapping would replace a section; begins with ``origin``.
     """
     result: dict[str, Any] = _copied(values)
     for key, value in changes.items():
         if not all(key.split(".")):
             raise ConfigError(f"{origin}: {readable(key)}: write it as key.sub, for example train.kd_weight")
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            raise ConfigError(
+                f"{origin}: {readable(key)}: a mapping would replace the whole section; set its keys one by one, as in "
+                "`train.kd_weight: 0.5`"
+            )
         _put(result, key, _copied(value), f"{origin}: {readable(key)}")
     return result
 

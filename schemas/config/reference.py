@@ -7,16 +7,18 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from schemas.config.base import Section
+from schemas.config.comparison import ComparisonConfig
 from schemas.config.load import _sections
 from schemas.config.rl import RLConfig
 from schemas.config.run import RunConfig
 
 
 def fields_markdown() -> str:
-    """Return one Markdown table per config section: field, default, meaning; those of an RL run last."""
-    of_run = dict(_walk("", RunConfig, set()))
-    of_rl = {path: section for path, section in _walk("", RLConfig, set()) if section not in of_run.values()}
-    return _tables(of_run) + "\n### Config of `npd rl`\n\n" + _tables(of_rl)
+    """Return one Markdown table per config section: field, default, meaning; each section once."""
+    seen: set[type[Section]] = set()
+    of_run, of_rl, of_comparison = (dict(_walk("", kind, seen)) for kind in (RunConfig, RLConfig, ComparisonConfig))
+    rl, compare = "\n### Config of `npd rl`\n\n", "\n### Config of `npd compare`\n\n"
+    return _tables(of_run) + rl + _tables(of_rl) + compare + _tables(of_comparison)
 
 
 def _tables(sections: dict[str, type[Section]]) -> str:

@@ -25,7 +25,7 @@ def require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
         raise ConfigError(
             "evaluate.lm_eval: the package `lm-eval` is not installed; install the extra: "
-            "pip install 'near-policy-distillation[lm-eval]', or set `evaluate.lm_eval: null`"
+            "pip install -e '.[lm-eval]', or set `evaluate.lm_eval: null`"
         )
 
 

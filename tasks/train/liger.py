@@ -19,7 +19,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(f"liger_kernels: needs a CUDA device, the student trains on {device}; say `false`")
     if not is_liger_kernel_available():
-        raise ConfigError("liger_kernels: needs the extra `liger`: pip install 'near-policy-distillation[liger]'")
+        raise ConfigError("liger_kernels: needs the extra `liger`: pip install -e '.[liger]'")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
     kind = model.config.model_type

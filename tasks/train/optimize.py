@@ -130,7 +130,7 @@ def peft_config(lora: LoraConfig) -> Any:
     try:
         from peft import LoraConfig as PeftLoraConfig
     except ImportError:
-        raise ConfigError("train.lora: needs the extra `lora`: pip install 'near-policy-distillation[lora]'") from None
+        raise ConfigError("train.lora: needs the extra `lora`: pip install -e '.[lora]'") from None
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -189,6 +189,7 @@ def test_a_comparison_is_made_resumed_and_changed(
     [
         ({"metods": {}}, "metods: unknown key; did you mean `methods`"),
         ({"root": "s3://bucket/runs"}, "root: .*lies in a folder"),
+        ({"set": {"train": {"weight_decay": 0.1}}}, "train: a mapping would replace the whole section"),
         ({"methods": {"npd": {"role": "npd", "titel": "x"}}}, "titel: unknown key; did you mean `title`"),
         ({"methods": {"sft": {"role": "baseline"}}}, "one of `methods` has `role: npd`"),
         ({"methods": {"base": {"role": "npd"}}}, "methods.base"),
