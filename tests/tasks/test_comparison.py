@@ -78,6 +78,32 @@ def test_variance_is_that_of_the_two_way_analysis() -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("of_seeds", "of_prompts", "mean_square", "quantile"),
+    [
+        # Mean squares of seeds, prompts, residuals: 0.16, 0.01, 0.03. Of seeds alone, with 2 degrees of freedom.
+        (0.2, 0.05, 0.16, 4.3026527),
+        # 0.01, 0.16, 0.03: of prompts alone, with 3.
+        (0.05, 0.2, 0.16, 3.1824463),
+        # 0.01, 0.01, 0.03: neither shows above the residuals, which are all there is, with 6.
+        (0.05, 0.05, 0.03, 2.4469119),
+    ],
+)
+def test_a_component_that_does_not_show_above_the_residuals_counts_nothing(
+    of_seeds: float, of_prompts: float, mean_square: float, quantile: float
+) -> None:
+    # Sums of squares 8 of_seeds^2, 12 of_prompts^2 and 8 * 0.15^2, over 2, 3 and 6: the three parts are orthogonal.
+    values = (
+        0.1
+        + of_seeds * np.array([[-1.0], [0.0], [1.0]])
+        + of_prompts * np.array([[1.0, 1.0, -1.0, -1.0]])
+        + 0.15 * np.array([[1.0, -1.0, 1.0, -1.0], [-1.0, 1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    )
+    half = quantile * math.sqrt(mean_square / 12)
+    found = crossed_interval(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-6)
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     random = np.random.default_rng(2)
     draws, held = 400, 0
