@@ -14,7 +14,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
 from tasks.comparison.intervals import crossed_interval, t_quantile
-from tasks.comparison.outcome import Outcome, Scores, read_scores, step_prompts, validation_prompts
+from tasks.comparison.outcome import Outcome, Scores, read_outcome, read_scores, step_prompts, validation_prompts
 from tasks.comparison.table import (
     Landmark,
     MethodRuns,
@@ -293,3 +293,26 @@ def test_a_step_is_measured_in_samples_of_the_mean_length(
 ) -> None:
     store = finished_run(tmp_path, tokens)
     assert step_prompts(store, store.config) == prompts
+
+
+UNFILTERED = {"min_delta_ifd": None, "max_delta_ifd": None}
+
+
+@pytest.mark.parametrize(
+    ("kd_weight", "bounds", "seconds"),
+    [
+        (1.0, {}, 3_333_330_000),
+        (1.0, UNFILTERED, 3_333_330_000),
+        # Hard labels alone, but samples are dropped by their scores.
+        (0.0, {}, 3_333_330_000),
+        (0.0, UNFILTERED | {"min_delta_ifd": 0.0}, 3_333_330_000),
+        (0.0, UNFILTERED | {"max_delta_ifd": 0.8}, 3_333_330_000),
+        # Nothing reads the scores: a method that does without them is not charged for them.
+        (0.0, UNFILTERED, 3_333_030_000),
+    ],
+)
+def test_a_methods_time_is_that_of_the_stages_it_needs(
+    tmp_path: Path, kd_weight: float, bounds: dict[str, Any], seconds: int
+) -> None:
+    store = finished_run(tmp_path, train={"kd_weight": kd_weight}, filter=bounds)
+    assert read_outcome(store, store.config).seconds == seconds
