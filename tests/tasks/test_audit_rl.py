@@ -12,6 +12,7 @@ from schemas.stage_key import StageKey
 from tasks.audit.verify import verify
 from tasks.graph import PROMPTS
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
+from tests.tasks.flipped_bytes import PLACES, flipped_and_named
 from tests.tasks.forged_tables import Change, forge, put, reseal
 from tests.tasks.rl_runs import checked_prompts, rl_config, run_rl, source_store
 
@@ -77,14 +78,18 @@ def test_what_a_forged_table_says_is_compared_with_what_it_stands_on(
     assert any(what in entry for entry in breaks), breaks
 
 
-def test_a_flipped_byte_in_any_file_of_an_rl_run_is_found(run: tuple[RunStore, RLConfig]) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_one_flipped_byte_in_any_file_of_an_rl_run_is_found_and_the_file_named(
+    run: tuple[RunStore, RLConfig], place: float
+) -> None:
     store, _ = run
-    paths = [store.folder / record.path for key in RL_LOOP for record in store.finished(key).outputs]
-    for path in paths:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    assert {store.relative(path) for path in paths} <= {entry.where for entry in verify(store).breaks}
+    content, manifests, record = flipped_and_named(store, place)
+    assert content[0] == {record.path for key in RL_LOOP for record in store.finished(key).outputs}
+    assert content[0] <= content[1]
+    assert manifests[0] == {f"{key.folder}/manifest.json" for key in RL_LOOP}
+    assert manifests[0] <= manifests[1]
+    assert record == ({"run.json"}, {"run.json"})
+    assert verify(store).holds
 
 
 def test_what_a_stage_stands_on_is_followed(run: tuple[RunStore, RLConfig]) -> None:

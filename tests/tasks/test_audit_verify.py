@@ -15,10 +15,10 @@ from schemas.manifest import hash_file, record_bytes
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import RUN_KEY
-from tasks.audit.findings import Report
 from tasks.audit.tables import stage_schema
 from tasks.audit.verify import verify
 from tasks.graph import MODELS, PROMPTS, loop
+from tests.tasks.flipped_bytes import PLACES, files_of, flip, flipped_and_named
 from tests.tasks.forged_tables import FORGERIES, forge, put, put_at, reseal
 from tests.test_loop import run_loop, smoke_config
 
@@ -67,20 +67,6 @@ def first_break(run: Finished) -> str:
     return str(report.breaks[0])
 
 
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
-def named(report: Report) -> set[str]:
-    return {entry.where for entry in report.breaks}
-
-
-def files_of(store: RunStore) -> list[Path]:
-    return [p for p in store.folder.rglob("*") if p.is_file() and p.suffix != ".lock" and p.parent.name != "logs"]
-
-
 def test_a_whole_run_holds_and_says_what_it_covered(whole_run: Finished) -> None:
     store, config = whole_run
     told: list[str] = []
@@ -97,27 +83,15 @@ def test_a_whole_run_holds_and_says_what_it_covered(whole_run: Finished) -> None
     assert before == {path: path.stat().st_mtime_ns for path in files_of(store)}
 
 
-# A byte near each end, the very ends, and places in between; files are longer than the last of them.
-@pytest.mark.parametrize("place", [0.0, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("place", PLACES)
 def test_one_flipped_byte_in_any_file_is_found_and_the_file_named(run: Finished, place: float) -> None:
-    files = files_of(run.store)
-    seals = [path for path in files if path.name in ("manifest.json", "run.json")]
-    content = [path for path in files if path not in seals]
-    assert len(content) > 60
-    for path in content:
-        flip(path, round(place * (path.stat().st_size - 1)))
-    assert {run.store.relative(path) for path in content} <= named(verify(run.store))
-    for path in content:
-        flip(path, round(place * (path.stat().st_size - 1)))
-    manifests = [path for path in seals if path.name == "manifest.json"]
-    for path in manifests:
-        flip(path, round(place * (path.stat().st_size - 1)))
-    assert {run.store.relative(path) for path in manifests} <= named(verify(run.store))
-    for path in manifests:
-        flip(path, round(place * (path.stat().st_size - 1)))
+    content, manifests, record = flipped_and_named(run.store, place)
+    assert len(content[0]) > 60
+    assert content[0] <= content[1]
+    assert len(manifests[0]) == len(loop(run.config))
+    assert manifests[0] <= manifests[1]
+    assert record == ({"run.json"}, {"run.json"})
     assert verify(run.store).holds
-    flip(run.store.folder / "run.json", round(place * ((run.store.folder / "run.json").stat().st_size - 1)))
-    assert named(verify(run.store)) == {"run.json"}
 
 
 def test_a_flipped_byte_alone_is_the_first_broken_link(run: Finished) -> None:

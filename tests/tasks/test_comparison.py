@@ -10,10 +10,11 @@ import pytest
 
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import ComparisonConfig
+from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_RESPONSES
+from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
 from tasks.comparison.intervals import crossed_interval, t_quantile
-from tasks.comparison.outcome import Outcome, Scores, read_scores, validation_prompts
+from tasks.comparison.outcome import Outcome, Scores, read_outcome, read_scores, step_prompts, validation_prompts
 from tasks.comparison.table import (
     Landmark,
     MethodRuns,
@@ -23,13 +24,59 @@ from tasks.comparison.table import (
     difference,
     runs_table,
 )
-from tests.run_fixtures import make_config, make_store
+from tasks.graph import loop
+from tests.run_fixtures import finish_stage, make_config, make_store, rollout_table, split_rows
 
 PROMPTS = tuple(f"p{index:02d}" for index in range(20))
 
 
 def outcome(values: Any, *, kl: float = 1.0, seconds: float = 1.0) -> Outcome:
     return Outcome(Scores(PROMPTS, np.asarray(values, float)), kl, 0.1, None, seconds, 100, 10)
+
+
+# Each has a digit of its own, so that a sum tells which of them are in it.
+SECONDS = {
+    "prompts": 1,
+    "models": 10,
+    "reference": 100,
+    "baseline": 1_000,
+    "generate": 10_000,
+    "score": 100_000,
+    "filter": 1_000_000,
+    "pack": 10_000_000,
+    "train": 100_000_000,
+    "export": 1_000_000_000,
+    "evaluate": 10_000_000_000,
+}
+
+
+def finished_run(tmp_path: Path, trained_tokens: tuple[int, int] = (240, 360), **sections: Any) -> RunStore:
+    """A run of two rounds whose stages are finished, with the tables that a comparison reads.
+
+    Round 0 has three samples of 5, 7 and 8 tokens; rounds 0 and 1 end after optimizer steps 2 and 6, and the second
+    takes twice the time of the first.
+    """
+    config = make_config(tmp_path, rounds=2, **sections)
+    store = make_store(tmp_path, config)
+    samples = rollout_table([[1] * 2, [1] * 1, [1] * 4], [[1] * 3, [1] * 6, [1] * 4])
+    for key in loop(config):
+        index = key.round or 0
+        counters: dict[str, Any] = {"seconds": SECONDS[key.stage] * (2 if index == 1 else 1)}
+        schema, shards = GENERATE, split_rows(samples, 2) if index == 0 else [samples.slice(0, 1)]
+        if key.stage == "generate":
+            counters["tokens"] = 13
+        elif key.stage == "train":
+            counters |= {"tokens": trained_tokens[index], "policy_step": (2, 6)[index]}
+            schema, shards = TRAIN_METRICS, [TRAIN_METRICS.columns.empty_table()]
+        elif key.stage == "evaluate":
+            schema, shards = EVALUATE_METRICS, [EVALUATE_METRICS.columns.empty_table()]
+        else:
+            shards = []
+        finish_stage(store, key, schema, shards, **counters)
+        if key.stage == "evaluate":
+            responses = EVALUATE_RESPONSES.columns.empty_table()
+            store.write_table(store.path(key, "responses.parquet"), responses, EVALUATE_RESPONSES)
+    return store
 
 
 @pytest.mark.parametrize(
@@ -76,6 +123,32 @@ def test_variance_is_that_of_the_two_way_analysis() -> None:
     half = t_quantile(0.975, freedom) * math.sqrt(variance)
     found = crossed_interval(values)
     assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("of_seeds", "of_prompts", "mean_square", "quantile"),
+    [
+        # Mean squares of seeds, prompts, residuals: 0.16, 0.01, 0.03. Of seeds alone, with 2 degrees of freedom.
+        (0.2, 0.05, 0.16, 4.3026527),
+        # 0.01, 0.16, 0.03: of prompts alone, with 3.
+        (0.05, 0.2, 0.16, 3.1824463),
+        # 0.01, 0.01, 0.03: neither shows above the residuals, which are all there is, with 6.
+        (0.05, 0.05, 0.03, 2.4469119),
+    ],
+)
+def test_a_component_that_does_not_show_above_the_residuals_counts_nothing(
+    of_seeds: float, of_prompts: float, mean_square: float, quantile: float
+) -> None:
+    # Sums of squares 8 of_seeds^2, 12 of_prompts^2 and 8 * 0.15^2, over 2, 3 and 6: the three parts are orthogonal.
+    values = (
+        0.1
+        + of_seeds * np.array([[-1.0], [0.0], [1.0]])
+        + of_prompts * np.array([[1.0, 1.0, -1.0, -1.0]])
+        + 0.15 * np.array([[1.0, -1.0, 1.0, -1.0], [-1.0, 1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    )
+    half = quantile * math.sqrt(mean_square / 12)
+    found = crossed_interval(values)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-6)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
@@ -204,3 +277,42 @@ def test_a_part_of_a_score_is_no_right_response(tmp_path: Path) -> None:
     store.write_table(store.path(key, "responses.parquet"), table, EVALUATE_RESPONSES)
     found = read_scores(store, key, "student")
     assert (found.prompt_ids, found.values.tolist()) == (("p0", "p1", "p2"), [0.5, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompts"),
+    [
+        # 600 tokens over 6 steps, 20 tokens over 3 samples: 100 / (20 / 3).
+        ((240, 360), 15),
+        # Half a token a step: not even one sample.
+        ((2, 1), 1),
+    ],
+)
+def test_a_step_is_measured_in_samples_of_the_mean_length(
+    tmp_path: Path, tokens: tuple[int, int], prompts: int
+) -> None:
+    store = finished_run(tmp_path, tokens)
+    assert step_prompts(store, store.config) == prompts
+
+
+UNFILTERED = {"min_delta_ifd": None, "max_delta_ifd": None}
+
+
+@pytest.mark.parametrize(
+    ("kd_weight", "bounds", "seconds"),
+    [
+        (1.0, {}, 3_333_330_000),
+        (1.0, UNFILTERED, 3_333_330_000),
+        # Hard labels alone, but samples are dropped by their scores.
+        (0.0, {}, 3_333_330_000),
+        (0.0, UNFILTERED | {"min_delta_ifd": 0.0}, 3_333_330_000),
+        (0.0, UNFILTERED | {"max_delta_ifd": 0.8}, 3_333_330_000),
+        # Nothing reads the scores: a method that does without them is not charged for them.
+        (0.0, UNFILTERED, 3_333_030_000),
+    ],
+)
+def test_a_methods_time_is_that_of_the_stages_it_needs(
+    tmp_path: Path, kd_weight: float, bounds: dict[str, Any], seconds: int
+) -> None:
+    store = finished_run(tmp_path, train={"kd_weight": kd_weight}, filter=bounds)
+    assert read_outcome(store, store.config).seconds == seconds

@@ -12,11 +12,12 @@ from schemas.errors import ConfigError, PromptError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, PROMPTS, TRAIN_METRICS, score_schema
-from tasks.graph import loop
+from tasks.graph import MODELS, loop
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.sources import resolved_models
 from tasks.stage import execute
-from tests.run_fixtures import make_config
+from tasks.train.on_policy import OnPolicyTrainer
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.tasks.training_runs import assert_same, metrics, random_packs, train_rounds, trained_weights, training_run
 
 
@@ -98,6 +99,41 @@ def test_a_prompt_without_an_answer_is_named(tmp_path: Path, teacher_dir: Path, 
 def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(tmp_path, **changes)
+
+
+def test_on_policy_training_asks_the_train_prompts_alone(
+    tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Held-out prompts lie between the six that may be asked; two epochs of two steps ask each of those twice.
+    splits = {name: "held_out" if name in "beh" else "train" for name in "abcdefghi"}
+    config = make_config(
+        tmp_path,
+        # Both have one vocabulary, as TRL's loss needs.
+        teacher={"model": str(student_dir)},
+        student={"model": str(student_dir)},
+        rounds=1,
+        generate={"max_new_tokens": 2},
+        train={
+            "on_policy": {"prompts_per_step": 3},
+            "steps_per_round": 4,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+    )
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table(splits)])
+    execute(store, config, MODELS)
+    asked: list[str] = []
+    tokenize = OnPolicyTrainer._tokenize_prompts
+
+    def listen(trainer: OnPolicyTrainer, prompts: list[Any]) -> Any:
+        # The table's prompts have their ids as content.
+        asked.extend(messages[-1]["content"] for messages in prompts)
+        return tokenize(trainer, prompts)
+
+    monkeypatch.setattr(OnPolicyTrainer, "_tokenize_prompts", listen)
+    execute(store, config, StageKey("train", 0))
+    assert sorted(asked) == sorted(2 * [name for name, split in splits.items() if split == "train"])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
