@@ -85,9 +85,8 @@ def diff(
 ) -> None:
     """Say in what two runs differ: settings, package versions, and what each stage wrote.
 
-    Both are distillation runs, or both RL runs. Settings that say only where, in what portions or how visibly
-    work runs are shown and do not count. Exit codes: 0 if the runs are
-    equal, 1 if they differ.
+    Both are distillation runs, or both RL runs. Settings that say only where, in what portions or how visibly work runs
+    are shown and do not count. Exit codes: 0 if the runs are equal, 1 if they differ.
     """
     from flows.audit import print_difference
     from flows.summary import display_place

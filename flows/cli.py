@@ -57,24 +57,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
+
+def _changes(example: str) -> Any:
+    return typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change the config: key.sub=value, the value as YAML, for example train.kd_weight=0.5. May be repeated. "
+        help=f"Change the config: key.sub=value, the value as YAML, for example {example}. May be repeated. "
         "`npd config` lists every key.",
-    ),
-]
-RLOverrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change the config: key.sub=value, the value as YAML, for example grpo.steps=100. May be repeated. "
-        "`npd config` lists every key.",
-    ),
-]
+    )
+
+
+Overrides = Annotated[list[str] | None, _changes("train.kd_weight=0.5")]
+RLOverrides = Annotated[list[str] | None, _changes("grpo.steps=100")]
 Round = Annotated[int | None, typer.Option("--round", help="Which round, from 0; -1 is the warm-up.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
 

@@ -7,7 +7,11 @@ from schemas.manifest import hash_json
 
 _WHOLE = 256 * 2**20
 _BLOCK, _BLOCKS = 64 * 2**10, 256
-_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+
+
+def model_files(*, code: bool) -> list[str]:
+    """Return the patterns of the files that a model is made of; with ``code`` of its Python files, too."""
+    return ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if code else [])]
 
 
 def folder_fingerprint(folder: Path, gguf_file: str | None, *, code: bool = False) -> str:
@@ -16,7 +20,7 @@ def folder_fingerprint(folder: Path, gguf_file: str | None, *, code: bool = Fals
     Files up to 256 MiB are hashed whole; of larger ones the size and 256 blocks of 64 KiB spread over the file, which
     any training step changes.
     """
-    patterns = (*_PATTERNS, "*.py") if code else _PATTERNS
+    patterns = model_files(code=code)
     names = [gguf_file] if gguf_file else sorted({p.name for pattern in patterns for p in folder.glob(pattern)})
     return hash_json([[name, _hash(folder / name)] for name in names])
 

@@ -3,12 +3,7 @@
 from pathlib import Path
 
 from schemas.errors import ModelError
-from tasks.language_model.fingerprint import folder_fingerprint
-
-
-def model_files(*, trust_remote_code: bool) -> list[str]:
-    """Return the patterns of a model's files; its code is among them only where it is trusted."""
-    return ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *(["*.py"] if trust_remote_code else [])]
+from tasks.language_model.fingerprint import folder_fingerprint, model_files
 
 
 def fetch(name: str, revision: str | None, key: str, *, trust_remote_code: bool) -> Path:
@@ -25,7 +20,7 @@ def fetch(name: str, revision: str | None, key: str, *, trust_remote_code: bool)
     """
     from huggingface_hub import snapshot_download
 
-    patterns = model_files(trust_remote_code=trust_remote_code)
+    patterns = model_files(code=trust_remote_code)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ from schemas.tables import PROMPTS
 from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
 from tasks.language_model.context_limit import context_limit
-from tasks.language_model.fingerprint import folder_fingerprint
+from tasks.language_model.fingerprint import folder_fingerprint, model_files
 from tasks.language_model.loading import UNREADABLE, require_safetensors
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
@@ -235,7 +235,7 @@ def _write_student(
     folder = _folder(source)
     with job.store.writing_folder(target) as temporary:
         if config.init == "pretrained" and source.gguf_file is None:
-            for pattern in hub.model_files(trust_remote_code=trust_remote_code):
+            for pattern in model_files(code=trust_remote_code):
                 for file in folder.glob(pattern):
                     shutil.copyfile(file, temporary / file.name)
         else:

@@ -49,7 +49,6 @@ def sections_of(figures: RunFigures) -> list[Section]:
     """Return every figure that the run has something for, in the order to show them."""
     config, ledgers = figures.config, {ledger.round: ledger for ledger in figures.ledgers}
     shown = [ledgers[index] for index in figures.shown_rounds]
-    finished = [stage for stage in figures.stages if stage.finished]
     left_out = "" if len(shown) == len(ledgers) else f" {len(shown)} of {len(ledgers)} rounds are drawn."
     found = [
         Section(
@@ -85,14 +84,20 @@ def sections_of(figures: RunFigures) -> list[Section]:
             "One run over all rounds: optimizer and schedule go on where the round before left them.",
             training_figures(figures.curves, config.train.guard.max_policy_kl),
         ),
-        Section(
-            "cost",
-            "Cost",
-            "Time, throughput and bytes of every stage, from its manifest.",
-            [time_figure(figures.stages), *rate_figures(figures.stages)] if finished else [],
-        ),
+        cost_section(figures.stages),
     ]
     return [section for section in found if section.figures]
+
+
+def cost_section(stages: list[StageCost]) -> Section:
+    """Return what the stages of a run of any kind took; without figures where none has finished."""
+    finished = any(stage.finished for stage in stages)
+    return Section(
+        "cost",
+        "Cost",
+        "Time, throughput and bytes of every stage, from its manifest.",
+        [time_figure(stages), *rate_figures(stages)] if finished else [],
+    )
 
 
 def report_html(figures: RunFigures) -> str:

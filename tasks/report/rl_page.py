@@ -1,8 +1,7 @@
 """An RL run's figures as one page of HTML that needs nothing else."""
 
 from tasks.report.evaluation import Metric, kind_of, shown_names
-from tasks.report.outcome_plots import rate_figures, time_figure
-from tasks.report.page import Section, environment, links_of, run_parts
+from tasks.report.page import Section, cost_section, environment, links_of, run_parts
 from tasks.report.rl_figures import RLFigures
 from tasks.report.rl_plots import START, TRAINED, answers_figure, before_after_figure, curve_figures
 from tasks.report.text import count_text, duration_text, number_text, percent_text
@@ -15,7 +14,7 @@ def rl_sections_of(figures: RLFigures) -> list[Section]:
     outcome = [before_after_figure(name, figures.metrics) for name in shown_names(figures.metrics)]
     if figures.answers is not None:
         outcome.insert(1, answers_figure(figures.answers))
-    finished, grpo = any(stage.finished for stage in figures.stages), figures.config.grpo
+    grpo = figures.config.grpo
     found = [
         Section("outcome", "Outcome", "Held-out prompts, answered by the start model and by the trained one.", outcome),
         Section(
@@ -25,12 +24,7 @@ def rl_sections_of(figures: RLFigures) -> list[Section]:
             "what each of its responses is held against.",
             [] if figures.curves is None else curve_figures(figures.curves),
         ),
-        Section(
-            "cost",
-            "Cost",
-            "Time, throughput and bytes of every stage, from its manifest.",
-            [time_figure(figures.stages), *rate_figures(figures.stages)] if finished else [],
-        ),
+        cost_section(figures.stages),
     ]
     return [section for section in found if section.figures]
 
