@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.end_to_end import EVERY_EPOCH, HERE, note_generation
+from benchmarks.end_to_end import EVERY_EPOCH, HERE
+from benchmarks.end_to_end_sides import note_generation
 from benchmarks.loss import TRL, Problem, Result, chunk_name, distance, draw, full_kl, here, naive
 from benchmarks.loss import check as check_values
 from benchmarks.random_models import SHAPES, make_model
