@@ -120,7 +120,8 @@ def run_command(values: dict[str, Any], prefect_home: Path, *overrides: str) -> 
 
     Args:
         values: The config as YAML values.
-        prefect_home: Folder of Prefect's database; no server is asked.
+        prefect_home: Folder of Prefect's database, for the server that the command starts where `PREFECT_API_URL`
+            names none.
         overrides: Given with `--set`.
 
     Raises:
@@ -131,7 +132,6 @@ def run_command(values: dict[str, Any], prefect_home: Path, *overrides: str) -> 
     changes = [argument for override in overrides for argument in ("--set", override)]
     command = [sys.executable, "-m", "flows.cli", "run", str(path), *changes]
     environment = {**os.environ, "PREFECT_HOME": str(prefect_home), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PREFECT_API_URL", None)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")

@@ -42,6 +42,7 @@ def test_a_benchmark_of_stages(name: str, tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("name", OF_WHOLE_RUNS)
 def test_a_benchmark_of_whole_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_quickly(name, tmp_path)
