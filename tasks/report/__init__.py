@@ -6,6 +6,7 @@ from tasks.report.figures import read_figures
 from tasks.report.page import report_html
 from tasks.report.rl_figures import read_rl_figures
 from tasks.report.rl_page import rl_report_html
+from tasks.report.samples import samples_to_read
 
 
 def run_report(store: RunStore) -> str:
@@ -17,7 +18,8 @@ def run_report(store: RunStore) -> str:
     config = store.settings
     if isinstance(config, RLConfig):
         return rl_report_html(read_rl_figures(store, config))
-    return report_html(read_figures(store))
+    figures = read_figures(store)
+    return report_html(figures, samples_to_read(store, figures.config, [ledger.round for ledger in figures.ledgers]))
 
 
 def write_report(store: RunStore) -> str:

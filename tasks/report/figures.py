@@ -1,4 +1,4 @@
-"""Everything the report shows of a run, read from its finished stages."""
+"""What the report draws of a run, read from its finished stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from tasks.graph import loop
 from tasks.report.evaluation import Metric, read_metrics
 from tasks.report.histograms import Counts
 from tasks.report.ledger import Ledger, read_ifd, read_ledger
-from tasks.report.samples import ShownSample, read_samples
 from tasks.report.stages import StageCost, costs, sampler_of
 from tasks.report.training import Curves, PackFill, read_curves, read_packs
 from tasks.stage import standing
@@ -32,7 +31,6 @@ class RunFigures:
         config: The config it last ran with.
         ledgers: Of each round that sampled.
         ifd: By round, samples by both models' IFD; see ``read_ifd``. Rounds that are shown only.
-        samples: By round, samples to read: of the first and last round that sampled.
         packs: Of the warm-up and each round that packed.
         curves: Of the warm-up and each round that trained.
         metrics: Held-out metrics.
@@ -44,7 +42,6 @@ class RunFigures:
     config: RunConfig
     ledgers: list[Ledger]
     ifd: dict[int, Counts]
-    samples: dict[int, list[ShownSample]]
     packs: list[PackFill]
     curves: list[Curves]
     metrics: list[Metric]
@@ -82,7 +79,6 @@ def read_figures(store: RunStore, *, through: int | None = None) -> RunFigures:
         config=config,
         ledgers=[read_ledger(store, index) for index in filtered],
         ifd={index: read_ifd(store, config, index) for index in spread(filtered, SHOWN_ROUNDS)},
-        samples={index: read_samples(store, config, index) for index in spread(filtered, 2)},
         packs=[read_packs(store, config, index) for index in rounds("pack")],
         curves=[found for index in rounds("train") if (found := read_curves(store, index)) is not None],
         metrics=read_metrics(store, done),

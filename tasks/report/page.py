@@ -1,7 +1,7 @@
 """A run's figures as one page of HTML that needs nothing else: no script, no file, no network."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -100,12 +100,17 @@ def cost_section(stages: list[StageCost]) -> Section:
     )
 
 
-def report_html(figures: RunFigures) -> str:
-    """Return the report. Whatever comes from prompts, models or settings is escaped; nothing in it runs or loads."""
+def report_html(figures: RunFigures, samples: Mapping[int, list[ShownSample]]) -> str:
+    """Return the report. Whatever comes from prompts, models or settings is escaped; nothing in it runs or loads.
+
+    Args:
+        figures: What is drawn.
+        samples: By round, samples to read.
+    """
     config = figures.config
-    samples = [
+    named = [
         (round_name(index), [_sample(sample, first=_is_first(sample, shown)) for sample in shown])
-        for index, shown in figures.samples.items()
+        for index, shown in samples.items()
         if shown
     ]
     return (
@@ -118,7 +123,7 @@ def report_html(figures: RunFigures) -> str:
             f"λ = {config.train.kd_weight:g}, seed {config.seed}.",
             tiles=tiles_of(figures),
             sections=sections_of(figures),
-            samples=samples,
+            samples=named,
             level_names=["", *(f"≥ {low:g}" for low in LEVELS)],
             top_k=config.score.top_k,
             chains=_chains(figures),

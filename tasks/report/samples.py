@@ -1,5 +1,6 @@
 """A few samples of each zone to read: the prompt, and every response token with both models' probability of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, PROMPTS, ZONES, TableSchema, score_schema
 from tasks.audit.token_texts import TokenTexts
 from tasks.graph import PROMPTS as PROMPTS_STAGE
+from tasks.report.figures import spread
 
 SHOWN_SAMPLES = 3
 """Samples shown of a zone, drawn evenly."""
@@ -70,6 +72,11 @@ class ShownSample:
     prompt: list[tuple[str, str]]
     tokens: list[ShownToken]
     response_tokens: int
+
+
+def samples_to_read(store: RunStore, config: RunConfig, rounds: Sequence[int]) -> dict[int, list[ShownSample]]:
+    """Return samples of the first and the last of ``rounds``, by round; see ``read_samples``."""
+    return {index: read_samples(store, config, index) for index in spread(rounds, 2)}
 
 
 def read_samples(store: RunStore, config: RunConfig, index: int) -> list[ShownSample]:

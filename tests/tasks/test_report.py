@@ -27,7 +27,7 @@ from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
 from tasks.report.outcome_plots import noise_text
 from tasks.report.page import level, sections_of
-from tasks.report.samples import SHOWN_SAMPLES
+from tasks.report.samples import SHOWN_SAMPLES, read_samples, samples_to_read
 from tasks.report.training import curves_of
 from tasks.report.training_plots import training_figures
 from tests.report_runs import TOP_K, WORDS, metric, synthetic_run, write_metrics
@@ -133,11 +133,11 @@ def test_packs_are_counted(figures: RunFigures) -> None:
         assert 0 < fill.least <= fill.fill <= 1
 
 
-def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore, figures: RunFigures) -> None:
+def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore) -> None:
     table = store.read_table(StageKey("generate", 0), GENERATE)
     scores = store.read_table(StageKey("score", 0), score_schema(TOP_K, "float16"))
     ids = table.column("sample_id").to_pylist()
-    shown = figures.samples[0]
+    shown = read_samples(store, store.config, 0)
     assert [sample.zone for sample in shown] == [zone for zone in ZONES for _ in range(SHOWN_SAMPLES)]
     for sample in shown:
         row = ids.index(sample.sample_id)
@@ -153,7 +153,7 @@ def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore, f
                 assert token.teacher is None
                 assert token.teacher_least == pytest.approx(float(np.exp(float(values[-1]))))
     assert any(token.teacher is None for sample in shown for token in sample.tokens)
-    assert read_figures(store).samples == figures.samples
+    assert samples_to_read(store, store.config, [0, 1]) == {0: shown, 1: read_samples(store, store.config, 1)}
 
 
 def test_metrics_are_of_a_model_and_finite() -> None:
