@@ -14,9 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from schemas.errors import OrchestrationError
+from tasks.collector import collector_paused
 
 _READY = b"+"
 _STOP_SECONDS = 5.0
@@ -97,11 +98,14 @@ def _end_with_stdin() -> None:
 def main() -> None:
     """Serve on the socket that the first argument names until stdin ends; say on stdout when it is up."""
     threading.Thread(target=_end_with_stdin, daemon=True).start()
+    importing = ExitStack()
+    importing.enter_context(collector_paused())
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
+            importing.close()
             os.write(1, _READY)
 
     listening = socket.socket(fileno=int(sys.argv[1]))

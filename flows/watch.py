@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from schemas.errors import OrchestrationError
+from tasks.collector import collector_paused
 
 ended_by: list[int] = []
 """The signal that asked this process to end, if one has."""
@@ -29,10 +30,11 @@ def run_flow(load: Callable[[], Callable[[], object]], verbose: bool) -> None:
     from flows.server import start_temporary_server
 
     answer_signals()
-    server = start_temporary_server()
-    flow = load()
-    import httpx
-    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
+    with collector_paused():
+        server = start_temporary_server()
+        flow = load()
+        import httpx
+        from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
 
     if server is not None:
         server.wait(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from tasks.collector import collector_paused
 from tasks.quick_exit import QuickExit
 
 HEAVY = (
@@ -41,9 +42,10 @@ def import_heavy(more: Sequence[str] = ()) -> None:
     # transformers and TRL each go through all packages there are.
     importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)
     try:
-        for module in (*HEAVY, *more):
-            importlib.import_module(module)
-        _use_once()
+        with collector_paused():
+            for module in (*HEAVY, *more):
+                importlib.import_module(module)
+            _use_once()
     finally:
         # What is there now stays shared between the processes: the collector must not write to it.
         gc.freeze()

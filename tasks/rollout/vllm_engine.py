@@ -10,6 +10,7 @@ import numpy as np
 
 from schemas.config import VllmOptions
 from schemas.errors import ModelError
+from tasks.collector import collector_paused
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import response_limits
 from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
@@ -43,8 +44,12 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_gib)
         try:
-            import vllm
-            from vllm.platforms import current_platform
+            with collector_paused():
+                import vllm
+                from vllm.platforms import current_platform
+
+                # Any: whether vLLM is installed must not change what type checkers see.
+                load: Any = vllm.LLM
         except ModuleNotFoundError as error:
             if error.name != "vllm":
                 raise
@@ -64,8 +69,6 @@ class VllmEngine:
         if dtype == "auto":
             dtype = stored_dtype(model.path, trust_remote_code=model.trust_remote_code)
         limits: dict[str, Any] = {} if options.max_num_seqs is None else {"max_num_seqs": options.max_num_seqs}
-        # Any: whether vLLM is installed must not change what type checkers see.
-        load: Any = vllm.LLM
         self._llm = load(
             model=model.path,
             # Prompts come and responses leave as tokens.

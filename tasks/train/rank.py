@@ -20,6 +20,7 @@ from schemas.errors import NPDError
 from schemas.local_files import storage_errors
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from tasks.collector import collector_paused
 from tasks.process import EventWriter, Job, describe_failure
 from tasks.stage import StageJob, no_progress
 from tasks.train.launch import LINK
@@ -83,8 +84,9 @@ def main() -> int:
 
 
 def _train(job: Job, key: StageKey, link: StageLink | None) -> None:
-    from tasks.train.optimize import optimize
-    from tasks.train.plan import plan_round
+    with collector_paused():
+        from tasks.train.optimize import optimize
+        from tasks.train.plan import plan_round
 
     store, config = RunStore(job.place), parse_settings(job.config)
     assert isinstance(config, RunConfig)
