@@ -6,7 +6,6 @@ On the machine of the stage it gets its job over a socket whose end ends it; on 
 import os
 import signal
 import socket
-import sys
 import threading
 import traceback
 from contextlib import suppress
@@ -22,6 +21,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.collector import collector_paused
 from tasks.process import EventWriter, Job, describe_failure
+from tasks.quick_exit import QuickExit
 from tasks.stage import StageJob, no_progress
 from tasks.train.launch import LINK
 
@@ -109,4 +109,5 @@ def _shared(line: bytes | None, rank: int) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leaving = QuickExit()
+    leaving.code = main()
