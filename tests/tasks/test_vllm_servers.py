@@ -1,11 +1,13 @@
 """A real vLLM server that samples the student and scores for the teacher, whose weights are the same."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -61,8 +63,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(folder, servers[0][0], *servers[1])
     finally:
         for _, process in servers:
-            process.terminate()
-            process.wait(30)
+            kill(process)
 
 
 def serve(folder: Path, log: Path) -> tuple[str, "subprocess.Popen[bytes]"]:
@@ -81,8 +82,17 @@ def serve(folder: Path, log: Path) -> tuple[str, "subprocess.Popen[bytes]"]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=os.environ | settings, stdout=output, stderr=output, start_new_session=True
+        )
     return f"http://127.0.0.1:{port}", process
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a server and its engine, a process of its own that would outlive it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -145,7 +155,7 @@ def test_two_servers_share_the_requests_and_one_that_is_killed_costs_nothing(
         found: dict[int, Rollouts] = {}
         for number, rollouts in both.generate(shards, SAMPLED, lambda count: None):
             if not found:
-                served.spare.kill()
+                kill(served.spare)
             found[number] = rollouts
         assert_same(found, expected)
         assert both.counters()["servers"] == 1
