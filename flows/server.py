@@ -98,6 +98,7 @@ def _end_with_stdin() -> None:
 def main() -> None:
     """Serve on the socket that the first argument names until stdin ends; say on stdout when it is up."""
     threading.Thread(target=_end_with_stdin, daemon=True).start()
+    # Prefect goes on importing until it is up.
     importing = ExitStack()
     importing.enter_context(collector_paused())
     import uvicorn
