@@ -9,7 +9,7 @@ import pytest
 
 from schemas.errors import ArtifactError
 from schemas.table_files import read_parquet, write_parquet
-from schemas.tables import GENERATE, PROMPTS, SCHEMA_KEY, VERSION_KEY, score_schema
+from schemas.tables import EVALUATE_METRICS, GENERATE, PROMPTS, SCHEMA_KEY, VERSION_KEY, score_schema
 from tests.run_fixtures import prompts_table, rollout_table, score_table
 
 
@@ -70,6 +70,15 @@ def test_columns_in_another_order_are_put_in_order(tmp_path: Path) -> None:
         tmp_path / "a.parquet", table.select(table.column_names[::-1]).append_column("more", pa.array([1] * 3))
     )
     assert read_parquet(path, GENERATE, "a.parquet").equals(table)
+
+
+def test_what_may_not_repeat_together_is_checked_where_all_of_it_is_read(tmp_path: Path) -> None:
+    row = {"round": 0, "metric": "accuracy", "value": 0.5, "n": 8, "stderr": 0.1, "model": "student"}
+    table = pa.Table.from_pylist([row] * 2, EVALUATE_METRICS.columns)
+    path = written(tmp_path / "a.parquet", table, schema=b"evaluate_metrics", schema_version=b"2")
+    with pytest.raises(ArtifactError, match=r"a.parquet: .*rows repeat in model, metric"):
+        read_parquet(path, EVALUATE_METRICS, "a.parquet", ["metric", "model", "value"])
+    assert read_parquet(path, EVALUATE_METRICS, "a.parquet", ["metric", "value"]).num_rows == 2
 
 
 def test_nulls_inside_messages_and_targets_are_not_written(tmp_path: Path) -> None:
