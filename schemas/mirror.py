@@ -54,18 +54,15 @@ class Mirror:
         if self._known.get(record.path) == record.sha256 and path.is_file():
             return
         if not (path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256):
-            self._download(record.path, record)
+            self.download(record.path, record)
         self._known[record.path] = record.sha256
 
-    def download(self, name: str) -> None:
-        """Download a file, whatever a manifest says of it.
+    def download(self, name: str, record: FileRecord | None = None) -> None:
+        """Download a file: as ``record`` says that it is, or whatever a manifest says of it.
 
         Raises:
-            ArtifactError: it is missing.
+            ArtifactError: it is missing, or has other bytes.
         """
-        self._download(name)
-
-    def _download(self, name: str, record: FileRecord | None = None) -> None:
         try:
             with local_files.writing_file(self.folder / name) as temporary:
                 self.objects.download(name, temporary)

@@ -37,7 +37,7 @@ def is_url(place: str) -> bool:
     return "://" in place and not place.startswith(("file://", "local://"))
 
 
-def check_place(place: str, key: str) -> None:
+def check_place(place: str) -> None:
     """Check that a run's place carries no credentials: it is recorded, logged and shown.
 
     Raises:
@@ -48,7 +48,7 @@ def check_place(place: str, key: str) -> None:
     parts = urlsplit(place)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
-            f"{key}: a URL with credentials or options in it would be written into every record; give "
+            "root: a URL with credentials or options in it would be written into every record; give "
             f"`{parts.scheme}://BUCKET/FOLDER` and set them in the environment (for S3: AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
         )

@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from schemas.config import RunSettings
 from schemas.manifest import hash_json
@@ -20,7 +19,7 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def package_versions() -> dict[str, Any]:
+def package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that shape results."""
     versions = {}
     for package in _PACKAGES:

@@ -28,7 +28,7 @@ class RunFiles:
 
     def __init__(self, place: str | Path) -> None:
         text = str(place)
-        check_place(text, "root")
+        check_place(text)
         self.objects: ObjectStore | None = None
         """The run itself, where it lies in an object store."""
         if is_url(text):

@@ -189,10 +189,7 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> tup
             any method; names the key.
     """
     path = Path(path)
-    values = read_document(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
-    comparison = parse_section(apply_overrides(values, overrides or []), ComparisonConfig, str(path))
+    comparison = parse_section(apply_overrides(read_document(path), overrides or []), ComparisonConfig, str(path))
     run = load_config(path.parent / comparison.run)
     changed = with_values(run.model_dump(mode="json"), comparison.set, f"{path}: set")
     changed |= {"name": BASE, "root": comparison.folder, "seed": comparison.seeds[0]}

@@ -22,11 +22,11 @@ DEEPEST = 50
 _TAG = "tag:yaml.org,2002:"
 
 
-def read_document(path: Path) -> Any:
+def read_document(path: Path) -> dict[str, Any]:
     """Return what a YAML file holds.
 
     Raises:
-        ConfigError: the file cannot be read, or is no YAML of plain values; names it, and line and column.
+        ConfigError: the file cannot be read, or is no YAML mapping of plain values; names it, and line and column.
     """
     try:
         with path.open("rb") as file:
@@ -41,7 +41,10 @@ def read_document(path: Path) -> Any:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start + 1} is not valid UTF-8; save the file as UTF-8") from None
-    return parse_document(text, f"{path}: cannot be read as YAML")
+    values = parse_document(text, f"{path}: cannot be read as YAML")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
+    return values
 
 
 def parse_document(text: str, origin: str) -> Any:

@@ -58,10 +58,7 @@ def load_as(kind: type[R], path: str | Path, overrides: Sequence[str] = ()) -> R
         ConfigError: the file is missing, is not YAML, or holds an unknown or wrong value; names the key.
     """
     path = Path(path)
-    values = read_document(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
-    return parse_as(kind, apply_overrides(values, overrides), origin=str(path), folder=path.parent)
+    return parse_as(kind, apply_overrides(read_document(path), overrides), origin=str(path), folder=path.parent)
 
 
 def parse_as(kind: type[R], values: dict[str, Any], *, origin: str = "config", folder: Path | None = None) -> R:

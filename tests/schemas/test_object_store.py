@@ -122,7 +122,7 @@ def test_a_refusal_is_not_tried_again() -> None:
 @pytest.mark.parametrize("place", ["s3://key:secret@bucket/x", "s3://bucket/x?token=secret", "gs://bucket/x#secret"])
 def test_credentials_in_a_place_are_refused_unread(place: str) -> None:
     with pytest.raises(ConfigError, match="environment") as refused:
-        check_place(place, "root")
+        check_place(place)
     assert "secret@" not in str(refused.value)
     assert "token=" not in str(refused.value)
     assert "#secret" not in str(refused.value)
