@@ -42,10 +42,9 @@ from tasks.comparison.outcome import (
     continuation_stages,
     method_stages,
     process_modules,
-    read_metric,
+    read_kl,
     read_outcome,
     read_scores,
-    run_label,
     step_prompts,
     validation_prompts,
 )
@@ -118,8 +117,12 @@ class MethodRun:
 
     @property
     def label(self) -> str:
-        """Name for people."""
-        return run_label(self.method, self.rate, self.seed)
+        """Name for people.
+
+        >>> MethodRun("npd", 1e-4, 3).label
+        'npd · lr 0.0001 · seed 3'
+        """
+        return f"{self.method} · lr {self.rate:g} · seed {self.seed}"
 
 
 @dataclass
@@ -136,6 +139,7 @@ class Work:
         continued: Scores of students after GRPO, by the run they come from.
         failures: What went wrong in the others, by label.
         rates: Learning rate of each method that has one.
+        prompts_per_step: Of on-policy training, once NPD has run where that is its measure; None: as a method sets it.
     """
 
     comparison: ComparisonConfig
@@ -318,7 +322,7 @@ class Work:
                 "warmed-up student",
                 "start",
                 read_scores(self.store, evaluate, "student"),
-                read_metric(self.store, evaluate, "student", "kl_teacher_student"),
+                read_kl(self.store, evaluate, "student"),
             ),
         ]
         if self.base.warmup is not None:
@@ -327,7 +331,7 @@ class Work:
                 "untrained student",
                 "start",
                 read_scores(self.store, BASELINE, "start"),
-                read_metric(self.store, BASELINE, "start", "kl_teacher_student"),
+                read_kl(self.store, BASELINE, "start"),
             )
             landmarks.insert(1, start)
         return landmarks

@@ -9,6 +9,7 @@ from flows.summary import TextTable, display_place, evaluation_metrics, metric_t
 from schemas.config import RLConfig
 from schemas.rl_tables import RL_METRICS
 from schemas.run_store import REPORT_NAME, RunStore
+from schemas.tables import METRICS_FILE
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.evaluation import Metric
 from tasks.report.text import duration_text, markdown_table
@@ -86,7 +87,7 @@ def summarize_rl(store: RunStore, config: RLConfig) -> RLSummary:
 
 
 def _curve(store: RunStore) -> list[CurvePoint]:
-    table = store.read_part(store.path(RL, "metrics.parquet"), RL_METRICS)
+    table = store.read_part(store.path(RL, METRICS_FILE), RL_METRICS)
     columns = {
         name: table.column(name).to_numpy(zero_copy_only=False).astype(float)
         for name in ("score", "reward", "response_tokens", "entropy")

@@ -324,7 +324,7 @@ TRAIN_METRICS = TableSchema(
 )
 
 METRICS_FILE, RESPONSES_FILE = "metrics.parquet", "responses.parquet"
-"""The files of stages evaluate and baseline."""
+"""The files of stages that write one table, or one beside their shards: train, evaluate, baseline and rl."""
 
 AGREEMENT_METRICS = ("kl_teacher_student", "kl_student_teacher", "top1_agreement")
 """Metrics of a student against the teacher, on the teacher's responses to held-out prompts."""

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from schemas.config import ComparisonConfig, RunConfig
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
+from schemas.tables import (
+    EVALUATE_METRICS,
+    EVALUATE_RESPONSES,
+    GENERATE,
+    METRICS_FILE,
+    RESPONSES_FILE,
+    TRAIN_METRICS,
+)
 from tasks.graph import loop
 from tasks.rl.graph import BASELINE, RL_LOOP
 
@@ -110,7 +117,7 @@ def read_scores(store: RunStore, key: StageKey, model: str) -> Scores:
         model: `student`, `teacher` or `start`; `rl` in an RL run.
     """
     columns = ["model", "prompt_id", "score"]
-    table = store.read_part(store.path(key, "responses.parquet"), EVALUATE_RESPONSES, columns)
+    table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES, columns)
     table = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score"))))
     # As the metric `accuracy` counts: verifiers that give a part of a score for a try find it no less wrong.
     right = pc.cast(pc.greater_equal(table.column("score"), 1.0), pa.float64())
@@ -119,12 +126,11 @@ def read_scores(store: RunStore, key: StageKey, model: str) -> Scores:
     return Scores(tuple(shares.column("prompt_id").to_pylist()), shares.column("right_mean").to_numpy())
 
 
-def read_metric(store: RunStore, key: StageKey, model: str, metric: str) -> tuple[float, float] | None:
-    """Return value and standard error of a model's metric in an evaluation stage; None if it has none."""
-    table = store.read_part(
-        store.path(key, "metrics.parquet"), EVALUATE_METRICS, ["model", "metric", "value", "stderr"]
-    )
-    rows = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.equal(table.column("metric"), metric)))
+def read_kl(store: RunStore, key: StageKey, model: str) -> tuple[float, float] | None:
+    """Return a model's held-out KL(teacher || student) and its standard error, nats per token; None if it has none."""
+    table = store.read_part(store.path(key, METRICS_FILE), EVALUATE_METRICS, ["model", "metric", "value", "stderr"])
+    of_model, of_kl = pc.equal(table.column("model"), model), pc.equal(table.column("metric"), "kl_teacher_student")
+    rows = table.filter(pc.and_(of_model, of_kl))
     if not rows.num_rows:
         return None
     return float(rows.column("value")[0].as_py()), float(rows.column("stderr")[0].as_py())
@@ -139,7 +145,7 @@ def read_outcome(store: RunStore, config: RunConfig) -> Outcome:
     keys = method_stages(config)
     counters = {key: store.finished(key).counters for key in keys}
     last = StageKey("evaluate", config.rounds - 1)
-    kl = read_metric(store, last, "student", "kl_teacher_student")
+    kl = read_kl(store, last, "student")
     value, stderr = (float("nan"), float("nan")) if kl is None else kl
     return Outcome(
         scores=read_scores(store, last, "student"),
@@ -203,12 +209,3 @@ def continuation_label(method: str, seed: int) -> str:
     'npd · GRPO · seed 3'
     """
     return f"{method} · GRPO · seed {seed}"
-
-
-def run_label(method: str, rate: float, seed: int) -> str:
-    """Return a run's name for people.
-
-    >>> run_label("npd", 1e-4, 3)
-    'npd · lr 0.0001 · seed 3'
-    """
-    return f"{method} · lr {rate:g} · seed {seed}"

@@ -15,6 +15,7 @@ from schemas.config import GRPOConfig, RLConfig
 from schemas.errors import ConfigError, PromptError
 from schemas.manifest import hash_file
 from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
+from schemas.tables import METRICS_FILE
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.checkpoint import keep_checkpoint, name_last_checkpoint, newest_checkpoint, read_state
 from tasks.graph import PROMPTS
@@ -46,7 +47,7 @@ def train_model(job: StageJob[RLConfig]) -> None:
     if state.global_step < config.grpo.steps:
         state = _trained(job, start, tokenizer, checkpoint)
     metrics = metrics_table(state.log_history)
-    store.write_table(store.path(job.key, "metrics.parquet"), metrics, RL_METRICS)
+    store.write_table(store.path(job.key, METRICS_FILE), metrics, RL_METRICS)
     name_last_checkpoint(job)
     _export(job, start, tokenizer, metrics)
     rollouts = pa.concat_tables(

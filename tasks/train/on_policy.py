@@ -18,8 +18,8 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from schemas.config import GenerateConfig, OnPolicyConfig, TrainConfig
 from schemas.errors import ModelError, StageError
+from schemas.tables import METRICS_FILE, TRAIN_METRICS
 from schemas.tables import PROMPTS as PROMPTS_TABLE
-from schemas.tables import TRAIN_METRICS
 from tasks.checkpoint import CheckpointContents, write_checkpoint
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
@@ -87,7 +87,7 @@ def train_on_policy(job: StageJob) -> None:
         contents = CheckpointContents.gather(student, trainer.optimizer, device)
         write_checkpoint(folder, student, contents, trainer.lr_scheduler, trainer.state)
     metrics = _metrics_table(trainer.state.log_history, trainer.response_tokens, schedule, job.round)
-    store.write_table(store.path(job.key, "metrics.parquet"), metrics, TRAIN_METRICS)
+    store.write_table(store.path(job.key, METRICS_FILE), metrics, TRAIN_METRICS)
     job.counters |= {
         "policy_step": trainer.state.global_step,
         "start_step": 0,

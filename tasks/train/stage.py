@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from schemas.errors import StageError
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import TRAIN_METRICS
+from schemas.tables import METRICS_FILE, TRAIN_METRICS
 from tasks.checkpoint import name_last_checkpoint
 from tasks.graph import sampled_round, sampling_policy
 from tasks.stage import StageJob
@@ -41,7 +41,7 @@ def train_round(job: StageJob) -> None:
     if breach is not None:
         job.warn(breach)
     metrics = metrics_table(state.log_history, schedule, job.round, sampler_step(job))
-    store.write_table(store.path(job.key, "metrics.parquet"), metrics, TRAIN_METRICS)
+    store.write_table(store.path(job.key, METRICS_FILE), metrics, TRAIN_METRICS)
     name_last_checkpoint(job)
     epochs = schedule.epoch(state.global_step) - schedule.epochs_before
     job.counters |= {
