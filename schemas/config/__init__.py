@@ -4,15 +4,13 @@ from schemas.config.base import Section
 from schemas.config.comparison import (
     BASE,
     ComparisonConfig,
-    ComparisonRLConfig,
-    MethodConfig,
     continuation_config,
     load_comparison,
     method_config,
 )
 from schemas.config.launch import LaunchConfig
 from schemas.config.load import apply_overrides, kind_of, load_as, load_config, parse_as, parse_config, parse_settings
-from schemas.config.models import DeviceMap, MemoryLimits, ModelSource, Quantization, StudentConfig, TeacherConfig
+from schemas.config.models import DeviceMap, MemoryLimits, Quantization, TeacherConfig
 from schemas.config.prompts import (
     DatasetSource,
     JsonlSource,
@@ -23,12 +21,11 @@ from schemas.config.prompts import (
 )
 from schemas.config.ray import RayConfig
 from schemas.config.reference import fields_markdown
-from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
-from schemas.config.run import DevicesConfig, RunConfig
+from schemas.config.rl import GRPOConfig, RLConfig
+from schemas.config.run import RunConfig
 from schemas.config.servers import ServersConfig, TeacherServersConfig
 from schemas.config.settings import RunSettings
 from schemas.config.stages import (
-    EvaluateConfig,
     FilterConfig,
     GenerateConfig,
     LmEvalConfig,
@@ -44,17 +41,13 @@ from schemas.config.training import (
     OnPolicyConfig,
     OptimizerConfig,
     TrainConfig,
-    WarmupConfig,
 )
 
 __all__ = [
     "BASE",
     "ComparisonConfig",
-    "ComparisonRLConfig",
     "DatasetSource",
     "DeviceMap",
-    "DevicesConfig",
-    "EvaluateConfig",
     "ExportConfig",
     "FilterConfig",
     "GRPOConfig",
@@ -65,8 +58,6 @@ __all__ = [
     "LmEvalConfig",
     "LoraConfig",
     "MemoryLimits",
-    "MethodConfig",
-    "ModelSource",
     "OnPolicyConfig",
     "OptimizerConfig",
     "PackConfig",
@@ -76,7 +67,6 @@ __all__ = [
     "Quantile",
     "Quantization",
     "RLConfig",
-    "RLEvaluateConfig",
     "RayConfig",
     "ReasoningGymSource",
     "RunConfig",
@@ -84,12 +74,10 @@ __all__ = [
     "ScoreConfig",
     "Section",
     "ServersConfig",
-    "StudentConfig",
     "TeacherConfig",
     "TeacherServersConfig",
     "TrainConfig",
     "VllmOptions",
-    "WarmupConfig",
     "apply_overrides",
     "continuation_config",
     "fields_markdown",
