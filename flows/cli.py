@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,9 +17,6 @@ from flows.terminal import Terminal
 from flows.watch import ended_by
 from schemas.errors import NPDError
 from tasks.quick_exit import QuickExit
-
-if TYPE_CHECKING:
-    from flows.summary import RunSummary
 
 _EPILOG = (
     "Exit codes: 0 done; 1 a stage failed (verify: something does not hold; diff: the runs differ); 2 wrong input, "
@@ -194,7 +191,7 @@ def status(run: RunArgument) -> None:
             print_rl_summary(console, continued)
         return
     assert isinstance(config, RunConfig)
-    summary: RunSummary = summarize(store, config)
+    summary = summarize(store, config)
     if summary.rounds:
         print_summary(console, summary)
 
@@ -304,8 +301,8 @@ def config() -> None:
     typer.echo(fields_markdown(), nl=False)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Terminal, text: str) -> None:
+    console.print(text, soft_wrap=True)
 
 
 def _watch(console: Console, load: Callable[[], Callable[[], object]], verbose: bool) -> None:

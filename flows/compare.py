@@ -10,8 +10,8 @@ import pyarrow as pa
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 
 from flows.comparison_progress import current_runs_listener
 from flows.comparison_worker import Worker, lenders, stands
@@ -63,9 +63,7 @@ from tasks.rl.graph import EVALUATE
 
 
 def _flow_run_name() -> str:
-    context = FlowRunContext.get()
-    parameters = {} if context is None else context.parameters or {}
-    return Path(str(parameters.get("config", "comparison"))).stem
+    return Path(flow_run.parameters["config"]).stem
 
 
 @flow(name="npd-compare", flow_run_name=_flow_run_name, persist_result=False)

@@ -51,4 +51,4 @@ def compare(
     with RunsDisplay(console) as display, listening_to_runs(display):
         run_flow(load, verbose)
     for name in ("comparison.md", REPORT_NAME):
-        console.print(f"{comparison.folder}/{name}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{comparison.folder}/{name}", soft_wrap=True)

@@ -11,7 +11,7 @@ from schemas.config import RunSettings
 from schemas.errors import NPDError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from tasks.stage import plan, stage_of
+from tasks.stage import current_manifest, stage_of
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,8 @@ def lenders(store: RunStore, seed: int, comparison: str) -> list[str]:
 
 def stands(store: RunStore, config: RunSettings, keys: Sequence[StageKey]) -> bool:
     """Say whether the results of ``keys`` stand; their files are compared by size, since the run hashed them."""
-    return all(_stands(store, config, key) for key in keys)
-
-
-def _stands(store: RunStore, config: RunSettings, key: StageKey) -> bool:
-    manifest = store.manifest(key)
-    if manifest is None or any(store.manifest(needed) is None for needed in stage_of(config, key).inputs(config, key)):
-        return False
-    if manifest.fingerprint != plan(store, config, key).fingerprint:
-        return False
-    return store.first_damage(manifest, content=False) is None
+    return all(
+        all(store.manifest(needed) is not None for needed in stage_of(config, key).inputs(config, key))
+        and current_manifest(store, config, key, content=False) is not None
+        for key in keys
+    )

@@ -1,13 +1,12 @@
 """The flow `npd-round`: Near-Policy Distillation, round after round."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
-from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 
 from flows.configs import read_config
 from flows.process import cancelled_by_errors
@@ -25,7 +24,7 @@ from flows.stage_tasks import (
     score,
     train,
 )
-from flows.summary import round_rows, summarize, summary_dict, summary_markdown
+from flows.summary import round_rows, summarize, summary_markdown
 from schemas.config import RunConfig
 from schemas.errors import NPDError
 from schemas.manifest import Manifest
@@ -39,8 +38,7 @@ from tasks.report.page import sections_of
 
 
 def _run_name() -> str:
-    context = FlowRunContext.get()
-    parameters = {} if context is None else context.parameters or {}
+    parameters = flow_run.parameters
     try:
         return read_config(parameters["config"], parameters["overrides"]).name
     except NPDError:
@@ -81,7 +79,8 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
         evaluate(*run, round=WARMUP)
         publish_round(store, settings, WARMUP)
 
-        with sampling_ahead(store, settings) as ahead:
+        ahead = SamplingAhead(store, settings)
+        with cancelled_by_errors():
             for index in range(settings.rounds):
                 if samples(settings, index):
                     if not ahead.finish(index):
@@ -96,7 +95,7 @@ def npd_round(config: str = "configs/quickstart.yaml", overrides: list[str] | No
                 publish_round(store, settings, index)
 
         write_report(store)
-        return summary_dict(summarize(store, settings))
+        return asdict(summarize(store, settings))
 
 
 class SamplingAhead:
@@ -124,13 +123,6 @@ class SamplingAhead:
         for future in futures:
             future.result()
         return bool(futures)
-
-
-@contextmanager
-def sampling_ahead(store: RunStore, config: RunConfig) -> Iterator[SamplingAhead]:
-    """Give a SamplingAhead whose stages end when the flow leaves this context by an error."""
-    with cancelled_by_errors():
-        yield SamplingAhead(store, config)
 
 
 def publish_round(store: RunStore, config: RunConfig, index: int) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 
 from flows.configs import recorded_config
 from flows.rl import RL_TASKS
@@ -16,8 +16,7 @@ from schemas.run_store import RunStore
 
 
 def _run_name() -> str:
-    context = FlowRunContext.get()
-    parameters = {} if context is None else context.parameters or {}
+    parameters = flow_run.parameters
     place = "" if parameters["round"] is None else f" · round {parameters['round']}"
     return f"{Path(parameters['run']).name}{place} · {parameters['stage']}"
 

@@ -108,7 +108,6 @@ def run_stages_in_process(
     lenders: Sequence[str],
     threads: int | None,
     on_stage: Callable[[StageKey], None],
-    on_progress: Progress = no_progress,
 ) -> None:
     """Run several stages of a small run in one child process, one after another, and wait for them.
 
@@ -119,7 +118,6 @@ def run_stages_in_process(
         lenders: Places of runs whose finished stages of equal fingerprints are taken over.
         threads: CPU threads of the process; None: as many as the libraries take.
         on_stage: Told the stage that is at work.
-        on_progress: Told how far that stage is.
 
     Raises:
         NPDError: as ``run_in_process``.
@@ -131,8 +129,6 @@ def run_stages_in_process(
         if event["event"] == "stage":
             at_work = StageKey(event["stage"], event["round"])
             on_stage(at_work)
-        else:
-            on_progress(event["done"], event["total"], event["unit"])
 
     named = [(key.stage, key.round) for key in keys]
     values, lock = config.model_dump(mode="json"), store.lock.token

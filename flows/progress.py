@@ -85,11 +85,6 @@ def describe(done: int, total: int, unit: str, rate: float | None) -> str:
     return f"{done:,}/{total:,} {unit}" + (f", {rate:,.1f}/s" if rate is not None else "")
 
 
-def percent(done: int, total: int) -> float:
-    """Return progress as a percentage from 0 to 100."""
-    return 100.0 * min(done, total) / total if total > 0 else 0.0
-
-
 def artifact_key(*parts: str) -> str:
     """Return a Prefect artifact key: lowercase letters, digits and dashes.
 
@@ -118,7 +113,8 @@ class ProgressArtifact:
         """Move the bar, if it is time to."""
         rate = self._rate(done, unit)
         if time.monotonic() - self._last >= ARTIFACT_SECONDS:
-            self._publish(percent(done, total), f"{self._key.label}: {describe(done, total, unit, rate)}")
+            percent = 100.0 * min(done, total) / total if total > 0 else 0.0
+            self._publish(percent, f"{self._key.label}: {describe(done, total, unit, rate)}")
 
     def finished(self, manifest: Manifest) -> None:
         """Fill the bar."""

@@ -1,14 +1,15 @@
 """The flow `npd-rl`: GRPO with verifiable rewards, from the student that a distillation run exported."""
 
+from dataclasses import asdict
 from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
-from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 
 from flows.configs import read_as
 from flows.progress import artifact_key, if_server_answers
-from flows.rl_summary import rl_dict, rl_markdown, rl_rows, summarize_rl
+from flows.rl_summary import rl_markdown, rl_rows, summarize_rl
 from flows.stage_tasks import StageTask, stage_task
 from schemas.config import RLConfig
 from schemas.errors import NPDError
@@ -28,8 +29,7 @@ RL_TASKS: dict[str, StageTask] = {of_stage.name: of_stage for of_stage in (promp
 
 
 def _run_name() -> str:
-    context = FlowRunContext.get()
-    parameters = {} if context is None else context.parameters or {}
+    parameters = flow_run.parameters
     try:
         return read_as(RLConfig, parameters["config"], parameters["overrides"]).name
     except NPDError:
@@ -65,7 +65,7 @@ def npd_rl(config: str = "configs/rl-quickstart.yaml", overrides: list[str] | No
         publish(store, settings)
 
         write_report(store)
-        return rl_dict(summarize_rl(store, settings))
+        return asdict(summarize_rl(store, settings))
 
 
 def publish(store: RunStore, config: RLConfig) -> None:

@@ -1,6 +1,6 @@
 """What an RL run has come to, from its tables and manifests: the same numbers for terminal, Markdown and Prefect."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -156,8 +156,3 @@ def rl_markdown(summary: RLSummary) -> str:
         lines += ["", f"## {escape_markdown(title)}", "", *markdown_table(header, rows)]
     lines += ["", *(f"- {what}: {code_markdown(text)}" for what, text in rl_files(summary))]
     return "\n".join(lines) + "\n"
-
-
-def rl_dict(summary: RLSummary) -> dict[str, Any]:
-    """Return the summary as plain values, as a flow returns it."""
-    return asdict(summary)

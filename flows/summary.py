@@ -1,6 +1,6 @@
 """What a run has come to, read from its tables and manifests: the same rows for terminal, Markdown and Prefect."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.evaluate.resolution import TARGET
 from tasks.graph import BASELINE
 from tasks.report.evaluation import Metric, read_metrics
+from tasks.report.ledger import KEPT
 from tasks.report.text import duration_text, markdown_table
 from tasks.stage import standing
 
@@ -26,8 +27,6 @@ METRIC_TITLES = {
     "repetition": "repetition",
 }
 """Column titles of the metrics that have one; another metric goes by its name."""
-
-KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -281,8 +280,3 @@ def summary_markdown(summary: RunSummary) -> str:
     lines += ["", f"Prompts, models, reference and baseline: {duration_text(sum(summary.seconds.values()))}.", ""]
     lines += [f"- {what}: {code_markdown(path)}" for what, path in files_table(summary)]
     return "\n".join(lines) + "\n"
-
-
-def summary_dict(summary: RunSummary) -> dict[str, Any]:
-    """Return the summary as plain values, as a flow returns it."""
-    return asdict(summary)

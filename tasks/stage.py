@@ -130,12 +130,18 @@ def plan(store: RunStore, config: RunSettings, key: StageKey) -> StagePlan:
     return StagePlan(read, fingerprint, [record for manifest in manifests for record in manifest.outputs])
 
 
-def current_manifest(store: RunStore, config: RunSettings, key: StageKey) -> Manifest | None:
-    """Return the stage's manifest if its result still stands: same fingerprint, every file as recorded."""
+def current_manifest(store: RunStore, config: RunSettings, key: StageKey, *, content: bool = True) -> Manifest | None:
+    """Return the stage's manifest if its result still stands: same fingerprint, every file as recorded.
+
+    Without ``content``, files are compared by size alone.
+
+    Raises:
+        ArtifactError: an input stage has not finished.
+    """
     manifest = store.manifest(key)
     if manifest is None or manifest.fingerprint != plan(store, config, key).fingerprint:
         return None
-    return manifest if store.first_damage(manifest) is None else None
+    return manifest if store.first_damage(manifest, content=content) is None else None
 
 
 def standing(store: RunStore, config: RunSettings, *, through: int | None = None) -> dict[StageKey, Manifest]:
@@ -230,8 +236,11 @@ def settle(
     Raises:
         NPDError: whatever the stage found wrong.
     """
-    standing = current_manifest(store, config, key) or take_over(store, config, key, lenders)
-    return standing or execute(store, config, key, progress)
+    return (
+        current_manifest(store, config, key)
+        or take_over(store, config, key, lenders)
+        or execute(store, config, key, progress)
+    )
 
 
 def execute(store: RunStore, config: RunSettings, key: StageKey, progress: Progress = no_progress) -> Manifest:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from flows.display import print_summary
-from flows.summary import RunSummary, held_out_tables, round_rows, summarize, summary_dict, summary_markdown
+from flows.summary import RunSummary, held_out_tables, round_rows, summarize, summary_markdown
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
@@ -107,7 +107,7 @@ def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig])
     rows = round_rows(summary, 0)
     assert {"what": "kl_teacher_student", "value": 1.5, "stderr": 0.01, "n": 90} in rows
     assert {"what": "dropped: too_long", "value": 1, "stderr": None, "n": 6} in rows
-    assert summary_dict(summary)["rounds"][1]["reasons"]["kept"] == 3
+    assert summary.rounds[1].reasons["kept"] == 3
 
 
 def test_markdown_tables_keep_their_columns_whatever_the_names_hold(run: tuple[RunStore, RunConfig]) -> None:
