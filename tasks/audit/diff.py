@@ -1,6 +1,6 @@
 """How two runs differ: settings, package versions, and what their stages wrote."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from schemas.config import RunSettings
@@ -45,13 +45,13 @@ class StageDifference:
     files: list[FileDifference]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunDifference:
     """How two runs differ; packages by name as (left, right)."""
 
-    settings: list[Setting] = field(default_factory=list)
-    packages: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    stages: list[StageDifference] = field(default_factory=list)
+    settings: list[Setting]
+    packages: dict[str, tuple[str | None, str | None]]
+    stages: list[StageDifference]
 
     @property
     def equal(self) -> bool:

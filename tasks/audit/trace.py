@@ -11,14 +11,14 @@ from schemas.config import RunConfig
 from schemas.errors import ConfigError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import IGNORE_LABEL, PROMPTS, TableSchema
-from tasks.audit.epochs import epochs_of, pack_costs, student_width
+from schemas.tables import IGNORE_LABEL, PROMPTS, SCORES, TableSchema
+from tasks.audit.epochs import epochs_of, pack_costs, pack_key, student_width
 from tasks.audit.rollouts import recorded_version
 from tasks.audit.tables import stage_schema
-from tasks.audit.token_texts import TokenTexts
 from tasks.graph import MODELS, REFERENCE, loop, sampled_round, sampling_policy
 from tasks.graph import PROMPTS as PROMPTS_STAGE
 from tasks.language_model.ragged import Ragged
+from tasks.language_model.token_texts import TokenTexts
 
 Section = dict[str, Any]
 """Names and JSON values, in the order to show them."""
@@ -53,13 +53,10 @@ def trace_sample(store: RunStore, sample_id: str) -> Life:
     if found.key == REFERENCE:
         return life | _uses_of_reference(store, config, found, life["prompt"])
     rounds = [index for index in range(config.rounds) if sampled_round(config, index) == found.key.round]
-    life["scores"] = _later_row(store, config, StageKey("score", found.key.round), sample_id, _SCORES)
+    life["scores"] = _later_row(store, config, StageKey("score", found.key.round), sample_id, list(SCORES))
     life["ledger"] = _later_row(store, config, StageKey("filter", found.key.round), sample_id, _LEDGER)
-    pack = StageKey("pack", found.key.round)
-    why_not = None
-    if life["ledger"].get("keep") is False:
-        why_not = f"not kept: {life['ledger']['reason']}"
-    return life | _packed(store, config, pack, sample_id, rounds, why_not)
+    why_not = f"not kept: {life['ledger']['reason']}" if life["ledger"].get("keep") is False else None
+    return life | _packed(store, config, StageKey("pack", found.key.round), sample_id, rounds, why_not)
 
 
 def trace_token(store: RunStore, round_index: int, pack: int, token: int) -> Life:
@@ -79,7 +76,7 @@ def trace_token(store: RunStore, round_index: int, pack: int, token: int) -> Lif
     rounds = [key.round for key in loop(config) if key.stage == "train"]
     if round_index not in rounds:
         raise ConfigError(f"--round {round_index}: this run trains in {', '.join(map(str, rounds))}")
-    key = StageKey("pack", sampled_round(config, round_index))
+    key = pack_key(config, round_index)
     row = _pack_row(store, config, key, pack)
     input_ids = Ragged.from_arrow(row.column("input_ids")).values
     if not 0 <= token < len(input_ids):
@@ -210,8 +207,6 @@ def _tokens(store: RunStore, found: Found) -> Section:
     }
 
 
-_SCORES = ["student_nll", "student_nll_uncond", "teacher_nll", "teacher_nll_uncond", "student_ifd", "teacher_ifd"]
-_SCORES += ["delta_ifd"]
 _LEDGER = ["delta_ifd", "min_delta_ifd", "max_delta_ifd", "zone", "keep", "reason", "policy_lag"]
 
 
@@ -243,7 +238,6 @@ def _packed(
 ) -> Life:
     if store.manifest(key) is None:
         return {"pack": {"missing": why_not or f"`{key.label}` has not finished"}}
-    first = 0
     for path in store.table_files(key):
         table = store.read_part(path, _schema(config, key), ["pack_id", "sample_ids", "seq_lengths"])
         names = Ragged.from_arrow(table.column("seq_lengths"))
@@ -263,7 +257,6 @@ def _packed(
             return {"pack": section} | {
                 f"training, {StageKey('train', index).label}": _training(store, config, index, pack) for index in rounds
             }
-        first += table.num_rows
     return {"pack": {"missing": why_not or f"`{key.label}` does not have it: see `npd verify`"}}
 
 
@@ -283,7 +276,7 @@ def _training(store: RunStore, config: RunConfig, round_index: int, pack: int) -
     width = None
     if epochs.settings.packs_per_step > 1:
         width = student_width(store)
-        key = StageKey("pack", sampled_round(config, round_index))
+        key = pack_key(config, round_index)
         lengths = [store.read_part(p, _schema(config, key), ["seq_lengths"]) for p in store.table_files(key)]
         if width is not None:
             costs = pack_costs(Ragged.concat([Ragged.from_arrow(t.column("seq_lengths")) for t in lengths]), width)

@@ -1,6 +1,5 @@
 """Does a server serve this model? Its tokens and log-probabilities of a few texts against the local ones."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from schemas.config import ServersConfig
 from schemas.errors import ModelError
 from schemas.untrusted_text import readable
-from tasks.language_model.loading import load_ref, load_tokenizer
+from tasks.language_model.loading import free_memory, load_ref, load_tokenizer
 from tasks.language_model.prefill import gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
@@ -208,7 +207,5 @@ def _local_scores(model: ModelRef, rows: Sequence[NDArray[np.int32]]) -> LocalSc
     found = prefill(loaded, first, rest, batch_tokens=len(rows) * _PROBE_TOKENS, logits_chunk=_PROBE_TOKENS)
     scores = LocalScores(model.path, found.logprobs, loaded.dtype)
     del loaded
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return scores

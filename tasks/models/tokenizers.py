@@ -1,4 +1,4 @@
-"""Whether teacher and student number their tokens alike, and whether prompts leave room for a reply."""
+"""Whether teacher and student number their tokens alike."""
 
 from transformers import PreTrainedTokenizerBase
 

@@ -13,12 +13,11 @@ from schemas.manifest import RunRecord
 from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import EVALUATE_RESPONSES, METRICS_FILE, PROMPTS, RESPONSES_FILE
-from tasks.graph import PROMPTS as PROMPTS_STAGE
+from schemas.tables import EVALUATE_RESPONSES, METRICS_FILE, RESPONSES_FILE
 from tasks.report.evaluation import Metric, read_metrics
 from tasks.report.figures import spread
 from tasks.report.histograms import Values
-from tasks.report.samples import rows_by_id, shortened
+from tasks.report.samples import read_prompts, shortened
 from tasks.report.stages import StageCost, costs
 from tasks.report.training import thinned
 from tasks.rl.graph import BASELINE, EVALUATE, RL, RL_LOOP
@@ -132,7 +131,7 @@ def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
 def _curves(store: RunStore) -> dict[str, Values]:
     table = store.read_part(store.path(RL, METRICS_FILE), RL_METRICS)
     means = [name for name in table.column_names if name not in ("step", "learning_rate")]
-    return thinned(table, ("step", "learning_rate"), means, np.ones(table.num_rows))
+    return thinned(table, means, np.ones(table.num_rows))
 
 
 def read_answers(store: RunStore) -> Answers:
@@ -171,7 +170,7 @@ def _changed(store: RunStore, answers: Answers) -> list[ShownPrompt]:
     if not chosen:
         return []
     wanted = pa.array(chosen, pa.string())
-    prompts = _prompts(store, wanted)
+    prompts = read_prompts(store, wanted)
     responses: dict[str, list[ShownResponse]] = {name: [] for name in chosen}
     for key, title in ((BASELINE, "before"), (EVALUATE, "after")):
         table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES)
@@ -190,7 +189,7 @@ def _learned_from(store: RunStore) -> list[ShownPrompt]:
         step = of_step(table.column("step"))
         rows = table.filter(pc.equal(table.column("step"), step)).to_pylist()
         chosen = spread(list(dict.fromkeys(row["prompt_id"] for row in rows)), SHOWN_PROMPTS)
-        prompts = _prompts(store, pa.array(chosen, pa.string()))
+        prompts = read_prompts(store, pa.array(chosen, pa.string()))
         shown[step.as_py()] = [
             ShownPrompt(name, f"step {step.as_py():,}", prompts.get(name, []), _extremes(rows, name)) for name in chosen
         ]
@@ -203,14 +202,6 @@ def _extremes(rows: list[dict[str, Any]], name: str) -> list[ShownResponse]:
     if group[0]["reward"] == group[-1]["reward"]:
         return [_response("all rewards alike", group[0])]
     return [_response("highest reward", group[0]), _response("lowest reward", group[-1])]
-
-
-def _prompts(store: RunStore, ids: pa.Array) -> dict[str, list[tuple[str, str]]]:
-    found = rows_by_id(store, PROMPTS_STAGE, PROMPTS, ["prompt_id", "messages"], ids)
-    return {
-        name: [(message["role"] or "", shortened(message["content"] or "")) for message in row["messages"]]
-        for name, row in found.items()
-    }
 
 
 def _response(title: str, row: dict[str, Any]) -> ShownResponse:

@@ -12,8 +12,8 @@ from schemas.config import RunConfig
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, PROMPTS, ZONES, TableSchema, score_schema
-from tasks.audit.token_texts import TokenTexts
 from tasks.graph import PROMPTS as PROMPTS_STAGE
+from tasks.language_model.token_texts import TokenTexts
 from tasks.report.figures import spread
 
 SHOWN_SAMPLES = 3
@@ -95,7 +95,7 @@ def read_samples(store: RunStore, config: RunConfig, index: int) -> list[ShownSa
     schema = score_schema(config.score.top_k, config.score.topk_dtype)
     scores = rows_by_id(store, StageKey("score", index), schema, columns, ids)
     prompt_ids = pa.array({row["prompt_id"] for row in rollouts.values()}, pa.string())
-    prompts = rows_by_id(store, PROMPTS_STAGE, PROMPTS, ["prompt_id", "messages"], prompt_ids)
+    prompts = read_prompts(store, prompt_ids)
     texts = TokenTexts(store)
     return [
         _sample(row, rollouts[row["sample_id"]], scores[row["sample_id"]], prompts, texts)
@@ -138,14 +138,22 @@ def rows_by_id(
     return found
 
 
+def read_prompts(store: RunStore, ids: pa.Array) -> dict[str, list[tuple[str, str]]]:
+    """Return role and content of each message, long ones cut, of the prompts in ``ids``, by prompt id."""
+    found = rows_by_id(store, PROMPTS_STAGE, PROMPTS, ["prompt_id", "messages"], ids)
+    return {
+        name: [(message["role"] or "", shortened(message["content"] or "")) for message in row["messages"]]
+        for name, row in found.items()
+    }
+
+
 def _sample(
     drawn: dict[str, Any],
     rollout: dict[str, Any],
     score: dict[str, Any],
-    prompts: dict[str, dict[str, Any]],
+    prompts: dict[str, list[tuple[str, str]]],
     texts: TokenTexts,
 ) -> ShownSample:
-    messages = prompts[rollout["prompt_id"]]["messages"] if rollout["prompt_id"] in prompts else []
     return ShownSample(
         sample_id=drawn["sample_id"],
         zone=drawn["zone"],
@@ -155,7 +163,7 @@ def _sample(
         student_ifd=score["student_ifd"],
         teacher_ifd=score["teacher_ifd"],
         finish_reason=rollout["finish_reason"],
-        prompt=[(message["role"] or "", shortened(message["content"] or "")) for message in messages],
+        prompt=prompts.get(rollout["prompt_id"], []),
         tokens=_tokens(rollout, score, texts),
         response_tokens=len(rollout["response_ids"]),
     )

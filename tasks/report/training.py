@@ -108,23 +108,24 @@ def read_curves(store: RunStore, index: int) -> Curves | None:
 def curves_of(table: pa.Table, index: int) -> Curves:
     """Return the curves of a train metrics table with at least one row; see ``read_curves``."""
     weights = np.maximum(table.column("response_tokens").to_numpy().astype(np.float64), 1.0)
-    values = thinned(table, ("step", "learning_rate"), _MEANS, weights)
+    values = thinned(table, _MEANS, weights)
     return Curves(index, table.num_rows, int(values["step"][-1]), values, pc.max(table.column("policy_kl")).as_py())
 
 
-def thinned(table: pa.Table, lasts: Iterable[str], means: Iterable[str], weights: Values) -> dict[str, Values]:
+def thinned(table: pa.Table, means: Iterable[str], weights: Values) -> dict[str, Values]:
     """Return columns of a metrics table with at least one row at SHOWN_STEPS points at most, float64 [points].
+
+    Of `step` and `learning_rate` a point has the last step's value.
 
     Args:
         table: One row an optimizer step.
-        lasts: Columns of which a point has the last step's value.
         means: Columns of which it has the weighted mean over its steps; NaN where none of them has a value.
         weights: Of the steps, [rows].
     """
     rows = table.num_rows
     starts = np.unique(np.arange(min(rows, SHOWN_STEPS)) * rows // min(rows, SHOWN_STEPS))
     ends = np.append(starts[1:], rows) - 1
-    values = {name: table.column(name).to_numpy().astype(np.float64)[ends] for name in lasts}
+    values = {name: table.column(name).to_numpy().astype(np.float64)[ends] for name in ("step", "learning_rate")}
     for name in means:
         column = table.column(name).to_numpy().astype(np.float64)
         known = np.isfinite(column)

@@ -22,7 +22,7 @@ from tasks.report.drawing import (
     tip,
 )
 from tasks.report.histograms import Values
-from tasks.report.text import NOTHING, number_text, percent_text, round_name
+from tasks.report.text import number_text, percent_text, round_name
 from tasks.report.training import FILL, Curves, PackFill
 
 TABLE_ROWS = 40
@@ -131,19 +131,19 @@ def _borders(axes: Axes, curves: list[Curves]) -> Markup:
     return Markup("").join(parts)
 
 
-def _lines(curves: list[Curves], columns: dict[str, str], y_title: str, *, zero: bool = False) -> tuple[Axes, Markup]:
-    """Return axes and one line for each column, by its CSS class."""
+def _lines(curves: list[Curves], columns: dict[str, str], y_title: str, *, zero: bool = False) -> Markup:
+    """Return axes and one line for each column, which ``columns`` gives its CSS class."""
     low, high = around(np.concatenate([_joined(curves, name) for name in columns]), zero=zero, margin=0.12)
     axes = _axes(curves, low, high, y_title)
     steps = _joined(curves, "step")
     drawn = [axes.line(steps, _joined(curves, name), class_) for name, class_ in columns.items()]
-    return axes, Markup("").join([axes.frame(), _borders(axes, curves), *drawn])
+    return Markup("").join([axes.frame(), _borders(axes, curves), *drawn])
 
 
 def _loss(curves: list[Curves]) -> Figure:
     title = "Loss and its parts"
     columns = {"ce": "line-ce", "kd": "line-kd", "loss": "line-loss"}
-    _, drawn = _lines(curves, columns, "nats per response token", zero=True)
+    drawn = _lines(curves, columns, "nats per response token", zero=True)
     legend = [("line-loss", "loss"), ("line-ce", "CE, hard labels"), ("line-kd", "KD, top-k KL")]
     return _figure("loss", title, "The loss is (1 − λ) · CE + λ · KD.", drawn, legend, curves, ["loss", "ce", "kd"])
 
@@ -169,14 +169,14 @@ def _policy_kl(curves: list[Curves], budget: float | None) -> Figure:
 
 def _learning_rate(curves: list[Curves]) -> Figure:
     title = "Learning rate"
-    _, drawn = _lines(curves, {"learning_rate": "line-loss"}, "", zero=True)
+    drawn = _lines(curves, {"learning_rate": "line-loss"}, "", zero=True)
     caption = "One schedule over all rounds."
     return _figure("learning-rate", title, caption, drawn, [("line-loss", "learning rate")], curves, ["learning_rate"])
 
 
 def _warmup_loss(curves: list[Curves]) -> Figure:
     title = "Warm-up loss"
-    _, drawn = _lines(curves, {"loss": "line-loss"}, "nats per response token")
+    drawn = _lines(curves, {"loss": "line-loss"}, "nats per response token")
     caption = "SFT before the first round."
     columns = ["loss", "learning_rate"]
     return _figure("warmup-loss", title, caption, drawn, [("line-loss", "loss")], curves, columns)
@@ -197,7 +197,7 @@ def _figure(
         [
             f"{curve.values['step'][place]:,.0f}",
             round_name(curve.round),
-            *(number_text(float(curve.values[name][place])) or NOTHING for name in columns),
+            *(number_text(float(curve.values[name][place])) for name in columns),
         ]
         for curve, place in (points[index] for index in chosen)
     ]
