@@ -90,7 +90,7 @@ def generate(arguments: argparse.Namespace) -> Work[Done]:
     vocab = int(model.config.vocab_size)
     decoder = SlotDecoder(model, arguments.slots)
     prompts = draw_rows(np.full(arguments.prompts, arguments.prompt_tokens), vocab)
-    requests = Requests(prompts.rows(0, len(prompts)), np.arange(len(prompts)))
+    requests = Requests(prompts.rows(), np.arange(len(prompts)))
     settings = SamplingSettings(
         temperature=1.0,
         top_p=1.0,

@@ -159,7 +159,7 @@ def _checked(table: pa.Table, shard: Shard, name: str, round_index: int) -> pa.T
             "response_tokens": responses.lengths.astype(np.int32),
             "finish_reason": table.column("finish_reason"),
             "score": pa.array(scores, mask=np.isnan(scores)),
-            "repetition": [repetition(row) for row in responses.rows(0, table.num_rows)],
+            "repetition": [repetition(row) for row in responses.rows()],
         },
         schema=EVALUATE_RESPONSES.columns,
     )

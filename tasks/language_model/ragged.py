@@ -23,8 +23,6 @@ class Ragged:
         """Take a list column of numbers; copies nothing but what chunking forces."""
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # no chunk at all
-            column = pa.array([], type=column.type)
         offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
         return cls(column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0])
 
@@ -53,9 +51,13 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def rows(self, start: int, stop: int) -> list[NDArray[Any]]:
-        """Return views of rows ``start`` to ``stop``."""
-        return [self[index] for index in range(start, stop)]
+    def rows(self) -> list[NDArray[Any]]:
+        """Return views of all rows."""
+        return [self[index] for index in range(len(self))]
+
+    def to_arrow(self) -> pa.ListArray:
+        """Return the rows as a list column."""
+        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.values))
 
     def filter(self, mask: NDArray[np.bool_]) -> Ragged:
         """Keep the rows where ``mask`` [rows] is true."""

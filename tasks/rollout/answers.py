@@ -43,7 +43,7 @@ def answered(
     def respond(shards: Iterable[Shard], finished: Finished) -> Iterator[tuple[Shard, Rollouts]]:
         for shard in shards:
             replies = encode_answers(tokenizer, shard.prompts.column("answer"), ends[0])
-            rows: list[TokenIds] = replies.rows(0, len(replies))
+            rows: list[TokenIds] = replies.rows()
             unsampled = [np.full(len(row), np.nan, np.float32) for row in rows]
             finished(len(rows))
             yield shard, Rollouts.from_rows(rows, unsampled, ends)

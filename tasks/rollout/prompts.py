@@ -140,8 +140,8 @@ def ask(
 
 def _with_tokens(prompts: pa.Table, tokens: Ragged) -> pa.Table:
     """Return the prompts with their tokens in place of their messages: text of what is tokens is only memory."""
-    lists = pa.ListArray.from_arrays(pa.array(tokens.offsets.astype(np.int32)), pa.array(tokens.values))
-    return prompts.select([name for name in prompts.column_names if name != "messages"]).append_column("tokens", lists)
+    others = [name for name in prompts.column_names if name != "messages"]
+    return prompts.select(others).append_column("tokens", tokens.to_arrow())
 
 
 def _source_of(tables: Iterator[pa.Table], row: int) -> tuple[str, int]:

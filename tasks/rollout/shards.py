@@ -96,8 +96,7 @@ class Group:
         ids = [prompt_id for prompt_id in prompts.column("prompt_id").to_pylist() for _ in range(n)]
         index = np.tile(np.arange(n, dtype=np.int32), prompts.num_rows)
         seeds = [sample_seed(run_seed, self.round, prompt_id, int(i)) for prompt_id, i in zip(ids, index, strict=True)]
-        tokens = Ragged.from_arrow(prompts.column("tokens"))
-        rows = [row for row in tokens.rows(0, len(tokens)) for _ in range(n)]
+        rows = [row for row in Ragged.from_arrow(prompts.column("tokens")).rows() for _ in range(n)]
         return Shard(number, prompts, ids, index, Requests(rows, np.array(seeds, dtype=np.int64)))
 
 
@@ -121,7 +120,6 @@ def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
 def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """Return one shard's samples and responses as a table of schema GENERATE."""
     samples = len(shard.prompt_ids)
-    prompts = Ragged.from_rows(shard.requests.prompts)
     responses: Any = rollouts.rows()
     return pa.table(
         {
@@ -134,11 +132,11 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
             "round": np.full(samples, group.round, np.int32),
             "policy_version": [group.policy_version] * samples,
             "policy_step": np.full(samples, group.policy_step, np.int64),
-            "prompt_ids": _lists(prompts.values, prompts.offsets),
-            "response_ids": _lists(rollouts.response_ids, rollouts.offsets),
+            "prompt_ids": Ragged.from_rows(shard.requests.prompts).to_arrow(),
+            "response_ids": Ragged(rollouts.response_ids, rollouts.offsets).to_arrow(),
             "response": tokenizer.batch_decode(responses, skip_special_tokens=True),
             "finish_reason": pa.array(rollouts.finish_reason.tolist(), pa.string()),
-            "sampled_logprobs": _lists(rollouts.logprobs, rollouts.offsets),
+            "sampled_logprobs": Ragged(rollouts.logprobs, rollouts.offsets).to_arrow(),
             "seed": shard.requests.seeds,
         },
         schema=GENERATE.columns,
@@ -200,7 +198,3 @@ def written_here(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Write:
             yield ShardCounts.of(table)
 
     return write
-
-
-def _lists(values: NDArray[np.int32] | NDArray[np.float32], offsets: NDArray[np.int64]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from tasks.language_model.head import OutputHead, input_device
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.open_shard import OpenShard
 from tasks.rollout.sampling import choose_tokens, logprobs_of
 from tasks.rollout.seeds import uniforms
 from tasks.rollout.slot_cache import ATTENTION, SlotCache
@@ -91,8 +92,7 @@ class _Shard:
         self._lengths = requests.lengths
         self._limits = response_limits(self._lengths, settings.context, settings.max_new_tokens)
         self._queue = np.argsort(-self._lengths, kind="stable")
-        self._responses: list[TokenIds] = [np.empty(0, np.int32)] * len(self._lengths)
-        self._logprobs: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(self._lengths)
+        self._answers = OpenShard(len(self._lengths))
         self._longest = int((self._lengths + self._limits).max())
         slots, limit = min(slots, len(self._queue)), int(self._limits.max())
         # A prefill costs about as much as a step for the others, so a few slots wait for each other.
@@ -183,7 +183,7 @@ class _Shard:
 
     def rollouts(self) -> Rollouts:
         """Return the shard's responses."""
-        return Rollouts.from_rows(self._responses, self._logprobs, self._settings.end_ids)
+        return self._answers.rollouts(self._settings.end_ids)
 
     def _draw(self, slots: NDArray[np.int64], rows: Tensor, hidden: Tensor) -> None:
         """Draw the next token of ``slots`` from their last states [slots, width]; free those that end."""
@@ -218,8 +218,7 @@ class _Shard:
         logprobs = self._token_logprobs[rows, :longest].cpu().numpy()
         for row, (sample, count) in enumerate(zip(self._sample[slots], self._drawn[slots], strict=True)):
             # Copies, so that a padded block does not stay in memory for the sake of its rows.
-            self._responses[sample] = tokens[row, :count].copy()
-            self._logprobs[sample] = logprobs[row, :count].copy()
+            self._answers.put(int(sample), tokens[row, :count].copy(), logprobs[row, :count].copy())
         self._finished(len(slots))
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import (
 from tasks.language_model.head import input_device
 from tasks.rollout.context import response_limits
 from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.open_shard import OpenShard
 from tasks.rollout.sampling import choose_tokens, logprobs_of
 from tasks.rollout.seeds import uniforms
 
@@ -46,15 +47,13 @@ class BatchDecoder:
         lengths = requests.lengths
         # Longest first: what does not fit into memory fails at once.
         order = np.argsort(-lengths, kind="stable")
-        rows: dict[int, TokenIds] = {}
-        logprobs: dict[int, NDArray[np.float32]] = {}
+        answers = OpenShard(len(order))
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             part = Requests([requests.prompts[index] for index in batch], requests.seeds[batch])
-            for index, (row, row_logprobs) in zip(batch, self._batch(part, settings, finished), strict=True):
-                rows[int(index)], logprobs[int(index)] = row, row_logprobs
-        in_order = range(len(order))
-        return Rollouts.from_rows([rows[i] for i in in_order], [logprobs[i] for i in in_order], settings.end_ids)
+            for index, response in zip(batch, self._batch(part, settings, finished), strict=True):
+                answers.put(int(index), *response)
+        return answers.rollouts(settings.end_ids)
 
     def _batch(
         self, requests: Requests, settings: SamplingSettings, finished: Finished

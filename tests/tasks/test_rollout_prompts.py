@@ -17,7 +17,7 @@ def test_conversations_in_any_chunks_are_the_tokens_of_each(chunk: int, monkeypa
     column = pa.chunked_array([MESSAGES[:5], MESSAGES[5:]], type=PROMPTS.columns.field("messages").type)
     tokens = encode_messages(make_tokenizer(), column)
     assert tokens.values.dtype == np.int32
-    assert [row.tolist() for row in tokens.rows(0, len(tokens))] == [
+    assert [row.tolist() for row in tokens.rows()] == [
         encode_prompts(make_tokenizer(), [conversation])[0].tolist() for conversation in MESSAGES
     ]
 
@@ -27,7 +27,7 @@ def test_answers_are_closed_by_the_end_token(monkeypatch: pytest.MonkeyPatch) ->
     tokenizer = make_tokenizer()
     tokens = encode_answers(tokenizer, pa.chunked_array([["one", "", "three"]]), 2)
     expected = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in ("one", "", "three")]
-    assert [row.tolist() for row in tokens.rows(0, 3)] == expected
+    assert [row.tolist() for row in tokens.rows()] == expected
 
 
 def test_no_prompts_are_no_tokens() -> None:
