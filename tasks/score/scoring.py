@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from schemas.config import ScoreConfig
-from schemas.errors import ModelError
 from schemas.tables import score_schema
 from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.prefill import Prefill, TokensDone, prefill
@@ -59,15 +58,6 @@ class Prefiller(Protocol):
     ) -> Prefill:
         """See ``tasks.language_model.prefill.prefill``."""
         ...
-
-
-def unconditional_context(context: str, header: TokenIds | None, bos_id: int | None) -> TokenIds:
-    """Return the tokens before a response whose prompt is left out; empty for `bos` without a BOS token."""
-    if context == "header":
-        if header is None:
-            raise ModelError("score.context: `header` needs a chat template")
-        return header
-    return np.asarray([] if bos_id is None else [bos_id], dtype=np.int32)
 
 
 def local_prefill(model: PreTrainedModel, settings: ScoreConfig) -> Prefiller:

@@ -16,7 +16,7 @@ from tasks.language_model.sources import ModelRef, policy_model, resolved_models
 from tasks.language_model.tensor_parallel import load_whole, prefill_model
 from tasks.score.check import checked_rows, mean_gap, require_sampled
 from tasks.score.results import CHECK_NAME, has_sampled_logprobs, write_check, write_scores, write_student
-from tasks.score.scoring import Prefiller, local_prefill, unconditional_context
+from tasks.score.scoring import Prefiller, local_prefill
 from tasks.score.shards import Rollouts, Shard, plan_shards, read_rows, read_shards
 from tasks.stage import StageJob
 
@@ -69,11 +69,15 @@ def score_round(job: StageJob) -> None:
 
 
 def bare_context(job: StageJob, student: ModelRef) -> TokenIds:
-    """Return the tokens before a response whose prompt is left out, in the student's tokenizer."""
-    context = job.config.score.context
+    """Return the tokens before a response whose prompt is left out; empty for `bos` without a BOS token.
+
+    Raises:
+        ModelError: `score.context` is `header`, and the chat template has none.
+    """
     tokenizer = load_tokenizer(student.path, trust_remote_code=student.trust_remote_code)
-    header = reply_header(tokenizer) if context == "header" else None
-    return unconditional_context(context, header, tokenizer.bos_token_id)
+    if job.config.score.context == "header":
+        return reply_header(tokenizer)
+    return np.asarray([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
 
 
 def samples_to_check(job: StageJob, shards: list[Shard]) -> Rollouts:
