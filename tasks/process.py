@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from schemas.config import RunConfig, parse_settings
 from schemas.errors import NPDError, StageError
 from schemas.run_store import RunStore
-from schemas.stage_key import StageKey
+from schemas.stage_key import WARMUP, StageKey
 from tasks.stage import execute, settle
 
 EVENT_SECONDS = 0.1
@@ -79,7 +79,7 @@ class Job(NamedTuple):
 
 def out_of_memory_hint(key: StageKey) -> str:
     """Return what to lower when stage ``key`` runs out of memory."""
-    if key.stage == "train" and key.round == -1:
+    if key.stage == "train" and key.round == WARMUP:
         return MEMORY_SETTINGS["train"].replace("train.", "warmup.").replace(" or set `warmup.lora`", "")
     if key.round is None and key.stage == "evaluate":
         return "lower `evaluate.batch_size`"

@@ -1,14 +1,29 @@
 """What every trainer is told alike, whatever it trains by."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from schemas.config import GRPOConfig, OptimizerConfig
 
 A = TypeVar("A", bound=TrainingArguments)
+
+StepsDone = Callable[[int, int], None]
+"""Told optimizer steps done and steps in all."""
+
+
+class StepProgress(TrainerCallback):
+    """Tells how far a trainer is, of its steps after ``start``."""
+
+    def __init__(self, on_steps: StepsDone, start: int = 0) -> None:
+        self._on_steps, self._start = on_steps, start
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell it."""
+        self._on_steps(state.global_step - self._start, state.max_steps - self._start)
 
 
 def trainer_settings(

@@ -1,13 +1,12 @@
 """TRL's GRPOTrainer, with this project's prompts as tokens and its checkpoints."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -15,6 +14,7 @@ from schemas.errors import StageError
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.ragged import Ragged
 from tasks.rl.reward import VerifiedReward
+from tasks.trainer_settings import StepProgress, StepsDone
 
 
 def prompt_order(prompts: int, needed: int, seed: int) -> NDArray[np.int64]:
@@ -32,14 +32,6 @@ def prompt_order(prompts: int, needed: int, seed: int) -> NDArray[np.int64]:
     random = np.random.default_rng(seed)
     passes = [random.permutation(prompts) for _ in range(-(-needed // prompts))]
     return np.concatenate(passes)[:needed]
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, on_steps: Callable[[int, int], None]) -> None:
-        self.on_steps = on_steps
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.on_steps(state.global_step, state.max_steps)
 
 
 class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
@@ -67,7 +59,7 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
         reward: VerifiedReward,
         tokens: Ragged,
         order: NDArray[np.int64],
-        on_steps: Callable[[int, int], None],
+        on_steps: StepsDone,
         checkpoint_folder: CheckpointFolder,
     ) -> None:
         self._prompt_tokens = tokens
@@ -78,7 +70,7 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
             # TRL repeats and copies prompts; it carries their numbers, and their tokens come from here.
             train_dataset=Dataset.from_dict({"prompt": [str(row) for row in order], "row": order}),
             processing_class=tokenizer,
-            callbacks=[_Progress(on_steps)],
+            callbacks=[StepProgress(on_steps)],
         )
         self.checkpoint_folder = checkpoint_folder
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
@@ -30,7 +30,7 @@ from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
 from tasks.train.liger import fuse_layers
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
-from tasks.trainer_settings import on_device, trainer_settings
+from tasks.trainer_settings import StepProgress, on_device, trainer_settings
 
 
 def train_on_policy(job: StageJob) -> None:
@@ -78,7 +78,7 @@ def train_on_policy(job: StageJob) -> None:
             settings=settings,
             # Rows above are padding of the vocabulary.
             unused_ids=list(range(min(len(tokenizer), start.shared_vocab), rows[0])),
-            callbacks=[_Progress(job)],
+            callbacks=[StepProgress(lambda done, total: job.progress(done, total, "steps"))],
         )
         trainer.train()
     last = store.checkpoint(job.key)
@@ -146,11 +146,9 @@ class OnPolicyTrainer(DistillationTrainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the same cosine that near-policy training takes."""
         if self.lr_scheduler is None:
-            settings, optimizer = self.settings, optimizer or self.optimizer
+            optimizer = optimizer or self.optimizer
             assert optimizer is not None
-            self.lr_scheduler = cosine_scheduler(
-                optimizer, self.schedule, settings.learning_rate, settings.min_learning_rate, settings.warmup_ratio
-            )
+            self.lr_scheduler = cosine_scheduler(optimizer, self.schedule, self.settings)
             self._created_lr_scheduler = True
         scheduler: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
         return scheduler
@@ -171,14 +169,6 @@ class OnPolicyTrainer(DistillationTrainer):
                 "`train.learning_rate` or set `train.precision: fp32`"
             )
         return loss
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, job: StageJob) -> None:
-        self.job = job
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.job.progress(state.global_step, state.max_steps, "steps")
 
 
 def on_policy_arguments(

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from schemas.config import OptimizerConfig
 from tasks.language_model.ragged import Ragged
 
 
@@ -59,8 +60,9 @@ class RoundSchedule:
         """Return the epoch of the run, with its fraction, after ``step`` optimizer steps."""
         return self.epochs_before + (step - self.start_step) / self.steps_per_epoch
 
-    def learning_rate(self, step: int, peak: float, floor: float, warmup_ratio: float) -> float:
+    def learning_rate(self, step: int, config: OptimizerConfig) -> float:
         """Return the rate after ``step`` steps: a linear rise over ``warmup_ratio`` of the run, then a cosine."""
+        peak, floor, warmup_ratio = config.learning_rate, config.min_learning_rate, config.warmup_ratio
         done = self.epoch(step) / self.total_epochs if self.total_steps is None else step / self.total_steps
         progress = min(max(done, 0.0), 1.0)
         if progress < warmup_ratio:
@@ -171,9 +173,9 @@ class EpochSampler(Sampler[int]):
 
 
 def cosine_scheduler(
-    optimizer: torch.optim.Optimizer, schedule: RoundSchedule, peak: float, floor: float, warmup_ratio: float
+    optimizer: torch.optim.Optimizer, schedule: RoundSchedule, config: OptimizerConfig
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return torch's scheduler for ``schedule``; its state is the step count of the run."""
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule.learning_rate(step, peak, floor, warmup_ratio) / peak
+        optimizer, lambda step: schedule.learning_rate(step, config) / config.learning_rate
     )

@@ -3,7 +3,6 @@
 import functools
 import math
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from schemas.config import GuardConfig, OptimizerConfig
 from schemas.errors import StageError
+from schemas.tables import IGNORE_LABEL
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.head import OutputHead, hidden_states
 from tasks.train.guard import ends_round, is_measured, is_over_budget
@@ -26,8 +26,7 @@ from tasks.train.loss import LossSums, Objective, Targets, loss_sums
 from tasks.train.packs import PackCollator, PackReader
 from tasks.train.policy_probe import PolicyProbe, probe_kl
 from tasks.train.schedule import EpochSampler, RoundSchedule, cosine_scheduler, pack_costs
-
-StepsDone = Callable[[int, int], None]
+from tasks.trainer_settings import StepProgress, StepsDone
 
 
 def add_distillation_head(model: PreTrainedModel, objective: Objective) -> None:
@@ -70,15 +69,6 @@ def shard_model(model: torch.nn.Module, device: torch.device) -> None:
     for layer in [module for module in model.modules() if type(module).__name__ in names]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, schedule: RoundSchedule, on_steps: StepsDone) -> None:
-        self.schedule, self.on_steps = schedule, on_steps
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        total = self.schedule.end_step - self.schedule.start_step
-        self.on_steps(state.global_step - self.schedule.start_step, total)
 
 
 class _Guard(TrainerCallback):
@@ -151,7 +141,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[
-                _Progress(schedule, on_steps),
+                StepProgress(on_steps, schedule.start_step),
                 *([_Guard(schedule, guard)] if guard is not None and ends_round(schedule, guard) else []),
             ],
         )
@@ -187,7 +177,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the micro-batch's share of the optimizer step's loss."""
-        places = (inputs["labels"][0, 1:] != -100).nonzero()[:, 0]
+        places = (inputs["labels"][0, 1:] != IGNORE_LABEL).nonzero()[:, 0]
         distil = self.objective.kd_weight > 0
         targets = Targets(
             places=places,
@@ -257,15 +247,9 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Return the run's cosine, which spans all rounds."""
         if self.lr_scheduler is None:
-            config, optimizer = self.optimizer_config, optimizer or self.optimizer
+            optimizer = optimizer or self.optimizer
             assert optimizer is not None
-            self.lr_scheduler = cosine_scheduler(
-                optimizer,
-                self.schedule,
-                config.learning_rate,
-                config.min_learning_rate,
-                config.warmup_ratio,
-            )
+            self.lr_scheduler = cosine_scheduler(optimizer, self.schedule, self.optimizer_config)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
