@@ -34,7 +34,7 @@ from benchmarks.end_to_end_sides import (
     near_policy,
     on_policy,
 )
-from benchmarks.measure import Measurement, Sample, Work, alternate, at_least, ratios
+from benchmarks.measure import Measurement, Work, alternate, at_least, ratios
 from benchmarks.random_models import SHAPES, write_model
 from benchmarks.report import BenchmarkParser, main
 from benchmarks.runs import Models
@@ -135,12 +135,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
         f"{setting.epochs} rounds of one. Every stage in this process, model loading, tables and checkpoints included.",
         "TRL: `trainer.train()` alone, models loaded before; no vLLM on any side.",
     ]
-    return outcome_rows({side: outcomes(taken) for side, taken in samples.items()}), notes
-
-
-def outcomes(samples: list[Sample[Outcome]]) -> list[Outcome]:
-    """Return what the repeats of a side did."""
-    return [taken.value for taken in samples]
+    return outcome_rows({side: [one.value for one in taken] for side, taken in samples.items()}), notes
 
 
 def outcome_rows(done: dict[str, list[Outcome]]) -> list[Measurement]:

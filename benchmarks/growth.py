@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     passes = [[taken.value for taken in samples[f"{factor}x"]] for factor in FACTORS]
     rows: list[Measurement] = []
     for stages in [list(SAMPLING_STAGES), *([stage] for stage in SAMPLING_STAGES)]:
-        rows += time_rows(stages, passes, arguments.prompts)
+        rows += time_rows(stages, passes)
     for stage in SAMPLING_STAGES:
         rows += memory_rows(stage, passes, arguments.prompts)
     notes = [
@@ -72,9 +72,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     return rows, notes
 
 
-def time_rows(
-    stages: Sequence[str], passes: Sequence[Sequence[dict[str, Manifest]]], prompts: int
-) -> list[Measurement]:
+def time_rows(stages: Sequence[str], passes: Sequence[Sequence[dict[str, Manifest]]]) -> list[Measurement]:
     """Time of some stages together: a pass at each size, and one more prompt."""
     name = "all four stages" if len(stages) > 1 else stages[0]
     times = [[sum(one[stage].counters["seconds"] for stage in stages) for one in size] for size in passes]

@@ -75,26 +75,30 @@ def alternate(
 
 
 def alternate_in_children(
-    sides: Mapping[str, Prepare[T]], repeats: int, *, warmup: int = 0, device: str = "cpu"
+    sides: Mapping[str, Prepare[T]], repeats: int, *, device: str = "cpu"
 ) -> dict[str, list[Sample[T]]]:
     """Run the sides in turn, each repeat in a fresh process, so that its peak memory is its own.
 
     Args:
         sides: What prepares each side's work; the value the work returns comes back pickled.
         repeats: Processes for each side.
-        warmup: Runs of the work in each process before the one that counts; what they leave with the allocator
-            makes the memory of that one look smaller.
         device: Where the work computes.
     """
     samples: dict[str, list[Sample[T]]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, prepare in sides.items():
-            samples[name].append(in_child(prepare, warmup=warmup, device=device))
+            samples[name].append(in_child(prepare, device=device))
     return samples
 
 
 def in_child(prepare: Prepare[T], *, warmup: int = 0, device: str = "cpu") -> Sample[T]:
     """Prepare and run work once in a fresh process.
+
+    Args:
+        prepare: Prepares the work.
+        warmup: Runs of it before the one that counts; what they leave with the allocator makes the memory of that one
+            look smaller.
+        device: Where it computes.
 
     Raises:
         RuntimeError: the process died; its own error is on stderr.

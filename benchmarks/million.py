@@ -41,9 +41,9 @@ class Drawn(NamedTuple):
     scores: pa.Table
 
 
-def draw_shards(samples: int, shard: int, *, prompt: int, response: int, seed: int = 0) -> Iterator[Drawn]:
+def draw_shards(samples: int, shard: int, *, prompt: int, response: int) -> Iterator[Drawn]:
     """Draw a round shard by shard: log-normal lengths with the given means, one policy, delta-IFD around 0.3."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     first = rng.integers(0, VOCAB, (_KINDS, 1))
     kinds = ((first + np.arange(TOP_K) * 97) % VOCAB).astype(np.int32)
     shares = -np.sort(-rng.exponential(size=(_KINDS, TOP_K)), axis=1)

@@ -54,9 +54,9 @@ class Packed(NamedTuple):
     tokens: int
 
 
-def run_lengths(store: RunStore, round_index: int = 0) -> Int64:
-    """Return the tokens of every rollout of a round, prompt and response."""
-    rollouts = Source(StageKey("generate", round_index), GENERATE, ["prompt_ids", "response_ids"])
+def run_lengths(store: RunStore) -> Int64:
+    """Return the tokens of every rollout of the first round, prompt and response."""
+    rollouts = Source(StageKey("generate", 0), GENERATE, ["prompt_ids", "response_ids"])
     shards = [np.add(*sequence_lengths(shard)) for shard in rollouts.shards(store)]
     return np.concatenate([np.empty(0, np.int64), *shards])
 
@@ -76,9 +76,9 @@ def load_lengths(path: Path) -> tuple[Int64, int]:
     return np.repeat(lengths, list(histogram.values())), values["capacity"]
 
 
-def heavy_tailed(count: int, longest: int, *, seed: int = 7) -> Int64:
+def heavy_tailed(count: int, longest: int) -> Int64:
     """Return log-normal lengths (median 300, mean about 490), none above ``longest``."""
-    drawn = np.random.default_rng(seed).lognormal(5.7, 1.0, count).astype(np.int64) + 1
+    drawn = np.random.default_rng(7).lognormal(5.7, 1.0, count).astype(np.int64) + 1
     return np.minimum(drawn, longest)
 
 

@@ -36,6 +36,12 @@ def draw_rows(lengths: NDArray[np.int64], vocab: int, *, seed: int = 0) -> Ragge
     return Ragged(drawn, offsets)
 
 
+def draw_sequences(lengths: NDArray[np.int64], vocab: int) -> tuple[Ragged, Ragged]:
+    """Draw contexts (a quarter of each sequence, rounded up) and responses."""
+    contexts = -(-lengths // 4)
+    return draw_rows(contexts, vocab, seed=1), draw_rows(lengths - contexts, vocab, seed=2)
+
+
 def pack_table(packs: int, lengths: NDArray[np.int64], vocab: int, top_k: int, *, seed: int = 0) -> pa.Table:
     """Return a pack table whose packs all hold sequences of ``lengths``, a quarter of each (rounded up) prompt."""
     from schemas.tables import FILLER_ID, IGNORE_LABEL, pack_schema

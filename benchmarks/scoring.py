@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.measure import Measurement, Work, alternate, at_least, in_child, ratios, seconds
 from benchmarks.random_models import SHAPES, Shape, make_model, write_model
-from benchmarks.random_packs import draw_rows
+from benchmarks.random_packs import draw_sequences
 from benchmarks.report import BenchmarkParser, main
 from tasks.language_model.loading import prefer_packed_attention
 from tasks.language_model.packed_attention import PACKED_SEQUENCES, packed_row
@@ -39,13 +39,6 @@ from tasks.language_model.ragged import Ragged
 TOP_K = 10
 Rows = list[tuple[Tensor, Tensor]]
 """Token ids and position ids of packed rows, each [1, tokens]."""
-
-
-def draw_sequences(count: int, mean: int, vocab: int) -> tuple[Ragged, Ragged]:
-    """Draw contexts and responses: sequences of a quarter to seven quarters of ``mean``, a quarter of each context."""
-    lengths = np.random.default_rng(0).integers(mean // 4, 2 * mean - mean // 4, count).astype(np.int64)
-    contexts = -(-lengths // 4)
-    return draw_rows(contexts, vocab, seed=1), draw_rows(lengths - contexts, vocab, seed=2)
 
 
 def packed_rows(context: Ragged, response: Ragged, batch_tokens: int, device: str) -> Rows:
@@ -125,7 +118,10 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     model = make_model(shape, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     if not prefer_packed_attention(model):
         raise ValueError(f"{arguments.model}: cannot attend by `{PACKED_SEQUENCES}`")
-    context, response = draw_sequences(arguments.sequences, arguments.mean_tokens, shape.vocab)
+    # A quarter to seven quarters of the mean.
+    mean = arguments.mean_tokens
+    lengths = np.random.default_rng(0).integers(mean // 4, 2 * mean - mean // 4, arguments.sequences)
+    context, response = draw_sequences(lengths, shape.vocab)
     tokens = len(context.values) + len(response.values)
     rows = packed_rows(context, response, arguments.batch_tokens, device)
     samples = alternate(

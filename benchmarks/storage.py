@@ -7,7 +7,7 @@ there is enough to time; row groups are encoded one by one, so that repeating th
 
 import argparse
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class Encoding:
     """A way to write the table: options of `pyarrow.parquet.write_table`."""
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
 
 PLAIN = Encoding("plain, uncompressed", {"compression": "none", "use_dictionary": False})
@@ -103,9 +103,9 @@ def run_targets(store: RunStore) -> Stored:
     return Stored(files, groups, schema)
 
 
-def drawn_targets(rows: int, *, seed: int = 0) -> pa.Table:
+def drawn_targets(rows: int) -> pa.Table:
     """Return one row group of drawn targets: uniform ids, log-probabilities of a softmax over Gaussian logits."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     lengths = rng.integers(16, 64, rows)
     tokens = int(lengths.sum())
     logits = rng.normal(0, 2.5, (tokens, 1_000)).astype(np.float32)
@@ -185,7 +185,8 @@ def encoding_rows(
     tokens = response_tokens(groups)
     with tempfile.TemporaryDirectory() as folder:
         store, whole = RunStore(folder), pa.concat_tables(groups)
-        paths = {name: Path(folder, f"{index}.parquet") for index, name in enumerate([STORED, *map(_name, ENCODINGS)])}
+        names = [STORED, *(encoding.name for encoding in ENCODINGS)]
+        paths = {name: Path(folder, f"{index}.parquet") for index, name in enumerate(names)}
         writers: dict[str, Work[object]] = {
             STORED: partial(store.write_table, paths[STORED], whole, schema, row_group_rows=groups[0].num_rows),
             **{each.name: partial(write, paths[each.name], groups, each) for each in ENCODINGS},
@@ -204,10 +205,6 @@ def encoding_rows(
             over = ratios(seconds(taken[name]), seconds(taken[PLAIN.name]))
             rows.append(Measurement(f"{source}, {name}: read, over {PLAIN.name}", over, "x"))
     return rows
-
-
-def _name(encoding: Encoding) -> str:
-    return encoding.name
 
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]]:

@@ -27,12 +27,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.measure import Bar, Measurement, Sample, Work, alternate, at_least
 from benchmarks.random_models import SHAPES, make_model
-from benchmarks.random_packs import draw_rows, draw_top_k
+from benchmarks.random_packs import draw_rows, draw_sequences, draw_top_k
 from benchmarks.report import BenchmarkParser, main
 from tasks.language_model.head import OutputHead, hidden_states
 from tasks.language_model.loading import prefer_packed_attention
 from tasks.language_model.prefill import prefill, prefill_batches
-from tasks.language_model.ragged import Ragged
 from tasks.rollout.engine import Requests, SamplingSettings
 from tasks.rollout.slots import SlotDecoder
 from tasks.train.liger import fuse_layers
@@ -78,12 +77,6 @@ def sequence_lengths(tokens: int, mean: int) -> NDArray[np.int64]:
     return np.linspace(mean // 4, 2 * mean - mean // 4, max(tokens // mean, 1)).astype(np.int64)
 
 
-def split(lengths: NDArray[np.int64], vocab: int) -> tuple[Ragged, Ragged]:
-    """Draw contexts (a quarter of each sequence) and responses."""
-    contexts = -(-lengths // 4)
-    return draw_rows(contexts, vocab, seed=1), draw_rows(lengths - contexts, vocab, seed=2)
-
-
 def generate(arguments: argparse.Namespace) -> Work[Done]:
     """Prepare sampling by the student."""
     model = load(arguments, arguments.student)
@@ -114,7 +107,7 @@ def score(arguments: argparse.Namespace) -> Work[Done]:
     model = load(arguments, arguments.teacher)
     require_packed(model)
     lengths = sequence_lengths(arguments.rows * arguments.row_tokens, arguments.mean_tokens)
-    context, response = split(lengths, int(model.config.vocab_size))
+    context, response = draw_sequences(lengths, int(model.config.vocab_size))
     done = Done(int(lengths.sum()), forward_flops(model, lengths, len(response.values)))
 
     def work() -> Done:
@@ -145,7 +138,7 @@ def train(arguments: argparse.Namespace) -> Work[Done]:
     head, objective = OutputHead.of(model), Objective(0.9, "tail", arguments.chunk, arguments.loss_kernel)
     lengths = sequence_lengths(arguments.row_tokens, arguments.mean_tokens)
     vocab = int(model.config.vocab_size)
-    context, response = split(lengths, vocab)
+    context, response = draw_sequences(lengths, vocab)
     (batch,) = prefill_batches(context, response, int(lengths.sum()))
     input_ids, position_ids = (torch.from_numpy(ids).to(device) for ids in (batch.input_ids, batch.position_ids))
     ids, logprobs = draw_top_k(len(response.values), vocab, TOP_K)

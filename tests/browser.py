@@ -71,15 +71,6 @@ class Browser:
         messages = [json.loads(entry["message"])["message"] for entry in self._driver.get_log("performance")]
         return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        import base64
-
-        size = self.value("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1}
-        taken = self.command("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(taken["data"]))
-
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
