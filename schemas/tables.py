@@ -324,7 +324,7 @@ TRAIN_METRICS = TableSchema(
 )
 
 METRICS_FILE, RESPONSES_FILE = "metrics.parquet", "responses.parquet"
-"""The files of stages that write one table, or one beside their shards: train, evaluate, baseline and rl."""
+"""One file a stage: metrics of train, evaluate, baseline and rl; responses of evaluate and baseline."""
 
 AGREEMENT_METRICS = ("kl_teacher_student", "kl_student_teacher", "top1_agreement")
 """Metrics of a student against the teacher, on the teacher's responses to held-out prompts."""
