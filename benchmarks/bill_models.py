@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.bill_task import NO_STRAYS, TOKENS, Bills, Strays, draw_bills, draw_prompts, make_tokenizer
-from benchmarks.word_models import END, IGNORE, PAD, train, write_prompts
+from benchmarks.word_models import END, PAD, train, write_prompts
+from schemas.tables import IGNORE_LABEL
 
 LINES = (3, 8)
 """Articles on a bill, at least and at most."""
@@ -135,8 +136,8 @@ def learn(model: LlamaForCausalLM, phase: Phase, lines: tuple[int, int] = LINES)
         prompts = bills.prompts[:, -1:] if rng.random() < PROMPTLESS else bills.prompts
         ids = torch.from_numpy(np.concatenate([prompts, bills.replies], axis=1))
         labels = ids.clone()
-        labels[:, : prompts.shape[1]] = IGNORE
-        labels[:, prompts.shape[1] :][torch.from_numpy(bills.slips)] = IGNORE
+        labels[:, : prompts.shape[1]] = IGNORE_LABEL
+        labels[:, prompts.shape[1] :][torch.from_numpy(bills.slips)] = IGNORE_LABEL
         return ids, labels
 
     def report(step: int, loss: float) -> None:

@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.bill_models import PROMPTLESS, Shape, make_model
 from benchmarks.search_task import Habits, draw_prompts, draw_searches, make_tokenizer
-from benchmarks.word_models import IGNORE, train, write_prompts
+from benchmarks.word_models import train, write_prompts
+from schemas.tables import IGNORE_LABEL
 
 ARTICLES_LISTED = (2, 5)
 """Articles in a prompt, at least and at most."""
@@ -58,7 +59,7 @@ def learn(model: LlamaForCausalLM, phase: Phase) -> None:
         searches = draw_searches(rng, BATCH, int(rng.integers(fewest, longest + 1)), phase.habits)
         prompts = searches.prompts[:, -1:] if rng.random() < PROMPTLESS else searches.prompts
         ids = np.concatenate([prompts, searches.replies], axis=1)
-        labels = np.concatenate([np.full(prompts.shape, IGNORE), searches.labels], axis=1)
+        labels = np.concatenate([np.full(prompts.shape, IGNORE_LABEL), searches.labels], axis=1)
         return torch.from_numpy(ids), torch.from_numpy(labels)
 
     def report(step: int, loss: float) -> None:

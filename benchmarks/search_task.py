@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.bill_task import ARTICLES, LINE, PRICES, SHOPS, TOTAL, VOCABULARY
-from benchmarks.word_models import END, IGNORE, PAD, REPLY, SPECIAL, USER, distinct_prompts, word_tokenizer
+from benchmarks.word_models import END, PAD, REPLY, SPECIAL, USER, distinct_prompts, word_tokenizer
+from schemas.tables import IGNORE_LABEL
 
 RIGHT, WRONG, NOTHING = "yes", "no", "none"
 
@@ -54,7 +55,7 @@ class Searches:
     Args:
         prompts: int64 [searches, articles + 4].
         replies: int64 [searches, tokens of the longest], the end token included, padded on the right.
-        labels: int64, as ``replies``; `IGNORE` at padding and where a token is not learned.
+        labels: int64, as ``replies``; `IGNORE_LABEL` at padding and where a token is not learned.
         answers: int64 [searches], token of the right article.
     """
 
@@ -79,12 +80,12 @@ def draw_searches(rng: np.random.Generator, count: int, articles: int, habits: H
     right = (shuffled == 0).argmax(axis=1)
 
     replies = np.full((count, 4 * articles + 4), _ID[PAD])
-    labels = np.full(replies.shape, IGNORE)
+    labels = np.full(replies.shape, IGNORE_LABEL)
     lengths = np.zeros(count, dtype=np.int64)
 
     def write(rows: NDArray[np.int64], tokens: NDArray[np.int64] | int, learned: NDArray[np.bool_] | bool) -> None:
         replies[rows, lengths[rows]] = tokens
-        labels[rows, lengths[rows]] = np.where(learned, tokens, IGNORE)
+        labels[rows, lengths[rows]] = np.where(learned, tokens, IGNORE_LABEL)
         lengths[rows] += 1
 
     tried = np.zeros((count, articles), dtype=bool)

@@ -1,4 +1,4 @@
-"""What the tasks made for small models share: a tokenizer of one token a word, how a model is trained and is saved."""
+"""What the tasks made for small models share: a tokenizer of one token a word, prompts, and how a model is trained."""
 
 import json
 import math
@@ -12,9 +12,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, END, USER, REPLY = "<pad>", "<eos>", "<user>", "<reply>"
 SPECIAL = (PAD, END, USER, REPLY)
-
-IGNORE = -100
-"""Label of a token that nobody learns to write."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

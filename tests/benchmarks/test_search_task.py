@@ -16,7 +16,7 @@ from benchmarks.search_task import (
     draw_searches,
     make_tokenizer,
 )
-from benchmarks.word_models import IGNORE
+from schemas.tables import IGNORE_LABEL
 from tasks.language_model.chat import encode_prompts
 
 SEARCH = Path(__file__).parents[2] / "configs" / "search"
@@ -61,8 +61,8 @@ def test_what_is_not_learned_has_no_label_and_all_else_its_token() -> None:
         for at, (word, label) in enumerate(zip(words, labels.tolist(), strict=True)):
             miss = word in ARTICLES and at + 2 < len(words) and words[at + 2] == "no"
             unlearned = miss or word in (";", "<pad>") or (word == "####" and gave_up)
-            assert label == (IGNORE if unlearned else reply[at])
-    assert (searches.labels == IGNORE).any()
+            assert label == (IGNORE_LABEL if unlearned else reply[at])
+    assert (searches.labels == IGNORE_LABEL).any()
 
 
 def test_prompts_are_distinct_and_repeat_with_their_seed() -> None:
