@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.config import RunConfig
@@ -80,15 +79,10 @@ def read_ledger(store: RunStore, index: int) -> Ledger:
             fate = (row["reason"], row["zone"])
             fates[fate] = fates.get(fate, 0) + row["count_all"]
         for place, zone in enumerate(ZONES):
-            counts[place] += DELTA_IFD.count(finite(shard.filter(pc.equal(shard.column("zone"), zone)), "delta_ifd"))
+            of_zone = shard.filter(pc.equal(shard.column("zone"), zone))
+            values = of_zone.column("delta_ifd").to_numpy().astype(np.float64)
+            counts[place] += DELTA_IFD.count(values[np.isfinite(values)])
     return Ledger(index, samples, low, high, counts, fates, lag)
-
-
-def finite(table: pa.Table, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return a column's finite values as float64."""
-    values = table.column(name).to_numpy().astype(np.float64)
-    kept: np.ndarray[tuple[int], np.dtype[np.float64]] = values[np.isfinite(values)]
-    return kept
 
 
 def read_ifd(store: RunStore, config: RunConfig, index: int) -> Counts:

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from schemas.manifest import RunRecord
 from schemas.stage_key import WARMUP
@@ -158,14 +157,9 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["seen"] = lambda value: safe(str(value))
-    made.filters["text"] = text_html
+    made.filters["text"] = visible
     made.filters["number"] = number_text
     return made
-
-
-def text_html(text: str) -> Markup:
-    """Return text of several lines for HTML: escaped, and what cannot be seen made visible."""
-    return escape(visible(text))
 
 
 def _is_first(sample: ShownSample, shown: list[ShownSample]) -> bool:
