@@ -139,26 +139,22 @@ def _stage(
     manifests: tuple[Manifest | None, Manifest | None],
 ) -> StageDifference:
     outputs = [{} if m is None else {record.path: record for record in m.outputs} for m in manifests]
-    rows, sizes = (
-        (
-            sum(getattr(r, name) or 0 for r in outputs[0].values()),
-            sum(getattr(r, name) or 0 for r in outputs[1].values()),
-        )
-        for name in ("rows", "bytes")
-    )
+    left_rows, right_rows = (sum(record.rows or 0 for record in side.values()) for side in outputs)
+    left_bytes, right_bytes = (sum(record.bytes for record in side.values()) for side in outputs)
+    rows, sizes = (left_rows, right_rows), (left_bytes, right_bytes)
     if manifests[0] is None or manifests[1] is None:
         return StageDifference(key.label, "right only" if manifests[0] is None else "left only", rows, sizes, [])
     files = []
     explained = False
     for path in sorted({*outputs[0], *outputs[1]}):
-        pair = outputs[0].get(path), outputs[1].get(path)
-        if pair[0] is not None and pair[1] is not None and pair[0].sha256 == pair[1].sha256:
+        left, right = outputs[0].get(path), outputs[1].get(path)
+        if left and right and left.sha256 == right.sha256:
             continue
         first = None
         # The first shard that differs tells where a table begins to; reading the others would tell nothing new.
-        if pair[0] is not None and pair[1] is not None and path.endswith(".parquet") and not explained:
+        if left and right and path.endswith(".parquet") and not explained:
             explained, first = True, _first(stores, configs, key, path)
-        files.append(FileDifference(path, _side(pair[0]), _side(pair[1]), first))
+        files.append(FileDifference(path, _side(left), _side(right), first))
     return StageDifference(key.label, "different" if files else "equal", rows, sizes, files)
 
 
