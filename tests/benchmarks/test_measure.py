@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -83,7 +82,7 @@ def test_numbers_keep_four_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_quick_makes_sizes_tiny_unless_they_are_given(tmp_path: Path) -> None:
+def test_quick_makes_sizes_tiny_unless_they_are_given() -> None:
     parser = BenchmarkParser("name", "What it does.")
     parser.add_size("--new-tokens", 64, 8, "longest response")
     assert (parser.read([]).new_tokens, parser.read([]).repeats) == (64, 5)

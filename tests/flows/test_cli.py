@@ -241,7 +241,7 @@ def test_rerun_refuses_a_setting_that_earlier_stages_read(copied: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.usefixtures("prefect_api")
-def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: Path, student_dir: Path) -> None:
+def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: Path) -> None:
     bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
     done = command("run", str(write_smoke_config(tmp_path, bare, bare)))
     assert done.returncode == 2

@@ -150,7 +150,7 @@ def test_every_record_is_read_or_refused(reader: Reader, record_property: Record
     record_property("fuzzed inputs", try_reader(__name__, reader))
 
 
-def test_one_changed_byte_of_a_record_is_found(tmp_path: Path) -> None:
+def test_one_changed_byte_of_a_record_is_found() -> None:
     from schemas.errors import ArtifactError
     from schemas.manifest import Manifest, parse_record
 

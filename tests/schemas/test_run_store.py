@@ -74,7 +74,7 @@ def test_rows_that_break_the_contract_are_not_written(
     assert not list(store.folder.rglob(".tmp-*"))
 
 
-def test_missing_column_and_wrong_type_are_named(tmp_path: Path) -> None:
+def test_missing_column_and_wrong_type_are_named() -> None:
     with pytest.raises(ArtifactError, match="lacks column"):
         GENERATE.validate(rollouts().drop(["seed"]), "here")
     wrong = rollouts().set_column(7, "response_ids", pa.array([[1.0]] * 3, pa.list_(pa.float64())))

@@ -100,7 +100,7 @@ def test_a_stage_that_begins_anew_counts_its_last_attempt(
     assert execute(store, store.config, PROMPTS).counters["seconds"] == 5.0
 
 
-def test_on_policy_training_begins_anew(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_policy_training_begins_anew(tmp_path: Path, time: Time) -> None:
     config = make_config(tmp_path, rounds=1, train={"on_policy": {}, "steps_per_round": 2})
     store, key = make_store(tmp_path, config), StageKey("train", 0)
     store.begin(key, "fingerprint")

@@ -213,7 +213,7 @@ def say(connection: socket.socket, **event: Any) -> None:
     connection.sendall(json.dumps(event).encode() + b"\n")
 
 
-def the_failure(ranks: Ranks, tmp_path: Path, teacher: Path = Path("t")) -> Exception:
+def the_failure(ranks: Ranks, tmp_path: Path) -> Exception:
     from tests.run_fixtures import make_config, make_store
 
     config = make_config(tmp_path, train={"launch": {"processes": 2}})
