@@ -21,7 +21,7 @@ from benchmarks.word_models import PAD
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from tasks.language_model.loading import load_model
-from tasks.language_model.sources import exported_folder, newest_export
+from tasks.language_model.sources import exported_folder, standing_exports
 
 STRAYS = {
     "after a skip": Strays(skips=0.2),
@@ -91,7 +91,7 @@ def model_folder(place: Path) -> Path:
     if (place / "config.json").is_file():
         return place
     store = RunStore.open(place)
-    key = newest_export(store)
+    key = next(reversed(standing_exports(store)), None)
     if key is None:
         raise ArtifactError(f"{place}: has not exported any student yet")
     return exported_folder(store, key)

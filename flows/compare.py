@@ -30,7 +30,7 @@ from schemas.config import (
     method_config,
 )
 from schemas.errors import NPDError, StageError
-from schemas.local_files import writing_file
+from schemas.local_files import storage_errors, writing_file
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.table_files import write_parquet
@@ -240,14 +240,15 @@ class Work:
             "comparison": (table, COMPARISON),
             "comparison_runs": (runs_table(self.comparison, runs, self.validation), COMPARISON_RUNS),
         }
-        for name, (rows, schema) in tables.items():
-            with writing_file(folder / f"{name}.parquet") as temporary:
-                write_parquet(temporary, rows, schema, f"{name}.parquet", run_id=run_id, row_group_rows=4096)
         markdown = comparison_markdown(table)
-        with writing_file(folder / "comparison.md") as temporary:
-            temporary.write_text(f"# {self.comparison.name}\n\n{markdown}", encoding="utf-8")
-        with writing_file(folder / REPORT_NAME) as temporary:
-            temporary.write_text(comparison_html(table, self.comparison.name), encoding="utf-8")
+        with storage_errors(self.comparison.folder):
+            for name, (rows, schema) in tables.items():
+                with writing_file(folder / f"{name}.parquet") as temporary:
+                    write_parquet(temporary, rows, schema, f"{name}.parquet", run_id=run_id, row_group_rows=4096)
+            with writing_file(folder / "comparison.md") as temporary:
+                temporary.write_text(f"# {self.comparison.name}\n\n{markdown}", encoding="utf-8")
+            with writing_file(folder / REPORT_NAME) as temporary:
+                temporary.write_text(comparison_html(table, self.comparison.name), encoding="utf-8")
         with if_server_answers(get_run_logger()):
             create_markdown_artifact(markdown, key=artifact_key(self.comparison.name, "comparison"))
         return table

@@ -15,6 +15,7 @@ from typing import Any
 from flows.stage_process import StageProcess, start_process
 from schemas.config import RLConfig, RunConfig, RunSettings
 from schemas.errors import RunLockedError, StageError, StorageError, error_by_name
+from schemas.local_files import storage_errors
 from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
@@ -140,15 +141,18 @@ def _run_job(
     store: RunStore, job: Job, log_of: StageKey, at_work: Callable[[], StageKey], hear: Callable[[dict[str, Any]], None]
 ) -> None:
     log = store.log(log_of)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(str(log)):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        opened = log.open("ab", buffering=0)
     reading, writing = os.pipe()
-    with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
+    with os.fdopen(reading, "rb", buffering=0) as events, opened as sink:
         try:
             process = start_process(writing, sink.fileno())
         finally:
             os.close(writing)
-        sink.write(f"--- {at_work().label} · process {process.pid} · {now_iso()}\n".encode())
         try:
+            with storage_errors(str(log)):
+                sink.write(f"--- {at_work().label} · process {process.pid} · {now_iso()}\n".encode())
             final = _converse(process, job, events.fileno(), hear, store.lock.require)
             if final is not None:
                 process.wait(_EXIT_SECONDS)

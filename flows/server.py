@@ -7,6 +7,7 @@ one comes up while the run's own libraries are imported, and ends when its stdin
 """
 
 import atexit
+import fcntl
 import os
 import select
 import signal
@@ -14,7 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from schemas.errors import OrchestrationError
 from tasks.collector import collector_paused
@@ -95,6 +97,21 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait for others that come up: two that bring one database up to date at a time fail."""
+    from prefect.settings import PREFECT_HOME
+
+    home = PREFECT_HOME.value()
+    with ExitStack() as held:
+        # Where no file can be made, or locked, there is nothing to wait for.
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((home / "npd-server.lock").open("a"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> None:
     """Serve on the socket that the first argument names until stdin ends; say on stdout when it is up."""
     threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -105,7 +122,8 @@ def main() -> None:
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
+            with _alone():
+                await super().startup(sockets=sockets)
             importing.close()
             os.write(1, _READY)
 

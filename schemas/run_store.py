@@ -313,13 +313,15 @@ class RunStore(RunFiles):
             if record.path == name or record.path.startswith(f"{name}/"):
                 mirror.fetch(record)
 
-    def receive(self, path: Path) -> Path:
+    def receive(self, path: Path, *, anew: bool = False) -> Path:
         """Make a file that another machine wrote for a stage at work present here, and return its path.
+
+        ``anew``: though one is here; only the machine that runs the stage clears older attempts away (``begin``).
 
         Raises:
             ArtifactError: it is not in the object store; in a folder, the path is that of a file that is not there.
         """
-        if self.mirror is not None and not path.is_file():
+        if self.mirror is not None and (anew or not path.is_file()):
             self.mirror.download(self.relative(path))
         return path
 

@@ -150,8 +150,9 @@ def run_job(events_descriptor: int) -> int:
                 settle(store, config, key, lenders, events.progress)
                 _free_memory()
     except Exception as error:  # the boundary of the process: every error must reach the parent
-        traceback.print_exc()
+        # First: a disk that is full takes no traceback either.
         events.send(describe_failure(error, key, job.log))
+        traceback.print_exc()
         return 1
     events.send({"event": "done"})
     return 0

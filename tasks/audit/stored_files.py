@@ -24,9 +24,11 @@ class StoredFiles:
         """Return every file's size in bytes, by its name below the run."""
         if self._objects is not None:
             found = self._objects.sizes()
-            return {name: size for name, size in sorted(found.items()) if FOLDER_MARK not in name}
-        paths = sorted(path for path in self._store.folder.rglob("*") if path.is_symlink() or not path.is_dir())
-        return {self._store.relative(path): path.lstat().st_size for path in paths}
+        else:
+            paths = (path for path in self._store.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+            found = {self._store.relative(path): path.lstat().st_size for path in paths}
+        # In a folder, too: it may have been copied from an object store.
+        return {name: size for name, size in sorted(found.items()) if FOLDER_MARK not in name}
 
     def damage(self, record: FileRecord, sizes: dict[str, int]) -> str | None:
         """Return how a file differs from what a manifest recorded of it; None if it does not.

@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.config import DeviceMap, MemoryLimits, Quantization, RunConfig, TeacherConfig
 from schemas.errors import ArtifactError, ModelError
-from schemas.manifest import hash_json
+from schemas.manifest import Manifest, hash_json
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.untrusted_text import readable
 from tasks.graph import MODELS, initial_policy, result_policy, sampling_policy
 from tasks.language_model import hub
+from tasks.stage import standing
 
 PACKAGE_SCHEME = "package://"
 
@@ -187,10 +188,9 @@ def exported_folder(store: RunStore, key: StageKey) -> Path:
     return store.path(key, "student" if key == MODELS else "model")
 
 
-def newest_export(store: RunStore) -> StageKey | None:
-    """Return the export of the run's newest student, which may be the warm-up's; None: there is none yet."""
-    rounds = range(store.config.rounds - 1, WARMUP - 1, -1)
-    return next((key for key in (StageKey("export", index) for index in rounds) if store.manifest(key)), None)
+def standing_exports(store: RunStore) -> dict[StageKey, Manifest]:
+    """Return the exports of a run that stand (``standing``), the warm-up's too, oldest first."""
+    return {key: found for key, found in standing(store, store.config).items() if key.stage == "export"}
 
 
 def answering_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:

@@ -10,7 +10,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.graph import PROMPTS
 from tasks.language_model.fingerprint import folder_fingerprint
-from tasks.language_model.sources import exported_folder, find_source, newest_export
+from tasks.language_model.sources import exported_folder, find_source, standing_exports
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def source_run(config: RLConfig) -> SourceRun:
     """
     assert config.run is not None, "checked by the config"
     store = RunStore.open(config.run)
-    key = newest_export(store) if config.round is None else StageKey("export", config.round)
-    manifest = None if key is None else store.manifest(key)
-    if key is not None and manifest is not None:
-        return SourceRun(store, key, manifest)
+    exports = standing_exports(store)
+    key = next(reversed(exports), None) if config.round is None else StageKey("export", config.round)
+    if key in exports:
+        return SourceRun(store, key, exports[key])
     wanted = "any student" if config.round is None else f"the student of round {config.round}"
     raise ArtifactError(f"{config.run}: has not exported {wanted} yet; finish it first: npd run {config.run}")
 

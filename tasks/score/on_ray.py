@@ -47,7 +47,7 @@ class ShardScorer:
             if self._by == "student":
                 write_student(self._job, self._ref, self._model, shard, read, self._bare, passed.append)
             else:
-                self._job.store.receive(shard.student)
+                self._job.store.receive(shard.student, anew=True)
                 teacher = local_prefill(self._model, self._job.config.score)
                 write_scores(self._job, self._ref, teacher, shard, read, self._bare, passed.append)
         return sum(passed)

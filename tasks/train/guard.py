@@ -26,8 +26,11 @@ def policy_kls(history: Sequence[dict[str, Any]], start_step: int) -> list[tuple
 
 def is_over_budget(history: Sequence[dict[str, Any]], start_step: int, guard: GuardConfig) -> bool:
     """Say whether the newest policy KL of the round is above the guard's budget."""
-    measured = policy_kls(history, start_step)
-    return bool(measured) and guard.max_policy_kl is not None and measured[-1][1] > guard.max_policy_kl
+    # From the end: asked after every step, all steps so far would take the square of their number.
+    newest = next((entry for entry in reversed(history) if "policy_kl" in entry), None)
+    if newest is None or newest["step"] <= start_step or guard.max_policy_kl is None:
+        return False
+    return bool(newest["policy_kl"] > guard.max_policy_kl)
 
 
 def ends_round(schedule: RoundSchedule, guard: GuardConfig) -> bool:

@@ -72,9 +72,10 @@ def main() -> int:
     try:
         _train(job, key, link)
     except Exception as error:  # the boundary of the process: every error must reach the stage
-        traceback.print_exc()
         if link is not None:
             link.events.send(describe_failure(error, key, job.log) | {"typed": isinstance(error, NPDError)})
+        # Last: a disk that is full takes no traceback either.
+        traceback.print_exc()
         return 1
     if link is not None:
         link.events.send({"event": "done"})

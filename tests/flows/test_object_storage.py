@@ -65,6 +65,14 @@ def test_a_whole_run_lives_in_a_bucket(
         assert "0 files" in look("gc", place)
         look("verify", place)
 
+        # A copy of all objects in a folder is the run, too.
+        objects = RunStore(place).objects
+        assert objects is not None
+        for name in objects.sizes():
+            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            objects.download(name, tmp_path / "copy" / name)
+        assert "everything holds" in look("verify", str(tmp_path / "copy"))
+
         # One flipped byte in the bucket is found.
         table = RunStore(place).table_files(StageKey("score", 0))[0]
         name = RunStore(place).relative(table)

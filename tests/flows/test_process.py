@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -105,6 +106,32 @@ def test_a_killed_process_fails_its_stage_and_says_what_to_lower(tmp_path: Path)
         run_in_process(store, config, PROMPTS)
     killer.join()
     assert store.manifest(PROMPTS) is None
+
+
+def test_a_log_that_takes_no_more_is_an_error_that_says_so(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    store.log(PROMPTS).parent.mkdir()
+    store.log(PROMPTS).symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"prompts\.log: no space is left on the disk.*continues"):
+        run_in_process(store, config, PROMPTS)
+
+
+def test_an_error_is_told_where_the_log_takes_no_traceback(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    (tmp_path / "prompts.jsonl").unlink()
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as events, Path("/dev/full").open("wb") as log:
+        command = [sys.executable, "-m", "tasks.process", str(writing)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(writing,))
+        os.close(writing)
+        assert process.stdin is not None
+        process.stdin.write(Job(store.url, config.model_dump(mode="json"), [("prompts", None)], "log").to_line())
+        process.stdin.flush()
+        told = [json.loads(line) for line in events]
+        process.communicate(timeout=SECONDS)
+    assert told[-1]["type"] == "PromptError"
 
 
 def test_an_interrupt_ends_the_child(tmp_path: Path) -> None:

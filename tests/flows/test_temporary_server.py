@@ -51,6 +51,20 @@ def test_it_ends_with_the_process_that_started_it_and_tells_nobody(
         time.sleep(0.1)
 
 
+def test_several_come_up_at_once_where_there_is_no_database_yet(
+    prefect_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    servers = [TemporaryServer() for _ in range(3)]
+    try:
+        for server in servers:
+            server.wait(180)
+            assert answers(server.api)
+    finally:
+        for server in servers:
+            server.stop()
+
+
 def test_one_that_cannot_come_up_is_told(prefect_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/file/prefect.db")

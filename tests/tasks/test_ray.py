@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import psutil
 import pytest
 
@@ -16,6 +17,7 @@ from schemas.config import RunConfig
 from schemas.errors import ArtifactError, ConfigError, ModelError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from schemas.tables import SCORE_STUDENT, score_schema
 from tasks.ray_actors import RunPlace, joined, require_arrived
 from tasks.score.on_ray import ShardScorer
 from tasks.score.shards import plan_shards
@@ -240,16 +242,30 @@ def test_machines_that_share_a_bucket_and_no_disk_hand_shards_on(
         machine("driver")
         store, config = make_run(f"{server.bucket}/runs", teacher_dir, student_dir)
         execute(store, config, GENERATE)
-        store.begin(SCORE, "at work")
-        job = StageJob(store, config, SCORE)
-        for name, by in (("first", "student"), ("second", "teacher")):
+        earlier = config.model_copy(update={"score": config.score.model_copy(update={"context": "bos"})})
+
+        def by_actor(name: str, config: RunConfig, by: Literal["student", "teacher"]) -> RunStore:
+            job = StageJob(store, config, SCORE)
             machine(name)
             there = RunPlace.of(job).job()
             RunPlace.of(job).require_shared(there)
-            assert ShardScorer(there, by=by)(0) > 0  # type: ignore[arg-type]
+            assert ShardScorer(there, by=by)(0) > 0
             assert there.store.folder != store.folder
+            return there.store
+
+        # An attempt at other settings leaves its files on the disk of the machine that wrote them.
+        store.begin(SCORE, "of other settings")
+        by_actor("second", earlier, "student")
+        store.begin(SCORE, "at work")
+        first = by_actor("first", config, "student")
+        by_actor("second", config, "teacher")
+        job = StageJob(store, config, SCORE)
         shard = plan_shards(job)[0]
         assert not shard.path.exists()
         assert require_arrived(store, shard.path).is_file()
+        by_student = first.read_part(first.folder / store.relative(shard.student), SCORE_STUDENT)
+        scores = store.read_part(shard.path, score_schema(config.score.top_k, config.score.topk_dtype))
+        expected = by_student.column("nll_uncond").to_numpy().astype(np.float32)
+        assert np.array_equal(scores.column("student_nll_uncond").to_numpy(), expected)
         with pytest.raises(ArtifactError, match=r"part-00001\.parquet: missing"):
             require_arrived(store, plan_shards(job)[1].path)

@@ -13,6 +13,7 @@ from schemas.config import RLConfig, parse_as
 from schemas.errors import ArtifactError, ConfigError, ModelError, PromptError, RunNotFoundError, StageError
 from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.checkpoint import checkpoint_step
@@ -22,6 +23,7 @@ from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.weights import read_tensors
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.rl.reward import VerifiedReward, rewards, verifiable
+from tasks.rl.start import source_run
 from tasks.rl.trainer import prompt_order
 from tasks.stage import execute
 from tests.faults.object_server import ObjectServer
@@ -283,6 +285,21 @@ def test_what_cannot_start_says_so(tmp_path: Path, student_dir: Path, source: Ru
     assert "no such folder" in error_of(ModelError, config_of(**own))
     unchecked = source_store(tmp_path / "unchecked", student_dir, checked_prompts(unchecked=TRAIN))
     assert "none of the 10 train prompts can be checked" in error_of(PromptError, config_of(run=str(unchecked.folder)))
+
+
+def test_an_export_of_other_settings_is_no_start(tmp_path: Path, student_dir: Path) -> None:
+    store = source_store(tmp_path, student_dir, checked_prompts())
+    settings = store.config
+    export, records = StageKey("export", 0), store.finished(StageKey("export", 0))
+    made_with = {"export": settings.export.fingerprinted(), "seed": settings.seed}
+    store.finish(export, records.model_copy(update={"config": made_with}))
+    config = rl_config(tmp_path, store.folder)
+    assert source_run(config).export == export
+    changed = settings.model_copy(update={"export": settings.export.model_copy(update={"dtype": "float32"})})
+    store.record_config(changed)
+    for wanted in (None, 0):
+        with pytest.raises(ArtifactError, match=r"has not exported .* yet; finish it first: npd run"):
+            source_run(config.model_copy(update={"round": wanted}))
 
 
 def test_a_damaged_export_is_no_start(tmp_path: Path, student_dir: Path) -> None:
