@@ -32,7 +32,7 @@ from benchmarks.measure import Measurement, Work, alternate, at_least, at_most, 
 from benchmarks.random_packs import draw_top_k
 from benchmarks.report import BenchmarkParser, main
 from tasks.language_model.head import OutputHead
-from tasks.train.loss import KdForm, Kernel, Objective, Targets, loss_sums
+from tasks.train.loss import KdForm, Kernel, Objective, Targets, choose_kernel, loss_sums
 
 KD_WEIGHT = 0.9
 HERE, HERE_TRITON = "here, ", "here, Triton, "
@@ -254,7 +254,7 @@ def check(problem: Problem, name: str) -> None:
 
 
 def problem_rows(problem: Problem, names: list[str], repeats: int, default: str) -> list[Measurement]:
-    """Time and memory of all sides on one problem; ``default`` names the chunk size that the bars are for."""
+    """Time and memory of all sides on one problem; ``default`` names the side that the bars are for."""
     on_gpu = problem.device.startswith("cuda")
     for name in names:
         check(problem, name)
@@ -287,8 +287,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
     chunks = sorted({int(chunk) for chunk in arguments.chunks.split(",")} | {arguments.default_chunk})
     # Compiling takes most of a minute.
     naive_sides = [NAIVE] if arguments.quick else [NAIVE, COMPILED]
-    # Triton comes with PyTorch for CUDA; it has nothing to run on elsewhere.
-    kernels: tuple[Kernel, ...] = ("torch", "triton") if on_gpu else ("torch",)
+    chosen = choose_kernel("auto", torch.device(arguments.device))
+    kernels: tuple[Kernel, ...] = ("torch", "triton") if chosen == "triton" else ("torch",)
     ours = [chunk_name(chunk, kernel) for chunk in chunks for kernel in kernels]
     names, notes = available([*ours, *naive_sides, TRL, LIGER])
     rows = []
@@ -298,7 +298,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
         if failure is not None:
             names = [name for name in names if name != COMPILED]
             notes.append(f"{COMPILED}: {failure}")
-        rows += problem_rows(problem, names, arguments.repeats, chunk_name(arguments.default_chunk))
+        rows += problem_rows(problem, names, arguments.repeats, chunk_name(arguments.default_chunk, chosen))
     notes = [
         f"{tokens:,} labelled positions, width {hidden:,}, vocabulary {vocab:,}, top {arguments.top_k}, "
         f"`{arguments.kd_form}`. Forward and backward to hidden states and head.",
@@ -306,7 +306,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
         "with it first. TRL and Liger project the teacher's hidden states as well.",
         "The bars are for a GPU."
         if not on_gpu
-        else f"The bars are for {arguments.default_chunk:,} positions a chunk, the default of `train.loss_chunk`.",
+        else f"The bars are for {arguments.default_chunk:,} positions a chunk, the default of `train.loss_chunk`, and "
+        f"the kernel that `train.loss_kernel: auto` takes here, {chosen}.",
         *notes,
     ]
     return rows, notes

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -103,8 +105,8 @@ def in_child(prepare: Prepare[T], *, warmup: int = 0, device: str = "cpu") -> Sa
     Raises:
         RuntimeError: the process died; its own error is on stderr.
     """
+    context = processes(device)
     # Forked from a process that has imported the heavy libraries, and done nothing with them; nor are they taken apart.
-    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl.trainer.sft_trainer"])
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sending, prepare, warmup, device))
@@ -119,6 +121,14 @@ def in_child(prepare: Prepare[T], *, warmup: int = 0, device: str = "cpu") -> Sa
         receiving.close()
     process.join()
     return result
+
+
+def processes(device: str) -> SpawnContext | ForkServerContext:
+    """Return what starts processes that compute on ``device``."""
+    # bitsandbytes, which peft imports where it is installed, begins CUDA as it is imported: no fork could use it then.
+    if device.startswith("cuda") and find_spec("bitsandbytes") is not None:
+        return multiprocessing.get_context("spawn")
+    return multiprocessing.get_context("forkserver")
 
 
 def _child(sending: Connection, prepare: Prepare[Any], warmup: int, device: str) -> None:

@@ -122,7 +122,7 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
     from benchmarks.random_models import make_tokenizer
     from schemas.config import TrainConfig
     from tasks.language_model.loading import prefer_packed_attention
-    from tasks.train.loss import Objective
+    from tasks.train.loss import Objective, choose_kernel
     from tasks.train.optimize import trainer_arguments
     from tasks.train.packs import PackReader
     from tasks.train.schedule import RoundSchedule
@@ -139,7 +139,8 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
         gradient_checkpointing=False,
     )
     schedule = RoundSchedule(0, setting.packs_per_step, setting.packs_per_step, 0, setting.steps, setting.steps)
-    arguments = trainer_arguments(config, schedule, Path(folder.name), 0, torch.device(setting.device), 1)
+    device = torch.device(setting.device)
+    arguments = trainer_arguments(config, schedule, Path(folder.name), 0, device, 1)
     arguments.save_strategy = SaveStrategy.NO
     trainer = NearPolicyTrainer(
         model=model,
@@ -148,7 +149,9 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
         reader=PackReader([path]),
         schedule=schedule,
         optimizer_config=config,
-        objective=Objective(config.kd_weight, config.kd_form, config.loss_chunk),
+        objective=Objective(
+            config.kd_weight, config.kd_form, config.loss_chunk, choose_kernel(config.loss_kernel, device)
+        ),
     )
     clock = step_clock(setting.warmup, setting.device)
     trainer.add_callback(clock)

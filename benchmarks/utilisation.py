@@ -35,7 +35,7 @@ from tasks.language_model.prefill import prefill, prefill_batches
 from tasks.rollout.engine import Requests, SamplingSettings
 from tasks.rollout.slots import SlotDecoder
 from tasks.train.liger import fuse_layers
-from tasks.train.loss import Objective, Targets, loss_sums
+from tasks.train.loss import Kernel, Objective, Targets, choose_kernel, loss_sums
 
 TOP_K = 10
 PROFILED = 12
@@ -135,7 +135,7 @@ def train(arguments: argparse.Namespace) -> Work[Done]:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=on_gpu)
-    head, objective = OutputHead.of(model), Objective(0.9, "tail", arguments.chunk, arguments.loss_kernel)
+    head, objective = OutputHead.of(model), Objective(0.9, "tail", arguments.chunk, loss_kernel(arguments))
     lengths = sequence_lengths(arguments.row_tokens, arguments.mean_tokens)
     vocab = int(model.config.vocab_size)
     context, response = draw_sequences(lengths, vocab)
@@ -179,6 +179,11 @@ def load(arguments: argparse.Namespace, name: str, dtype: torch.dtype | None = N
     if dtype is None:
         dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
     return make_model(shape, device=arguments.device, dtype=dtype)
+
+
+def loss_kernel(arguments: argparse.Namespace) -> Kernel:
+    """Return the kernel that training's loss takes."""
+    return choose_kernel(arguments.loss_kernel, torch.device(arguments.device))
 
 
 def require_packed(model: PreTrainedModel) -> None:
@@ -241,7 +246,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
         f"score: {arguments.rows:,} rows of {arguments.row_tokens:,} tokens, top {TOP_K}; train: one such row a step, "
         f"{arguments.steps} steps a repeat; sequences of {arguments.mean_tokens:,} tokens on average, a quarter of "
         f"each prompt; {arguments.chunk:,} positions projected at a time; gradient checkpointing "
-        f"{'on' if arguments.gradient_checkpointing else 'off'}; `loss_kernel: {arguments.loss_kernel}`; "
+        f"{'on' if arguments.gradient_checkpointing else 'off'}; `loss_kernel: {loss_kernel(arguments)}`; "
         f"`liger_kernels: {str(arguments.liger).lower()}`.",
         "The peak of this device is not known: no MFU (`--peak-tflops`)."
         if peak is None
@@ -266,7 +271,7 @@ def parser() -> BenchmarkParser:
     result.add_size("--steps", 4, 1, "training steps a repeat")
     result.add_size("--chunk", 1_024, 32, "positions projected onto the vocabulary at a time")
     result.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to measure")
-    result.add_argument("--loss-kernel", choices=["torch", "triton"], default="torch", help="of training")
+    result.add_argument("--loss-kernel", choices=["auto", "torch", "triton"], default="auto", help="of training")
     result.add_argument("--liger", action="store_true", help="train with Liger's fused layers")
     result.add_argument("--profile", action="store_true", help="list the GPU kernels that take longest")
     result.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in training")

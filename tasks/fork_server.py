@@ -129,8 +129,8 @@ def _run_stage(request: StageRequest) -> int:
         os.dup2(descriptor, standard)
     os.close(request.stdin)
     os.close(request.log)
-    if _gpu_in_use():
-        # Something imported has already spoken to the GPU, which a fork cannot share: start over, importing again.
+    if _gpu_was_in_use():
+        # Something imported (bitsandbytes does, where peft finds it) has spoken to the GPU, which a fork cannot share.
         os.set_inheritable(request.events, True)
         os.execv(
             sys.executable, [sys.executable, "-P", "-X", "faulthandler", "-m", "tasks.process", str(request.events)]
@@ -140,9 +140,11 @@ def _run_stage(request: StageRequest) -> int:
     return run_job(request.events)
 
 
-def _gpu_in_use() -> bool:
+def _gpu_was_in_use() -> bool:
+    """Say whether CUDA was at work in the process that this one is a fork of; it can then not be used here."""
     torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_initialized())
+    # Not `is_initialized`, which a fork always denies.
+    return torch is not None and bool(torch.cuda._is_in_bad_fork())
 
 
 def main() -> int:

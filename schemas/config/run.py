@@ -15,14 +15,15 @@ class DevicesConfig(Section):
     """Where models run. null: the first GPU, else the CPU."""
 
     sampler: str | None = None
-    """Torch device (`cuda:0`, `cpu`) of the student when it samples and is scored."""
+    """Torch device (`cuda:0`, `cpu`) of the student when it samples, is scored and is evaluated."""
 
     teacher: str | None = None
     """Device of the teacher; null with `teacher.device_map` or `teacher.tensor_parallel`,
     which take them all."""
 
     trainer: str | None = None
-    """Device the student trains on."""
+    """Device the student trains on; with `overlap` it is evaluated there too, since the next round may still be
+    sampled on `sampler`."""
 
     cpu_threads: int | None = Field(default=None, ge=1)
     """CPU threads of a stage's process. null: one per core; with `overlap`, half of the cores each for stages that

@@ -23,7 +23,8 @@ class RunSettings(Section):
     environment, never from here."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Seed of everything drawn: splits, samples, batch order. The same seed gives the same tables, byte for byte."""
+    """Seed of everything drawn: splits, samples, batch order. The same seed gives the same tables, byte for byte; on a
+    GPU only until something is trained there, since attention adds up its gradients in no fixed order."""
 
     @model_validator(mode="before")
     @classmethod

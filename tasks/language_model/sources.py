@@ -174,7 +174,9 @@ def earlier_policy(store: RunStore, config: RunConfig, round_index: int) -> Mode
 
 def result_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:
     """Return the student that round ``round_index`` ends with; WARMUP: that the rounds start from."""
-    return _student(store, config, result_policy(config, round_index), config.devices.sampler)
+    # With `overlap` the next round may still be sampled there: vLLM would find no memory beside another.
+    device = config.devices.trainer if config.overlap else config.devices.sampler
+    return _student(store, config, result_policy(config, round_index), device)
 
 
 def start_model(store: RunStore, config: RunConfig, round_index: int) -> ModelRef:

@@ -68,7 +68,7 @@ def _trained(
     """Train up to the last step, from a checkpoint if there is one; return the trainer's step and log."""
     store, config, grpo = job.store, job.config, job.config.grpo
     device = resolve_device(config.device)
-    _check_engine(grpo, device)
+    check_engine(grpo, device)
     model = load_model(start, dtype="float32", device=str(device), trust_remote_code=config.trust_remote_code)
     check_head(model)
     model.config.use_cache = False
@@ -220,8 +220,19 @@ def _export(job: StageJob[RLConfig], start: Path, tokenizer: PreTrainedTokenizer
         (temporary / "README.md").write_text(rl_card(config, lineage, last), encoding="utf-8")
 
 
-def _check_engine(grpo: GRPOConfig, device: torch.device) -> None:
+def check_engine(grpo: GRPOConfig, device: torch.device) -> None:
+    """Check that what samples can do so where the model trains.
+
+    Raises:
+        ConfigError: vLLM cannot.
+    """
     if grpo.engine == "vllm" and device.type != "cuda":
         raise ConfigError(
             "grpo.engine: vllm samples inside the training process and needs a GPU there; set it to `transformers`"
+        )
+    # TRL names no GPU to it, and it makes its own the current one of the whole process.
+    if grpo.engine == "vllm" and device.index:
+        raise ConfigError(
+            f"grpo.engine: vllm samples on the first GPU that the training process sees, and `device: {device}` is "
+            "another: set `device: null`, and let CUDA_VISIBLE_DEVICES name that one"
         )

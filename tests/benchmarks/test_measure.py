@@ -3,7 +3,16 @@ from functools import partial
 
 import pytest
 
-from benchmarks.measure import Measurement, alternate, alternate_in_children, at_least, at_most, in_child, ratios
+from benchmarks.measure import (
+    Measurement,
+    alternate,
+    alternate_in_children,
+    at_least,
+    at_most,
+    in_child,
+    processes,
+    ratios,
+)
 from benchmarks.report import BenchmarkParser, markdown, number, this_machine
 
 MEBIBYTE = 2**20
@@ -44,6 +53,14 @@ def test_memory_given_back_before_the_work_is_not_its_peak() -> None:
 def test_a_child_that_fails_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="code 1"):
         in_child(failing)
+
+
+def test_what_has_begun_cuda_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"bitsandbytes"}
+    monkeypatch.setattr("benchmarks.measure.find_spec", lambda name: name if name in installed else None)
+    assert [processes(device).get_start_method() for device in ("cuda:0", "cpu")] == ["spawn", "forkserver"]
+    installed.clear()
+    assert processes("cuda:0").get_start_method() == "forkserver"
 
 
 def test_ratios_are_of_pairs() -> None:

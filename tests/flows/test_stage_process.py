@@ -11,7 +11,7 @@ from flows.process import run_in_process
 from flows.stage_process import ForkServer, fork_server
 from schemas.errors import StageError
 from tasks.graph import PROMPTS
-from tests.flows.test_process import endless_config, is_running, prompts_config, wait_until_gone
+from tests.flows.test_process import child_of, endless_config, is_running, prompts_config, wait_until_gone
 from tests.run_fixtures import make_store
 
 
@@ -100,3 +100,22 @@ print(*set(sys.modules) - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_fork_of_a_server_that_has_used_a_gpu_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA does not survive a fork: it imports again. The module that the server imports lets torch say so."""
+    (tmp_path / "gpu_at_work.py").write_text(
+        "import torch\ntorch.cuda._initialized = True\ntorch.cuda._is_in_bad_fork = lambda: True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    server = ForkServer(("gpu_at_work",))
+    monkeypatch.setattr("flows.stage_process.fork_server", lambda: server)
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    commands: set[bytes] = set()
+
+    def look(done: int, total: int, unit: str) -> None:
+        commands.add(Path(f"/proc/{child_of(store)}/cmdline").read_bytes())
+
+    assert run_in_process(store, config, PROMPTS, look) == store.manifest(PROMPTS)
+    assert [command.split(b"\0")[-3] for command in commands] == [b"tasks.process"]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from schemas.config import DevicesConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -25,6 +26,7 @@ from schemas.tables import (
 from tasks.evaluate.means import grouped_mean, repetition, response_means
 from tasks.evaluate.resolution import detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.graph import BASELINE, loop
+from tasks.language_model.sources import result_model
 from tasks.prompts.messages import prompt_id
 from tasks.stage import execute
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
@@ -152,6 +154,13 @@ def test_the_baseline_has_teacher_and_start_and_a_round_its_student(run: RunStor
     # The warm-up moved the student, so its distance from the teacher is another.
     start = baseline["start", "kl_teacher_student"]["value"]
     assert evaluated(run, StageKey("evaluate", WARMUP))["student", "kl_teacher_student"]["value"] != start
+
+
+def test_beside_sampling_the_student_is_evaluated_where_it_trained(run: RunStore) -> None:
+    devices = DevicesConfig(sampler="cuda:0", trainer="cuda:1")
+    for overlap, device in ((False, "cuda:0"), (True, "cuda:1")):
+        config = run.config.model_copy(update={"devices": devices, "overlap": overlap})
+        assert result_model(run, config, 0).device == device
 
 
 def test_every_held_out_prompt_is_answered_and_only_what_has_an_answer_is_checked(run: RunStore) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from schemas.config import RLConfig, parse_as
+from schemas.config import GRPOConfig, RLConfig, parse_as
 from schemas.errors import ArtifactError, ConfigError, ModelError, PromptError, RunNotFoundError, StageError
 from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
@@ -22,6 +22,7 @@ from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.weights import read_tensors
 from tasks.rl.graph import BASELINE, EVALUATE, RL
+from tasks.rl.grpo import check_engine
 from tasks.rl.reward import VerifiedReward, rewards, verifiable
 from tasks.rl.start import source_run
 from tasks.rl.trainer import prompt_order
@@ -300,6 +301,14 @@ def test_an_export_of_other_settings_is_no_start(tmp_path: Path, student_dir: Pa
     for wanted in (None, 0):
         with pytest.raises(ArtifactError, match=r"has not exported .* yet; finish it first: npd run"):
             source_run(config.model_copy(update={"round": wanted}))
+
+
+def test_vllm_samples_on_the_first_gpu_alone() -> None:
+    check_engine(GRPOConfig(engine="vllm"), torch.device("cuda"))
+    check_engine(GRPOConfig(engine="vllm"), torch.device("cuda:0"))
+    check_engine(GRPOConfig(), torch.device("cuda:1"))
+    with pytest.raises(ConfigError, match="`device: cuda:1` is another: set `device: null`"):
+        check_engine(GRPOConfig(engine="vllm"), torch.device("cuda:1"))
 
 
 def test_a_damaged_export_is_no_start(tmp_path: Path, student_dir: Path) -> None:
