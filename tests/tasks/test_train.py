@@ -22,6 +22,7 @@ from tests.tasks.test_loss import reference_kl
 from tests.tasks.training_runs import (
     metrics,
     random_packs,
+    train_rounds,
     trained_weights,
     training_run,
 )
@@ -207,6 +208,20 @@ def test_warmup_learns_labels_alone(tmp_path: Path, teacher_dir: Path, student_d
     ce = table.column("ce").to_pylist()
     assert ce[-1] < ce[0] - 0.1
     assert table.column("loss").to_pylist() == pytest.approx(ce, abs=1e-5)
+
+
+def test_a_kd_that_is_not_computed_is_not_said_to_be_nothing(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    store, config = training_run(
+        tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=random_packs(), kd_weight=0
+    )
+    train_rounds(store, config)
+    table = metrics(store, 0)
+    assert table.column("kd").null_count == table.num_rows == 2
+    assert table.column("loss").to_pylist() == pytest.approx(table.column("ce").to_pylist(), abs=1e-5)
+    card = store.path(StageKey("export", 0), "model", "README.md").read_text(encoding="utf-8")
+    assert "| KL from the teacher's top k (nats per token) | not measured |" in card
 
 
 def test_metrics_hold_no_times(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
