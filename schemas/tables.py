@@ -306,7 +306,7 @@ TRAIN_METRICS = TableSchema(
             _required("loss", pa.float64()),
             # Null in on-policy training, which has no hard labels.
             pa.field("ce", pa.float64()),
-            # Null in the warm-up, which has no targets and no sampler.
+            # Null where no targets are learned from: warm-up, `train.kd_weight: 0`.
             pa.field("kd", pa.float64()),
             _required("learning_rate", pa.float64()),
             _required("grad_norm", pa.float64()),

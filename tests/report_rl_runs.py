@@ -19,8 +19,8 @@ from tests.run_fixtures import finish_stage
 from tests.tasks.rl_runs import rl_config
 
 SHARD_STEPS, GROUP = 100, 4
-BEFORE, AFTER = (1, 1, 0, 0, 0, 0), (1, 0, 1, 1, 1, 0)
-"""Scores of the held-out prompts, in the order of their ids, which begin at ``p90``."""
+BEFORE, AFTER = (1.0, 1.0, 0.0, 0.7, 0.0, 0.0), (1.0, 0.9, 1.0, 1.0, 1.0, 0.7)
+"""Scores of the held-out prompts, in the order of their ids, which begin at ``p90``; a part of one is not right."""
 
 
 def synthetic_rl_run(
@@ -56,7 +56,7 @@ def synthetic_rl_run(
     return store
 
 
-def _evaluate(store: RunStore, key: StageKey, model: str, scores: Sequence[int], response: str) -> None:
+def _evaluate(store: RunStore, key: StageKey, model: str, scores: Sequence[float], response: str) -> None:
     names = [f"p{90 + place}" for place in range(len(scores))]
     responses = {
         "model": [model] * len(names),
@@ -66,14 +66,14 @@ def _evaluate(store: RunStore, key: StageKey, model: str, scores: Sequence[int],
         "response": [f"{response} by {model}"] * len(names),
         "response_tokens": [5] * len(names),
         "finish_reason": ["stop"] * len(names),
-        "score": [float(score) for score in scores],
+        "score": scores,
         "repetition": [0.0] * len(names),
     }
     store.begin(key, "test")
     table = pa.table(responses, schema=EVALUATE_RESPONSES.columns)
     store.write_table(store.path(key, RESPONSES_FILE), table, EVALUATE_RESPONSES)
     rows = [
-        metric(-1, "accuracy", float(np.mean(scores)), 0.1, model),
+        metric(-1, "accuracy", float(np.mean([score >= 1 for score in scores])), 0.1, model),
         metric(-1, "response_tokens", 5.0, 0.5, model),
     ]
     means = pa.Table.from_pylist(rows, EVALUATE_METRICS.columns)

@@ -55,6 +55,7 @@ def synthetic_run(
     words: Sequence[str] = WORDS,
     rounds: int = 2,
     done: int = 2,
+    policy: str = "student",
 ) -> RunStore:
     """Write a run with a warm-up of which ``done`` of ``rounds`` rounds have finished.
 
@@ -65,9 +66,10 @@ def synthetic_run(
         words: Texts of the tokens, as many as WORDS.
         rounds: Rounds of its config.
         done: Rounds that have finished.
+        policy: Who answered the prompts, by its config.
     """
     changes: dict[str, Any] = {"rounds": rounds, "warmup": {}, "score": {"top_k": TOP_K}, "pack": {"max_tokens": 4096}}
-    config = make_config(root, name="synthetic", generate={"max_new_tokens": 256}, **changes)
+    config = make_config(root, name="synthetic", generate={"max_new_tokens": 256, "policy": policy}, **changes)
     store = make_store(root, config)
     write_tokenizer(store, words)
     start = [metric(WARMUP, "accuracy", 0.11, 0.01, "start"), metric(WARMUP, "kl_teacher_student", 2.6, 0.05, "start")]

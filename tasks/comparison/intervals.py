@@ -72,7 +72,8 @@ def crossed_interval(values: Float64, *, share: bool = False) -> Interval:
     mean = float(values.mean())
     if prompts < 2:
         return Interval(mean, math.nan, math.nan)
-    if (values == mean).all():
+    # Not compared with their mean, which is rounded.
+    if (values == values[0, 0]).all():
         reach, lowest = _SQUARE / (prompts + _SQUARE), 0.0 if share else -1.0
         return Interval(mean, max(mean - reach, lowest), min(mean + reach, 1.0))
     by_seed, by_prompt = values.mean(axis=1), values.mean(axis=0)

@@ -2,10 +2,15 @@
 
 import copy
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ModelError
+from tasks.language_model.head import agree, input_device
+
+_OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Fields of a config that have one entry a layer."""
 
 
 def layers_to_keep(keep: int | list[int], layers: int) -> list[int]:
@@ -42,8 +47,9 @@ def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedMod
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = [text.layer_types[index] for index in kept]
+    for name in _OF_EACH_LAYER:
+        if getattr(text, name, None) is not None:
+            setattr(text, name, [getattr(text, name)[index] for index in kept])
     base.layers = nn.ModuleList([stack[index] for index in kept])
     for position, layer in enumerate(base.layers):
         for module in layer.modules():
@@ -52,3 +58,20 @@ def prune_layers(model: PreTrainedModel, keep: int | list[int]) -> PreTrainedMod
     model.config = config
     setattr(base, "config", config)  # noqa: B010
     return model
+
+
+@torch.no_grad()
+def require_same_model(pruned: PreTrainedModel, loaded: PreTrainedModel) -> None:
+    """Check that a pruned model is still the same once it has been written and ``loaded`` again.
+
+    Raises:
+        ModelError: it is another: its config tells by a layer's number what the layer is made of.
+    """
+    ids = torch.arange(1, 12, device=input_device(pruned))[None] % pruned.config.get_text_config().vocab_size
+    ours, theirs = (model.eval()(input_ids=ids, use_cache=False).logits[0] for model in (pruned, loaded))
+    # Written so that NaN fails.
+    if not agree(ours, theirs, 1e-2):
+        raise ModelError(
+            f"student.init: {type(pruned).__name__} without some of its layers is another model once it is loaded: its "
+            "config tells layers apart by their numbers; set `student.init: pretrained` and a smaller model"
+        )

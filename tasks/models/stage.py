@@ -31,7 +31,7 @@ from tasks.language_model.loading import UNREADABLE, require_safetensors
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models import read_template
-from tasks.models.prune import prune_layers
+from tasks.models.prune import prune_layers, require_same_model
 from tasks.models.tokenizers import check_same_tokenizer
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.stage import StageJob
@@ -244,6 +244,8 @@ def _write_student(
                 assert config.keep_layers is not None
                 model = prune_layers(model, config.keep_layers)
             model.save_pretrained(temporary)
+            if config.init == "prune":
+                require_same_model(model, _load(SourcePath(source.name, temporary), trust_remote_code))
         tokenizer.save_pretrained(temporary)
         GenerationConfig(
             eos_token_id=ends, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id

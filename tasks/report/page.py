@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from schemas.config import RunConfig
 from schemas.manifest import RunRecord
 from schemas.stage_key import WARMUP
 from schemas.untrusted_text import visible
@@ -124,6 +125,7 @@ def report_html(figures: RunFigures, samples: Mapping[int, list[ShownSample]]) -
             sections=sections_of(figures),
             samples=named,
             level_names=["", *(f"≥ {low:g}" for low in LEVELS)],
+            by_student=config.generate.policy == "student",
             top_k=config.score.top_k,
             chains=_chains(figures),
             **run_parts(figures.record, figures.stages),
@@ -179,10 +181,14 @@ def _sample(sample: ShownSample, *, first: bool) -> dict[str, Any]:
         "teacher_ifd": number_text(sample.teacher_ifd, 3),
         "fate": reason_name(sample.reason) if sample.keep else f"dropped: {reason_name(sample.reason)}",
         "prompt": sample.prompt,
-        "sides": [
-            ("student", [(f"p{level(t.student)}", number_text(t.student, 3), _shown(t.text)) for t in sample.tokens]),
-            ("teacher", [_teacher_token(token) for token in sample.tokens]),
-        ],
+        "sides": {
+            "student": [
+                (f"p{level(token.student)}", number_text(token.student, 3), _shown(token.text))
+                for token in sample.tokens
+                if token.student is not None
+            ],
+            "teacher": [_teacher_token(token) for token in sample.tokens],
+        },
         "left": left + ("Cut at the length limit." if sample.finish_reason == "length" else ""),
     }
 
@@ -215,15 +221,22 @@ def _chains(figures: RunFigures) -> list[tuple[str, str, list[dict[str, Any]]]]:
         links = links_of(stage for stage in figures.stages if stage.key.round == index)
         words = ""
         if index is not None and index in figures.samplers:
-            version, step = figures.samplers[index]
-            source = sampling_policy(figures.config, index)
-            words = f"sampled by policy {version[:12]} of {source.label}, after {step:,} optimizer steps"
+            words = _sampler_words(figures.config, index, *figures.samplers[index])
             lag = next((ledger.policy_lag for ledger in figures.ledgers if ledger.round == index), None)
             words += f"; lag when training begins: {lag:,} steps" if lag is not None else ""
         elif index not in (None, WARMUP):
             words = "trains on the packs of the round before" if links[0]["stage"] == "train" else ""
         chains.append(("shared" if index is None else round_name(index), words, links))
     return chains
+
+
+def _sampler_words(config: RunConfig, index: int, version: str, step: int) -> str:
+    if config.generate.policy == "answers":
+        return "the prompts' own answers"
+    if config.generate.policy == "teacher":
+        return f"sampled by the teacher, {version[:12]}"
+    source = sampling_policy(config, index)
+    return f"sampled by policy {version[:12]} of {source.label}, after {step:,} optimizer steps"
 
 
 def links_of(stages: Iterable[StageCost]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ SHOWN_PROMPTS = 2
 """Train prompts shown of the first step, and of the last."""
 
 RIGHT = 0.5
-"""Mean score of a prompt's responses from which it counts as right."""
+"""Share of a prompt's responses with score 1, as metric `accuracy` counts, from which the prompt counts as right."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,13 @@ def read_answers(store: RunStore) -> Answers:
 
 
 def _right(store: RunStore, key: StageKey) -> pa.Table:
-    """Return each prompt that was checked and whether its responses are right on average."""
+    """Return each prompt that was checked and whether at least a share RIGHT of its responses is right."""
     table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES, ["prompt_id", "score"])
-    scores = table.filter(pc.is_valid(table.column("score"))).group_by("prompt_id").aggregate([("score", "mean")])
-    right = pc.greater_equal(scores.column("score_mean"), RIGHT)
-    return pa.table({"prompt_id": scores.column("prompt_id"), "right": right})
+    table = table.filter(pc.is_valid(table.column("score")))
+    right = pc.cast(pc.greater_equal(table.column("score"), 1.0), pa.float64())
+    shares = table.append_column("right", right).group_by("prompt_id").aggregate([("right", "mean")])
+    enough = pc.greater_equal(shares.column("right_mean"), RIGHT)
+    return pa.table({"prompt_id": shares.column("prompt_id"), "right": enough})
 
 
 def _changed(store: RunStore, answers: Answers) -> list[ShownPrompt]:

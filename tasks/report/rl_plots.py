@@ -74,7 +74,7 @@ def answers_figure(answers: Answers) -> Figure:
     return Figure(
         key="answers",
         title=title,
-        caption="Right: a mean score of one half and above.",
+        caption="Right: at least half of its responses have score 1.",
         svg=bars(title, {name: float(count) for name, count in counts.items()}, words, x),
         legend=[],
         header=["prompts", "count"],

@@ -32,13 +32,13 @@ class ShownToken:
 
     Args:
         text: Its text, or its id where the run has no tokenizer to read.
-        student: Its probability under the student that sampled it, at temperature 1.
+        student: Its probability under the student that sampled it, at temperature 1; None: somebody else wrote it.
         teacher: Its probability under the teacher; None: not among the teacher's top k.
         teacher_least: Probability of the least likely of the teacher's top k: what an absent token is not above.
     """
 
     text: str
-    student: float
+    student: float | None
     teacher: float | None
     teacher_least: float
 
@@ -96,9 +96,9 @@ def read_samples(store: RunStore, config: RunConfig, index: int) -> list[ShownSa
     scores = rows_by_id(store, StageKey("score", index), schema, columns, ids)
     prompt_ids = pa.array({row["prompt_id"] for row in rollouts.values()}, pa.string())
     prompts = read_prompts(store, prompt_ids)
-    texts = TokenTexts(store)
+    texts, by_student = TokenTexts(store), config.generate.policy == "student"
     return [
-        _sample(row, rollouts[row["sample_id"]], scores[row["sample_id"]], prompts, texts)
+        _sample(row, rollouts[row["sample_id"]], scores[row["sample_id"]], prompts, texts, by_student=by_student)
         for row in drawn.to_pylist()
         if row["sample_id"] in rollouts and row["sample_id"] in scores
     ]
@@ -153,6 +153,8 @@ def _sample(
     score: dict[str, Any],
     prompts: dict[str, list[tuple[str, str]]],
     texts: TokenTexts,
+    *,
+    by_student: bool,
 ) -> ShownSample:
     return ShownSample(
         sample_id=drawn["sample_id"],
@@ -164,12 +166,12 @@ def _sample(
         teacher_ifd=score["teacher_ifd"],
         finish_reason=rollout["finish_reason"],
         prompt=prompts.get(rollout["prompt_id"], []),
-        tokens=_tokens(rollout, score, texts),
+        tokens=_tokens(rollout, score, texts, by_student=by_student),
         response_tokens=len(rollout["response_ids"]),
     )
 
 
-def _tokens(rollout: dict[str, Any], score: dict[str, Any], texts: TokenTexts) -> list[ShownToken]:
+def _tokens(rollout: dict[str, Any], score: dict[str, Any], texts: TokenTexts, *, by_student: bool) -> list[ShownToken]:
     tokens = []
     places = zip(
         rollout["response_ids"][:SHOWN_TOKENS],
@@ -185,7 +187,7 @@ def _tokens(rollout: dict[str, Any], score: dict[str, Any], texts: TokenTexts) -
         tokens.append(
             ShownToken(
                 text=f"[{token}]" if text is None else text,
-                student=float(np.exp(logprob)),
+                student=float(np.exp(logprob)) if by_student else None,
                 teacher=float(probabilities[found[0]]) if found.size else None,
                 teacher_least=float(probabilities[-1]),
             )

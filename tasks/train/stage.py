@@ -69,7 +69,6 @@ def metrics_table(
     log_history: list[dict[str, float]], schedule: RoundSchedule, round_index: int, sampled_at: int | None
 ) -> pa.Table:
     """Return the round's logged steps as the train metrics table; ``sampled_at``: the sampler's optimizer steps."""
-    warmup = round_index == WARMUP
     steps = [entry for entry in log_history if "ce" in entry and entry["step"] > schedule.start_step]
     return pa.table(
         {
@@ -78,7 +77,7 @@ def metrics_table(
             "round": [round_index] * len(steps),
             "loss": [entry["loss"] for entry in steps],
             "ce": [entry["ce"] for entry in steps],
-            "kd": [None if warmup else entry["kd"] for entry in steps],
+            "kd": [entry.get("kd") for entry in steps],
             "learning_rate": [entry["learning_rate"] for entry in steps],
             "grad_norm": [entry["grad_norm"] for entry in steps],
             "response_tokens": [int(entry["response_tokens"]) for entry in steps],

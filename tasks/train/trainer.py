@@ -190,7 +190,9 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         )
         tokens = len(places) if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / torch.as_tensor(tokens).clamp(min=1)
-        parts = {"ce": sums.ce, "kd": sums.kd, "response_tokens": sums.ce.new_tensor(len(places))}
+        parts = {"ce": sums.ce, "response_tokens": sums.ce.new_tensor(len(places))} | (
+            {"kd": sums.kd} if distil else {}
+        )
         # Kept on the device: a number read from a GPU waits for everything before it.
         self._sums = {name: value.double() + self._sums.get(name, 0.0) for name, value in parts.items()}
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -209,11 +211,11 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             sums = dict(zip(self._sums, totals.tolist(), strict=True))
             self._sums = {}
             tokens = sums.pop("response_tokens")
-            if not (math.isfinite(sums["ce"]) and math.isfinite(sums["kd"])):
+            if not all(map(math.isfinite, sums.values())):
+                told = ", ".join(f"{name.upper()} {value:.4g}" for name, value in sums.items())
                 raise StageError(
-                    f"train: the loss of optimizer step {self.state.global_step} is not finite "
-                    f"(CE {sums['ce']:.4g}, KD {sums['kd']:.4g} nats over {tokens:.0f} tokens); lower "
-                    "`train.learning_rate` or set `train.precision: fp32`"
+                    f"train: the loss of optimizer step {self.state.global_step} is not finite ({told} nats over "
+                    f"{tokens:.0f} tokens); lower `train.learning_rate` or set `train.precision: fp32`"
                 )
             if not math.isfinite(logs.get("grad_norm", 0.0)):
                 raise StageError(

@@ -171,6 +171,9 @@ def test_equal_values_still_have_an_interval() -> None:
     none = crossed_interval(np.zeros((2, 50)))
     assert none.low == pytest.approx(-3.8414588 / 53.8414588)
     assert none.high == -none.low
+    # One of three responses to each prompt is right.
+    thirds = crossed_interval(np.full((1, 50), 1 / 3), share=True)
+    assert thirds.high - thirds.low == pytest.approx(2 * 3.8414588 / 53.8414588)
 
 
 def test_validation_prompts_are_a_share_that_does_not_depend_on_order() -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from schemas.config import DevicesConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import (
+    AGREEMENT_METRICS,
     EVALUATE_METRICS,
     EVALUATE_RESPONSES,
     GENERATE,
@@ -161,6 +164,35 @@ def test_beside_sampling_the_student_is_evaluated_where_it_trained(run: RunStore
     for overlap, device in ((False, "cuda:0"), (True, "cuda:1")):
         config = run.config.model_copy(update={"devices": devices, "overlap": overlap})
         assert result_model(run, config, 0).device == device
+
+
+def test_agreement_is_that_of_whole_distributions_in_float64(run: RunStore, teacher_dir: Path) -> None:
+    """One reference at a time, alone; the teacher's rows that pad its vocabulary are no tokens."""
+    prompts = run.read_table(StageKey("prompts"), PROMPTS).to_pylist()
+    held_out = {row["prompt_id"] for row in prompts if row["split"] == "held_out"}
+    folders = (teacher_dir, run.path(StageKey("export", 0), "model"))
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders]
+    groups: dict[str, list[list[float]]] = {name: [] for name in AGREEMENT_METRICS}
+    for row in run.read_table(StageKey("reference"), GENERATE).to_pylist():
+        if row["prompt_id"] not in held_out:
+            continue
+        ids, start = torch.tensor([row["prompt_ids"] + row["response_ids"]]), len(row["prompt_ids"])
+        with torch.no_grad():
+            logits = [model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1, :259] for model in models]
+        p, q = (values.softmax(-1) for values in logits)
+        groups["kl_teacher_student"].append((p * (p / q).log()).sum(-1).tolist())
+        groups["kl_student_teacher"].append((q * (q / p).log()).sum(-1).tolist())
+        groups["top1_agreement"].append((p.argmax(-1) == q.argmax(-1)).double().tolist())
+    found = evaluated(run, StageKey("evaluate", 0))
+    for name, values in groups.items():
+        flat = [value for group in values for value in group]
+        row, mean = found["student", name], float(np.mean(flat))
+        assert (row["value"], row["n"]) == (pytest.approx(mean, abs=1e-4), len(flat))
+        squares = sum((sum(group) - mean * len(group)) ** 2 for group in values)
+        stderr = math.sqrt(len(values) / (len(values) - 1) * squares) / len(flat)
+        assert row["stderr"] == pytest.approx(stderr, abs=1e-4)
+    # So far apart that one direction is not taken for the other.
+    assert abs(found["student", "kl_teacher_student"]["value"] - found["student", "kl_student_teacher"]["value"]) > 1e-2
 
 
 def test_every_held_out_prompt_is_answered_and_only_what_has_an_answer_is_checked(run: RunStore) -> None:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from schemas.config import RunConfig, parse_config
 from schemas.errors import ModelError, PromptError, TokenizerMismatchError
@@ -25,6 +32,20 @@ from tasks.models.prune import layers_to_keep
 from tasks.stage import execute, plan
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.tiny_models import make_model, make_tokenizer, save_model
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 
 
 def resolve(
@@ -59,6 +80,33 @@ def test_pruned_student_keeps_the_chosen_layers_of_the_teacher(tmp_path: Path, t
     ids = torch.tensor([[5, 6, 7]])
     assert torch.isfinite(student(input_ids=ids).logits).all()
     assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)  # type: ignore[operator]
+
+
+def test_a_pruned_student_keeps_what_its_config_says_of_each_layer(tmp_path: Path) -> None:
+    """Layer 3 alone has no rotary embedding; in the student it is the second."""
+    torch.manual_seed(5)
+    teacher = SmolLM3ForCausalLM(SmolLM3Config(**SHAPE, no_rope_layers=[1, 1, 1, 0, 1, 1])).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    store, config = resolve(tmp_path, tmp_path / "teacher", {"init": "prune", "keep_layers": [0, 3, 5]})
+    student = load_model(policy_model(store, config, 0).path, device="cpu")
+    assert student.config.no_rope_layers == [1, 0, 1]
+    ids = torch.arange(3, 20)[None]
+    teacher.model.layers = torch.nn.ModuleList([teacher.model.layers[index] for index in (0, 3, 5)])
+    teacher.config.num_hidden_layers = 3
+    with torch.no_grad():
+        expected, found = (model(input_ids=ids, use_cache=False).logits for model in (teacher, student))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_student_whose_layers_go_by_their_numbers_is_not_pruned(tmp_path: Path) -> None:
+    """Layers 0 and 5 are dense, the others mixtures of experts: what was the last is loaded as such a mixture."""
+    torch.manual_seed(5)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0, 5]}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts, head_dim=8)).save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ModelError, match=r"student\.init: Qwen3MoeForCausalLM without some of its layers"):
+        resolve(tmp_path, tmp_path / "teacher", {"init": "prune", "keep_layers": [0, 3, 5]})
 
 
 @pytest.mark.parametrize(("keep", "layers", "expected"), [(1, 5, [0]), (2, 5, [0, 4]), (5, 5, [0, 1, 2, 3, 4])])

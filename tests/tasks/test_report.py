@@ -156,6 +156,21 @@ def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore) -
     assert samples_to_read(store, store.config, [0, 1]) == {0: shown, 1: read_samples(store, store.config, 1)}
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [("teacher", "sampled by the teacher, 000000000000"), ("answers", "the prompts&#39; own answers")],
+)
+def test_what_the_student_did_not_sample_is_not_said_to_be_its_own(tmp_path: Path, policy: str, said: str) -> None:
+    store = synthetic_run(tmp_path, 40, rounds=1, done=1, policy=policy)
+    shown = read_samples(store, store.config, 0)
+    assert {token.student for sample in shown for token in sample.tokens} == {None}
+    page = run_report(store)
+    assert said in page
+    assert "response, teacher probability" in page
+    for wrong in ("response, student probability", "the student that sampled it", "sampled by policy"):
+        assert wrong not in page
+
+
 def test_metrics_are_of_a_model_and_finite() -> None:
     rows = [metric(0, "accuracy", 0.5, 0.01), metric(-1, "accuracy", 0.9, 0.01, "teacher")]
     assert [found.model for found in metrics_of(pa.Table.from_pylist(rows))] == ["student", "teacher"]

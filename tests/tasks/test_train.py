@@ -22,6 +22,8 @@ from tests.tasks.test_loss import reference_kl
 from tests.tasks.training_runs import (
     metrics,
     random_packs,
+    train_rounds,
+    trained_weights,
     training_run,
 )
 
@@ -66,6 +68,74 @@ def test_first_step_has_the_loss_of_each_sequence_alone(
     assert first["loss"] == pytest.approx(0.3 * ce + 0.7 * kd, abs=1e-5)
     _, shifted = reference_loss(student_dir, packs, form, shift=1)
     assert abs(shifted - kd) > 1e-2
+
+
+def step_loss(model: Any, packs: pa.Table, weight: float) -> Any:
+    """The loss of all packs as one step: a mean over their response tokens, one sequence at a time."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row in packs.to_pylist():
+        start = 0
+        for length in row["seq_lengths"]:
+            part = slice(start, start + length)
+            labels = torch.tensor(row["labels"][part])
+            places = (labels != IGNORE_LABEL).nonzero()[:, 0]
+            logits = model(input_ids=torch.tensor([row["input_ids"][part]]), use_cache=False).logits[0][places - 1]
+            ids, logprobs = (
+                torch.tensor([row[f"teacher_topk_{name}"][start + int(place)] for place in places])
+                for name in ("ids", "logprobs")
+            )
+            ce = torch.nn.functional.cross_entropy(logits, labels[places], reduction="sum")
+            kd = reference_kl(logits, ids, logprobs.double(), "tail").sum()
+            total, tokens = total + (1 - weight) * ce + weight * kd, tokens + len(places)
+            start += length
+    return total / tokens
+
+
+def test_optimizer_steps_are_adamw_clipped_and_on_schedule(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    """Four steps on the same two packs against AdamW written out in float64."""
+    packs, peak, floor, decay, clip = random_packs(packs=2), 1e-3, 1e-4, 0.3, 0.5
+    store, config = training_run(
+        tmp_path,
+        teacher_dir,
+        student_dir,
+        rounds=1,
+        epochs=4,
+        packs=packs,
+        weight_decay=decay,
+        max_grad_norm=clip,
+        warmup_ratio=0.5,
+        learning_rate=peak,
+        min_learning_rate=floor,
+    )
+    execute(store, config, StageKey("train", 0))
+    # A linear rise from 0 over half of the four steps, then a cosine.
+    rates = [0.0, 0.5 * peak, peak, floor + 0.5 * (peak - floor)]
+    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
+    start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(weight) for name, weight in start.items()} for _ in range(2))
+    norms = []
+    for step, rate in enumerate(rates, 1):
+        model.zero_grad()
+        step_loss(model, packs, 0.9).backward()
+        norms.append(math.sqrt(sum(float(weight.grad.square().sum()) for weight in model.parameters())))
+        for name, weight in model.named_parameters():
+            gradient = weight.grad * min(1.0, clip / norms[-1])
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient.square()
+            change = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+            # Norms keep their size.
+            weight.data -= rate * (change + (0.0 if "norm" in name else decay * weight.data))
+    assert min(norms) > clip
+    table = metrics(store, 0)
+    assert table.column("learning_rate").to_pylist() == pytest.approx(rates, rel=1e-9)
+    assert table.column("grad_norm").to_pylist() == pytest.approx(norms, rel=1e-4)
+    trained = trained_weights(store, 0)
+    assert trained.keys() == start.keys()
+    for name, weight in model.named_parameters():
+        moved = weight.data - start[name]
+        assert (trained[name] - start[name] - moved).norm() < 5e-3 * moved.norm(), name
 
 
 def test_loss_is_a_mean_over_the_tokens_of_the_step(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
@@ -138,6 +208,20 @@ def test_warmup_learns_labels_alone(tmp_path: Path, teacher_dir: Path, student_d
     ce = table.column("ce").to_pylist()
     assert ce[-1] < ce[0] - 0.1
     assert table.column("loss").to_pylist() == pytest.approx(ce, abs=1e-5)
+
+
+def test_a_kd_that_is_not_computed_is_not_said_to_be_nothing(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
+) -> None:
+    store, config = training_run(
+        tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=random_packs(), kd_weight=0
+    )
+    train_rounds(store, config)
+    table = metrics(store, 0)
+    assert table.column("kd").null_count == table.num_rows == 2
+    assert table.column("loss").to_pylist() == pytest.approx(table.column("ce").to_pylist(), abs=1e-5)
+    card = store.path(StageKey("export", 0), "model", "README.md").read_text(encoding="utf-8")
+    assert "| KL from the teacher's top k (nats per token) | not measured |" in card
 
 
 def test_metrics_hold_no_times(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
