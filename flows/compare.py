@@ -94,7 +94,8 @@ def npd_compare(
     store = RunStore.at(base)
     fork_server(process_modules(comparison, base))
     with store.lock.held(), cancelled_by_errors():
-        work = Work(comparison, base, store, comparison.methods_for(only), workers or comparison.workers)
+        methods, folder = comparison.methods_for(only), Path(config).parent
+        work = Work(comparison, base, store, methods, workers or comparison.workers, folder)
         work.run_base()
         work.tune()
         work.run_seeds()
@@ -133,6 +134,7 @@ class Work:
         store: Its files; held.
         methods: The methods to run; of the others the tables show what is done.
         workers: Runs at a time.
+        folder: Of the comparison's file.
         outcomes: Of the runs that are done.
         continued: Scores of students after GRPO, by the run they come from.
         failures: What went wrong in the others, by label.
@@ -145,6 +147,7 @@ class Work:
     store: RunStore
     methods: list[str]
     workers: int
+    folder: Path
     outcomes: dict[MethodRun, Outcome] = field(default_factory=dict)
     continued: dict[MethodRun, Scores] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -273,6 +276,7 @@ class Work:
             self.comparison,
             self.base,
             run.method,
+            folder=self.folder,
             rate=run.rate,
             seed=run.seed,
             student=str(self.store.fetch(exported_folder(self.store, initial_policy(self.base)))),

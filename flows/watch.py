@@ -38,6 +38,8 @@ def run_flow(load: Callable[[], Callable[[], object]], verbose: bool) -> None:
 
     if server is not None:
         server.wait(PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value())
+    else:
+        _reach_server()
     try:
         flow()
     except Exception as error:
@@ -47,6 +49,27 @@ def run_flow(load: Callable[[], Callable[[], object]], verbose: bool) -> None:
         raise OrchestrationError(
             f"Prefect's server cannot be reached: {type(error).__name__}: {error}. What the run has done stands; "
             "the same command continues it once the server is back, or without PREFECT_API_URL"
+        ) from error
+
+
+def _reach_server() -> None:
+    """Ask the user's server once, before anything runs.
+
+    Raises:
+        OrchestrationError: there is none at the address that is set, or it is of another version.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.raise_for_api_version_mismatch_once()
+    # Prefect makes a RuntimeError of whatever it met there.
+    except (RuntimeError, ValueError, httpx.HTTPError) as error:
+        reason = str(error).rstrip(".") + (f" ({error.__cause__})" if error.__cause__ is not None else "")
+        raise OrchestrationError(
+            f"Prefect's server cannot be used: {reason}. Start one (`prefect server start`) and set PREFECT_API_URL to "
+            "its address, which ends in `/api`; without PREFECT_API_URL the run has a server of its own"
         ) from error
 
 

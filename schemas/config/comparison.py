@@ -15,6 +15,7 @@ from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import RunConfig
 from schemas.errors import ConfigError
 from schemas.object_store import is_url
+from schemas.untrusted_text import readable
 
 Settings = dict[str, Any]
 
@@ -78,7 +79,8 @@ class ComparisonConfig(Section):
     """Config of the run that all methods start from, relative to this file: its warm-up, its prompts, its settings."""
 
     set: Settings = Field(default={})
-    """Settings for all methods and the run they start from, each `key.sub: value`."""
+    """Settings for all methods and the run they start from, each `key.sub: value`; paths start at this file's folder,
+    in a method's own settings too."""
 
     seeds: list[int] = Field(default=[0, 1, 2, 3, 4], min_length=1)
     """Seeds of the methods' runs. All share the held-out prompts (`prompts.split_seed`) and the warmed-up student."""
@@ -149,9 +151,19 @@ class ComparisonConfig(Section):
         return self.seeds_of(method)[: self.rl.seeds]
 
     def rates_of(self, method: str) -> list[float]:
-        """Return the learning rates tried for a method that takes no other's."""
+        """Return the learning rates tried for a method that takes no other's.
+
+        Raises:
+            ConfigError: the method's own is no number.
+        """
         own = self.methods[method].set.get("train.learning_rate")
-        return self.learning_rates if own is None else [float(own)]
+        if own is None:
+            return self.learning_rates
+        try:
+            return [float(own)]
+        except (TypeError, ValueError):
+            shown = readable(repr(own), 80)
+            raise ConfigError(f"methods.{method}.set: train.learning_rate: {shown} is no number") from None
 
     def measures_steps(self, method: str) -> bool:
         """Say whether a method's prompts a step follow from what the steps of NPD hold."""
@@ -199,7 +211,8 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> tup
     if not base.evaluate.generate:
         raise ConfigError(f"{path}: a comparison is of what models answer: it needs `evaluate.generate: true`")
     for name in comparison.methods:
-        method_config(comparison, base, name, rate=comparison.rates_of(name)[0], seed=0, student="student")
+        rate = comparison.rates_of(name)[0]
+        method_config(comparison, base, name, folder=path.parent, rate=rate, seed=0, student="student")
     return comparison, base
 
 
@@ -208,6 +221,7 @@ def method_config(
     base: RunConfig,
     method: str,
     *,
+    folder: Path,
     rate: float,
     seed: int,
     student: str,
@@ -219,6 +233,7 @@ def method_config(
         comparison: The comparison.
         base: The run all methods start from.
         method: Name of the method.
+        folder: The comparison file's, from which relative paths in the method's settings start.
         rate: Peak learning rate.
         seed: The run's seed.
         student: Folder of the warmed-up student.
@@ -247,7 +262,7 @@ def method_config(
         values["train"] |= {"steps_per_round": base.total_steps, "on_policy": {}}
         if prompts_per_step is not None:
             values["train"]["on_policy"] = {"prompts_per_step": prompts_per_step}
-    return parse_config(with_values(values, own.set, f"{origin}.set"), origin=origin)
+    return parse_config(with_values(values, own.set, f"{origin}.set"), origin=origin, folder=folder)
 
 
 def continuation_config(comparison: ComparisonConfig, base: RunConfig, method: str, *, seed: int, run: str) -> RLConfig:

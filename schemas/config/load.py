@@ -177,12 +177,14 @@ def _list_item(node: list[Any], name: str, shown: str) -> Any:
 
 
 def _explain(detail: ErrorDetails, kind: type[Section]) -> str:
-    location = [part for part in detail["loc"] if not _is_union_tag(part)]
+    location = [part for part, tag in _parts(detail["loc"]) if not tag]
     key = readable(".".join(str(part) for part in location), 80) or "config"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "union_tag_invalid":
         # pydantic's own words quote the value whole, however long it is.
         message = f"its {detail['ctx']['discriminator']} is none of {detail['ctx']['expected_tags']}"
+    if detail["type"] == "union_tag_not_found":
+        return f"{key}.type: missing; it has no default"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1], kind)
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
@@ -196,20 +198,28 @@ def _explain(detail: ErrorDetails, kind: type[Section]) -> str:
     return f"{key}: {message} (got {shown})"
 
 
-_TAGS = {"jsonl", "parquet", "dataset", "reasoning_gym", "float", "Quantile", "int", "list[int]"}
+_SOURCES = {"jsonl", "parquet", "dataset", "reasoning_gym"}
+_TYPES = {"float", "Quantile", "int", "list[int]"}
 
 
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and part in _TAGS
+def _parts(location: Sequence[int | str]) -> list[tuple[int | str, bool]]:
+    """Return the parts of a place, each with whether it only says which member of a union pydantic tried there.
+
+    A source's type stands behind the source's number: elsewhere, as in `prompts.sources.0.dataset`, it is a key.
+    """
+    return [
+        (part, part in _TYPES or (part in _SOURCES and isinstance(before, int)))
+        for before, part in zip([None, *location], location)
+    ]
 
 
 def _known_keys(location: Sequence[int | str], kind: type[Section]) -> list[str]:
     """Return the field names of the section at ``location`` in ``kind``, following lists, names and tagged unions."""
     candidates: list[type[Section]] = [kind]
-    for part in location:
+    for part, tag in _parts(location):
         if isinstance(part, int):
             continue
-        if _is_union_tag(part):
+        if tag:
             tagged = [c for c in candidates if _is_tagged(c, str(part))]
             candidates = tagged or candidates
             continue

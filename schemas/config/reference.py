@@ -1,5 +1,6 @@
 """The manual of the config, written from the models themselves."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ def fields_markdown() -> str:
 def _tables(sections: dict[str, type[Section]]) -> str:
     parts = []
     for path, section in sections.items():
-        summary = (section.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        summary = (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ")
         parts += [f"#### `{path or 'top level'}`", "", summary, "", "| field | default | meaning |", "|---|---|---|"]
         parts += [
             f"| `{name}` | {_default(field)} | {_meaning(field)} |" for name, field in section.model_fields.items()

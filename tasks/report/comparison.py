@@ -49,10 +49,12 @@ def comparison_html(table: pa.Table, title: str) -> str:
     """
     figures = comparison_figures(table)
     header, rows = comparison_rows(table)
+    roles: list[str] = table.column("role").to_pylist()
+    methods = sum(role not in ("teacher", "start") for role in roles)
     return (
         environment()
         .get_template("comparison.html")
-        .render(title=title, figures=figures, header=header, rows=rows, methods=table.num_rows)
+        .render(title=title, figures=figures, header=header, rows=rows, methods=methods)
     )
 
 
@@ -111,10 +113,10 @@ def _against_time(rows: list[Row]) -> Figure:
     axes = Axes.of((low / 1.6, high * 2.2), around(values.ravel()), "wall-clock, by logarithm", "accuracy", x_log=True)
     ticks = [(value, duration_text(value).removesuffix(" 00 s")) for value in _time_ticks(axes.x)]
     parts = [axes.frame(ticks)]
-    for row in levels:
-        parts.append(axes.across(row["accuracy"], _ROLES.get(row["role"], "ablation"), row["title"]))
+    parts.append(axes.levels([(row["accuracy"], _ROLES.get(row["role"], "ablation"), row["title"]) for row in levels]))
     places = [(axes.x(row["seconds"]), axes.y(row["accuracy"])) for row in timed]
     taken = [(x - 6, x + 6, y) for x, y in places]
+    taken += [(float(LEFT), float(WIDTH), axes.y(row["accuracy"])) for row in levels]
     for row in sorted(timed, key=lambda row: (row["role"] == "ablation", -row["accuracy"])):
         class_ = _ROLES.get(row["role"], "ablation")
         (seconds, least, most), (value, bottom, top) = _ends(row, _SECONDS), _ends(row, _ACCURACY)
@@ -165,21 +167,22 @@ def _label(x: float, y: float, row: Row, taken: list[tuple[float, float, float]]
 
 
 def _bars(key: str, title: str, caption: str, rows: list[Row], names: tuple[str, str, str]) -> Figure:
-    left = min(max(70.0, 6.4 * max(len(row["title"]) for row in rows) + 12), 200.0)
+    # Names of any length: they stand above their bars.
+    left, row_height = 8.0, 38.0
     ends = np.array([_ends(row, names) for row in rows])
     x = Scale(0.0, max(float(ends.max()) * 1.02, 1e-9), left, WIDTH - RIGHT - 44)
     parts: list[Markup] = []
     for place, row in enumerate(rows):
-        top, class_ = float(TOP + 27 * place), _ROLES.get(row["role"], "ablation")
+        top, class_ = TOP + row_height * place, _ROLES.get(row["role"], "ablation")
         value, low, high = _ends(row, names)
         told = f"{row['title']}: {number_text(value)} ({number_text(low)} to {number_text(high)})"
         parts += [
-            text(left - 8, top + 13, row["title"], "end", "tick"),
-            element("rect", tip(told), x=left, y=top, width=max(x(value) - left, 1.0), height=18.0, class_=class_),
-            element("line", tip(told), x1=x(low), x2=x(high), y1=top + 9, y2=top + 9, class_="least"),
-            text(x(high) + 6, top + 13, number_text(value, 3), "start", "label"),
+            text(left, top + 10, row["title"], "start", "tick"),
+            element("rect", tip(told), x=left, y=top + 15, width=max(x(value) - left, 1.0), height=14.0, class_=class_),
+            element("line", tip(told), x1=x(low), x2=x(high), y1=top + 22, y2=top + 22, class_="least"),
+            text(x(high) + 6, top + 26, number_text(value, 3), "start", "label"),
         ]
-    bottom = TOP + 27.0 * len(rows)
+    bottom = TOP + row_height * len(rows)
     parts += [text(x(value), bottom + 12, number_text(value, 3), "middle", "tick") for value in x.ticks(4)]
     numbers = [[row["title"], number_text(row[names[0]]), _interval(row, names)] for row in rows]
     svg = drawing(title, *parts, height=bottom + 20)

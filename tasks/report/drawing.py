@@ -14,7 +14,7 @@ from tasks.report.text import number_text, safe
 WIDTH, HEIGHT = 460, 270
 """Of a drawing, in its own units: a third more than a phone's pixels, so that its letters stay readable there."""
 
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 44
 """Room around the plot for its axes."""
 
 Points = NDArray[np.float64]
@@ -111,7 +111,7 @@ def around(values: Points, *, zero: bool = False, margin: float = 0.06) -> tuple
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-6):
-        low, high = low - max(abs(low), 1e-6) * 0.5, high + max(abs(high), 1e-6) * 0.5
+        low, high = (low - abs(low) * 0.5, high + abs(high) * 0.5) if low else (0.0, 1.0)
     room = margin * (high - low)
     return (low if zero and low == 0 else low - room), (high if zero and high == 0 else high + room)
 
@@ -175,18 +175,23 @@ class Axes:
         return Markup("").join([*parts, upright])
 
     def line(self, xs: Points, ys: Points, class_: str) -> Markup:
-        """Return a line through the finite points [n], broken where one is missing."""
+        """Return a line through the finite points [n], broken where one is missing; a point alone is a dot."""
         finite = np.isfinite(xs) & np.isfinite(ys)
         if not finite.any():
             return Markup("")
         pieces = np.split(np.arange(len(xs)), np.flatnonzero(~finite))
-        paths = []
+        lines, dots = [], []
         for piece in pieces:
             inside = piece[finite[piece]]
-            if inside.size:
-                places = zip(self.x.places(xs[inside]), self.y.places(ys[inside]), strict=True)
-                paths.append("M" + "L".join(f"{coordinate(a)} {coordinate(b)}" for a, b in places))
-        return element("path", d="".join(paths), class_=f"line {class_}")
+            places = list(zip(self.x.places(xs[inside]), self.y.places(ys[inside]), strict=True))
+            path = "M" + "L".join(f"{coordinate(a)} {coordinate(b)}" for a, b in places)
+            if len(places) > 1:
+                lines.append(path)
+            elif places:
+                # Of no length: its round ends are what is seen.
+                dots.append(f"{path}h0")
+        drawn = [(lines, f"line {class_}"), (dots, f"line dot {class_}")]
+        return Markup("").join(element("path", d="".join(paths), class_=name) for paths, name in drawn if paths)
 
     def across(self, value: float, class_: str, words: str = "", *, above: bool = True, anchor: str = "end") -> Markup:
         """Return a level line over the whole width, with its name at its right or left end."""
@@ -194,6 +199,18 @@ class Axes:
         end = self.x.end if anchor == "end" else self.x.start + 4
         line = element("line", x1=self.x.start, x2=self.x.end, y1=place, y2=place, class_=f"level {class_}")
         return line + (text(end, place + (-5 if above else 13), words, anchor, "note") if words else Markup(""))
+
+    def levels(self, named: Sequence[tuple[float, str, str]]) -> Markup:
+        """Return level lines (value, class, name), every name clear of the others."""
+        parts, taken = [], set[tuple[str, float]]()
+        for value, class_, words in sorted(named, reverse=True):
+            for anchor, above in (("end", True), ("end", False), ("start", True), ("start", False)):
+                place = self.y(value) + (-5 if above else 13)
+                if all(anchor != side or abs(place - other) >= 15 for side, other in taken):
+                    break
+            taken.add((anchor, place))
+            parts.append(self.across(value, class_, words, above=above, anchor=anchor))
+        return Markup("").join(parts)
 
     def upright(self, value: float, class_: str, words: str = "", anchor: str = "start") -> Markup:
         """Return a line over the whole height, with its name at its top."""

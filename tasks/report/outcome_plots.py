@@ -36,11 +36,10 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure
     step = max(1, -(-len(rounds) // _NAMED_ROUNDS))
     ticks = [(float(index), student_name(index, config)) for index in rounds[::step]]
     levels = [
-        axes.across(metric.value, "teacher" if metric.model == TEACHER else "start", other_name(metric.model))
-        for metric in others
+        (metric.value, "teacher" if metric.model == TEACHER else "start", other_name(metric.model)) for metric in others
     ]
     if kind.of_teacher is not None and not any(metric.model == TEACHER for metric in others):
-        levels.append(axes.across(kind.of_teacher, "teacher", "teacher", above=kind.of_teacher == 0.0))
+        levels.append((kind.of_teacher, "teacher", "teacher"))
     xs = np.array([metric.round for metric in student], np.float64)
     line = axes.line(xs, np.array([metric.value for metric in student]), "line-student")
     points = [
@@ -69,7 +68,7 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure
         key=f"metric-{''.join(c if c.isascii() and c.isalnum() else '-' for c in name)}",
         title=kind.title,
         caption=noise_text(name, student),
-        svg=drawing(kind.title, axes.frame(ticks), *levels, line, *points),
+        svg=drawing(kind.title, axes.frame(ticks), axes.levels(levels), line, *points),
         legend=legend,
         header=["model", kind.unit, "standard error", "n"],
         rows=rows,
@@ -82,6 +81,8 @@ def noise_text(name: str, student: list[Metric]) -> str:
         return "Held-out prompts only."
     first, last = student[0], student[-1]
     change, least = last.value - first.value, told_apart(first, last)
+    if change == 0 == least:
+        return "No change over the rounds."
     if name == "accuracy":
         said = f"Differences below {100 * least:.1f} points cannot be told from noise here"
         if least > 0.02:

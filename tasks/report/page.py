@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from schemas.config import RunConfig
+from schemas.config import RunConfig, StudentConfig
 from schemas.manifest import RunRecord
 from schemas.stage_key import WARMUP
 from schemas.untrusted_text import visible
@@ -118,8 +118,8 @@ def report_html(figures: RunFigures, samples: Mapping[int, list[ShownSample]]) -
         .get_template("report.html")
         .render(
             title=config.name,
-            lead=f"Near-Policy Distillation of {config.teacher.model} into {config.student.model}: {config.rounds} "
-            f"round{'s' if config.rounds > 1 else ''}, top {config.score.top_k} targets, "
+            lead=f"Near-Policy Distillation of {config.teacher.model} into {_student_words(config.student)}: "
+            f"{config.rounds} round{'s' if config.rounds > 1 else ''}, top {config.score.top_k} targets, "
             f"λ = {config.train.kd_weight:g}, seed {config.seed}.",
             tiles=tiles_of(figures),
             sections=sections_of(figures),
@@ -131,6 +131,13 @@ def report_html(figures: RunFigures, samples: Mapping[int, list[ShownSample]]) -
             **run_parts(figures.record, figures.stages),
         )
     )
+
+
+def _student_words(student: StudentConfig) -> str:
+    if student.init == "pretrained":
+        return str(student.model)
+    kept = student.keep_layers if isinstance(student.keep_layers, int) else len(student.keep_layers or [])
+    return f"{kept} of its layers" if student.model is None else f"{kept} layers of {student.model}"
 
 
 def run_parts(record: RunRecord, stages: list[StageCost]) -> dict[str, Any]:

@@ -252,6 +252,18 @@ def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: 
 
 
 @pytest.mark.e2e
+def test_a_prefect_server_that_is_not_there_is_told_before_anything_is_written(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    done = command("run", str(write_smoke_config(tmp_path, teacher_dir, student_dir)))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Prefect's server cannot be used: Failed to reach API at http://127.0.0.1:9")
+    assert "without PREFECT_API_URL" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.e2e
 @pytest.mark.usefixtures("prefect_api")
 def test_a_round_with_nothing_kept_stops_with_exit_code_1_and_names_the_bound(
     tmp_path: Path, teacher_dir: Path, student_dir: Path

@@ -13,7 +13,7 @@ from flows.compare import npd_compare
 from flows.comparison_progress import RunsDisplay, listening_to_runs
 from flows.terminal import Terminal
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
-from schemas.config import load_comparison
+from schemas.config import load_comparison, method_config
 from schemas.errors import ConfigError, StageError
 from schemas.rl_tables import RL_ROLLOUTS
 from schemas.run_store import RunStore
@@ -195,6 +195,7 @@ def test_a_comparison_is_made_resumed_and_changed(
         ({"methods": {"base": {"role": "npd"}}}, "methods.base"),
         ({"methods": {"npd": {"role": "npd", "rate_of": "sft"}}}, "methods.npd.rate_of"),
         ({"methods": {"npd": {"role": "npd", "set": {"train.kd_wieght": 1}}}}, "did you mean `kd_weight`"),
+        ({"methods": {"npd": {"role": "npd", "set": {"train.learning_rate": "fast"}}}}, "learning_rate: 'fast' is no"),
         ({"rl": {"methods": ["ndp"]}}, "`rl.methods`: ndp: the methods are npd, on-policy, sft"),
         ({"rl": {"methods": ["npd"], "grpo": {"step": 3}}}, "did you mean `steps`"),
         ({"set": {"evaluate.generate": False}}, "evaluate.generate: true"),
@@ -206,6 +207,14 @@ def test_a_comparison_is_made_resumed_and_changed(
 def test_a_wrong_comparison_names_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_comparison(write_comparison(tmp_path, **changes))
+
+
+def test_paths_in_a_methods_settings_start_at_the_comparisons_file(tmp_path: Path) -> None:
+    path = write_comparison(tmp_path, methods=METHODS | {"other": {"role": "ablation", "set": {"teacher.model": "it"}}})
+    save_model(tmp_path / "it", make_model(seed=3, layers=3))
+    comparison, base = load_comparison(path)
+    config = method_config(comparison, base, "other", folder=tmp_path, rate=1e-3, seed=0, student="/student")
+    assert (config.teacher.model, config.student.model) == (str(tmp_path / "it"), "/student")
 
 
 def test_only_brings_what_a_method_needs(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_defaults_are_the_methods() -> None:
             "prompts.sources.0.sizes",
             "size",
         ),
+        ({"dataset": "x"}, "dataset", "generate"),
+        ({"prompts": MINIMAL["prompts"] | {"jsonl": "x"}}, "prompts.jsonl", "sources"),
     ],
 )
 def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, Any], key: str, nearest: str) -> None:
@@ -107,6 +109,9 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
         ({"student": {}}, "needs `model`"),
         ({"student": {"init": "prune", "keep_layers": [3, 1]}}, "ascending"),
         ({"prompts": {"sources": []}}, "prompts.sources"),
+        ({"prompts": {"sources": [{"path": "p"}]}}, "prompts.sources.0.type: missing"),
+        ({"prompts": {"sources": [{"type": "dataset"}]}}, "prompts.sources.0.dataset: missing"),
+        ({"prompts": {"sources": [{"type": "dataset", "dataset": ""}]}}, "prompts.sources.0.dataset: String should"),
         ({"prompts": MINIMAL["prompts"] | {"limit": 10, "held_out": 10}}, "leaves nothing to train on"),
         ({"generate": {"max_new_tokens": 100}, "pack": {"max_tokens": 50}}, "would all be dropped"),
         ({"teacher": {}}, "teacher.model: missing"),

@@ -12,7 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from schemas.comparison_tables import COMPARISON
-from schemas.config import parse_config
+from schemas.config import StudentConfig, parse_config
 from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -25,7 +25,7 @@ from tasks.report.figures import RunFigures, read_figures
 from tasks.report.histograms import Grid, Values
 from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
-from tasks.report.outcome_plots import noise_text
+from tasks.report.outcome_plots import metric_figure, noise_text
 from tasks.report.page import level, sections_of
 from tasks.report.samples import SHOWN_SAMPLES, read_samples, samples_to_read
 from tasks.report.training import curves_of
@@ -124,6 +124,10 @@ def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
     assert [row[0] for row in figure.rows] == ["10", "20", "30"]
     (line,) = re.findall(r'<path d="([^"]*)" class="line', str(figure.svg))
     assert (line.count("M"), line.count("L")) == (1, 2)
+    # A round shorter than the way to its second measurement.
+    alone = curves_of(pa.table(columns).slice(0, 12), 0)
+    figure = next(figure for figure in training_figures([alone], 0.1) if figure.key == "policy-kl")
+    assert re.findall(r'<path d="([^"]*)" class="(line[^"]*)"', str(figure.svg))[0][1] == "line dot line-kd"
 
 
 def test_packs_are_counted(figures: RunFigures) -> None:
@@ -190,6 +194,24 @@ def test_the_report_says_what_cannot_be_told_from_noise() -> None:
     assert "beyond noise" in noise_text("accuracy", [Metric("accuracy", "student", 0, 0.5, 0.001, 90), sure])
 
 
+def test_levels_of_one_height_have_names_of_their_own_height(figures: RunFigures) -> None:
+    models = [Metric("truncation_rate", model, -1, 0.0, 0.0, 9) for model in ("student", "teacher", "start")]
+    figure = metric_figure(
+        "truncation_rate", [*models, Metric("truncation_rate", "student", 0, 0.0, 0.0, 9)], figures.config
+    )
+    names = [text for text in ElementTree.fromstring(str(figure.svg)).iter() if text.get("class") == "note"]
+    assert sorted(name.text or "" for name in names) == ["teacher", "untouched student"]
+    assert abs(float(names[0].get("y", 0)) - float(names[1].get("y", 0))) >= 15
+    assert figure.caption == "No change over the rounds."
+
+
+def test_a_pruned_student_is_named_by_its_layers(tmp_path: Path) -> None:
+    store = synthetic_run(tmp_path, 40, rounds=1, done=1)
+    pruned = store.config.model_copy(update={"student": StudentConfig(init="prune", keep_layers=[0, 3])})
+    store.record_config(pruned)
+    assert f"of {pruned.teacher.model} into 2 of its layers: 1 round" in run_report(store)
+
+
 def test_scales_and_ticks() -> None:
     scale = Scale(0.0, 10.0, 100.0, 200.0)
     assert (scale(5.0), scale(-1.0), scale(11.0)) == (150.0, 100.0, 200.0)
@@ -198,6 +220,7 @@ def test_scales_and_ticks() -> None:
     assert Scale(1.0, 1000.0, 0.0, 1.0, log=True).ticks() == pytest.approx([1, 10, 100, 1000])
     low, high = around(np.array([2.0, 2.0, np.nan]))
     assert low < 2 < high
+    assert around(np.array([0.0, 0.0]), zero=True) == pytest.approx((0.0, 1.06))
     assert around(np.array([])) == pytest.approx((-0.06, 1.06))
     assert [level(p) for p in (0.0, 0.02, 0.5, 0.96)] == [0, 1, 4, 6]
 
@@ -333,6 +356,7 @@ def test_a_comparison_holds_every_method_against_every_baseline() -> None:
     assert "no &lt;filter&gt;" in page
     assert "<title>a &lt;title&gt;</title>" in page
     assert "<filter>" not in page
+    assert "4 methods from one student" in page
 
 
 def test_a_comparison_of_nothing_known_is_a_table() -> None:
