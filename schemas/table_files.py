@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,13 +58,11 @@ def read_parquet(path: Path, schema: TableSchema, where: str, columns: list[str]
         )
     partial = schema
     if columns is not None:
-        partial = TableSchema(
-            schema.name,
-            schema.version,
-            pa.schema([schema.columns.field(column) for column in columns]),
-            schema.checks,
-            tuple(group for group in schema.parallel if set(group) <= set(columns)),
-            schema.unique,
+        partial = replace(
+            schema,
+            columns=pa.schema([schema.columns.field(column) for column in columns]),
+            parallel=tuple(group for group in schema.parallel if set(group) <= set(columns)),
+            unique_together=schema.unique_together if set(schema.unique_together) <= set(columns) else (),
         )
     partial.validate_columns(found, where)
     with reading(where):
