@@ -217,6 +217,8 @@ def test_overlap_samples_from_the_student_before_the_round_that_trains(
             assert StageKey("train", index - 1) not in upstream(config, StageKey(stage, index))
     lags = [set(store.read_table(StageKey("filter", index), FILTER)["policy_lag"].to_pylist()) for index in range(3)]
     assert lags == [{0}, {trained[0]}, {trained[1] - trained[0]}]
+    counted = [store.finished(StageKey("filter", index)).counters["policy_lag"] for index in range(3)]
+    assert counted == [max(of_round) for of_round in lags]
     for index in range(3):
         steps = store.read_table(StageKey("train", index), TRAIN_METRICS)
         expected = [step - 1 - sampled[index] for step in steps["step"].to_pylist()]

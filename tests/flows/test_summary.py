@@ -6,7 +6,15 @@ import pytest
 from rich.console import Console
 
 from flows.display import print_summary
-from flows.summary import RunSummary, held_out_tables, round_rows, summarize, summary_markdown
+from flows.summary import (
+    RunSummary,
+    held_out_tables,
+    round_label,
+    round_rows,
+    samples_table,
+    summarize,
+    summary_markdown,
+)
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
@@ -57,8 +65,8 @@ def run(tmp_path: Path) -> tuple[RunStore, RunConfig]:
     sharper = {"detectable_difference": 0.125, "verified_prompts": 30, "prompts_for_two_points": 1201}
     reasons = ["too_long", "kept", "kept", "above_max_delta_ifd", "above_max_delta_ifd", "kept"]
     ledger = filter_table(reasons)
-    finish_stage(store, StageKey("filter", 0), FILTER, [ledger.slice(0, 4), ledger.slice(4)])
-    finish_stage(store, StageKey("evaluate", 0), EVALUATE_METRICS, [evaluate_table(0, 1.5)], **sharper)
+    finish_stage(store, StageKey("filter", 0), FILTER, [ledger.slice(0, 4), ledger.slice(4)], seconds=61)
+    finish_stage(store, StageKey("evaluate", 0), EVALUATE_METRICS, [evaluate_table(0, 1.5)], seconds=30, **sharper)
     return store, config
 
 
@@ -93,6 +101,33 @@ def test_a_student_with_more_noise_than_the_baseline_decides_what_can_be_told(ru
     counters = {"detectable_difference": 0.3, "verified_prompts": 30, "prompts_for_two_points": 6750}
     finish_stage(run[0], StageKey("evaluate", 1), EVALUATE_METRICS, [evaluate_table(1, 1.0)], **counters)
     assert summary_of(run).resolution.endswith("from 30.0 points on; 2 points take about 6,750")
+
+
+def test_enough_prompts_to_tell_two_points_need_no_more(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    store = make_store(tmp_path, config)
+    counters = {"detectable_difference": 0.02, "verified_prompts": 4802, "prompts_for_two_points": 4802}
+    finish_stage(store, StageKey("baseline"), EVALUATE_METRICS, [evaluate_table(WARMUP, 1.0, "teacher")], **counters)
+    assert summarize(store, config).resolution == (
+        "4,802 verified held-out prompts tell differences in accuracy from 2.0 points on"
+    )
+
+
+def test_a_round_takes_the_time_of_its_stages(run: tuple[RunStore, RunConfig]) -> None:
+    _, titles, rows = samples_table(summary_of(run))
+    assert dict(zip(titles, rows[-1], strict=True)) == {
+        "round": "round 0 (1 of 2)",
+        "tokens": "",
+        "kept": "3",
+        "dropped": "3",
+        "why": "2 above_max_delta_ifd, 1 too_long",
+        "time": "1 min 31 s",
+    }
+
+
+def test_before_the_first_round_there_is_a_warm_up_or_the_start(tmp_path: Path) -> None:
+    assert round_label(make_config(tmp_path, warmup={}), WARMUP) == "warm-up"
+    assert round_label(make_config(tmp_path), WARMUP) == "start"
 
 
 def test_every_rendering_shows_the_same_numbers(run: tuple[RunStore, RunConfig]) -> None:

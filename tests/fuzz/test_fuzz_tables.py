@@ -53,7 +53,7 @@ SCHEMAS = {
         EVALUATE_RESPONSES,
     )
 }
-CHOICES = {"split": "train", "finish_reason": "stop", "zone": "learnable", "model": "student"}
+CHOICES = {"split": "train", "finish_reason": "stop", "zone": "learnable", "model": "student", "role": "npd"}
 SHARES = ("score", "repetition")
 TOKENS = (b"\x00", b"\xff" * 4, b"PAR1", b"\xff\xff\xff\xff\x07", b"\x80\x80\x80\x80\x08", b"\x15\xfe\xff\xff\xff\x0f")
 
@@ -75,7 +75,7 @@ def _values(name: str, kind: pa.DataType, rows: int) -> list[Any]:
     return [np.float16(row) for row in range(rows)] if kind == pa.float16() else list(range(rows))
 
 
-def _table(schema: TableSchema, rows: int = ROWS) -> pa.Table:
+def valid_table(schema: TableSchema, rows: int = ROWS) -> pa.Table:
     arrays = [pa.array(_values(field.name, field.type, rows), field.type) for field in schema.columns]
     return pa.Table.from_arrays(arrays, schema=schema.columns)
 
@@ -92,7 +92,7 @@ def _written(table: pa.Table, metadata: dict[bytes, bytes], **options: Any) -> b
 
 def originals(name: str) -> list[bytes]:
     schema = SCHEMAS[name]
-    table, metadata = _table(schema), _metadata(schema)
+    table, metadata = valid_table(schema), _metadata(schema)
     return [
         _written(table, metadata, compression="zstd", row_group_size=4),
         _written(table, metadata, compression="none", use_dictionary=False),
@@ -148,7 +148,7 @@ def _other_arrays(array: pa.Array) -> list[pa.Array]:
 
 @cache
 def _others(name: str, rows: int) -> tuple[pa.Table, list[list[pa.Array]]]:
-    table = _table(SCHEMAS[name], rows)
+    table = valid_table(SCHEMAS[name], rows)
     return table, [_other_arrays(column.combine_chunks()) for column in table.columns]
 
 

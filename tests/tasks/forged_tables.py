@@ -59,6 +59,12 @@ def swap_rows(table: pa.Table) -> pa.Table:
     return table.take([1, 0, *range(2, table.num_rows)])
 
 
+def second_answer(table: pa.Table) -> pa.Table:
+    """Let the second response answer the prompt of the third."""
+    other = table.column("prompt_id")[2].as_py()
+    return put("prompt_id", other, 1)(put("sample_index", 1, 1)(table))
+
+
 FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
     PROMPTS: [
         (0, put("messages", [{"role": "user", "content": "other"}], 3), "row 3, .*`messages`: are those of prompt"),
@@ -83,6 +89,8 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
         (2, put_at("teacher_topk_logprobs", 0, lambda k: k[::-1]), "the most likely first"),
         (3, swap_rows, "row 0, .*`sample_id`: stage generate has"),
         (4, lambda t: t.slice(1), "scores 39 samples, `round 1 · generate` has 40"),
+        (0, put_at("teacher_topk_ids", 0, lambda k: [-1, *k[1:]]), "a token's targets are not ids"),
+        (1, put_at("teacher_topk_logprobs", 0, lambda k: [0.5, *k[1:]]), "with log-probabilities up to 0"),
     ],
     StageKey("filter", 1): [
         (0, put("delta_ifd", 0.5), "`delta_ifd`: 0.5, the score table has"),
@@ -92,6 +100,7 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
         (0, put("max_delta_ifd", 7.0), "`max_delta_ifd`: 7.0, the config makes it"),
         (0, put("policy_lag", lambda n: n + 1), "`policy_lag`: .*the steps of sampler and training"),
         (1, swap_rows, "`sample_id`: .*stage score has in this place"),
+        (2, lambda t: t.slice(1), "has 39 rows, `round 1 · score` has 40"),
     ],
     StageKey("pack", 1): [
         (0, put_at("input_ids", -1, 77), "sample r001-.*`input_ids`: .*has 77, stage generate makes it"),
@@ -109,6 +118,9 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
         (10, lambda t: t, "sample .* is kept, but in no pack"),
         (11, put("sample_ids", lambda ids: [ids[1], ids[1], *ids[2:]]), "is packed more than once"),
     ],
+    StageKey("pack", 0): [
+        (0, put("seq_lengths", lambda n: [n[0] + 1, n[1] - 1, *n[2:]]), "`seq_lengths`: .*, prompt and response have"),
+    ],
     StageKey("pack", WARMUP): [
         (0, put_at("labels", -1, 3), "sample ref-.*`labels`: .*has 3, stage reference makes it"),
     ],
@@ -118,6 +130,7 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
         (0, put("policy_lag", 40), "`policy_lag`: 40, the steps since its sampler's weights are"),
         (0, put("response_tokens", lambda n: n + 1), "the packs of this step have"),
         (0, put("ce", float("inf")), "`ce`: is not finite"),
+        (0, put("round", 0, 1), "row 1, .*`round`: 0, should be 1"),
         (0, lambda t: t.slice(0, t.num_rows - 1), "the schedule ends the round at"),
     ],
     StageKey("train", WARMUP): [(0, put("step", lambda n: n + 50, 1), "`step`: 52, steps follow each other: 2")],
@@ -125,8 +138,12 @@ FORGERIES: dict[StageKey, list[tuple[int, Change, str]]] = {
         (0, put("round", 0), "`round`: 0, should be 1"),
         (0, put("n", 3, 1), "`n`: 3, the held-out references have"),
         (0, put("metric", "other"), "lacks kl_teacher_student of the student"),
+        (0, put("value", float("inf"), 2), "row 2, .*`value`: is not finite"),
+        (0, lambda t: t, "`value`: .*the student's responses make it"),
         (1, put("prompt_id", "nowhere"), "`prompt_id`: is no held-out prompt"),
-        (1, put("response_tokens", 3), "`value`: .*the student's responses make it"),
+        (1, put("response_tokens", 3), "has 6 responses of the student to 5 prompts, 1 each expected"),
+        (1, second_answer, "has responses of the student to 5 prompts, 6 are held out"),
+        (1, put("round", 0, 2), "row 2, .*`round`: 0, should be 1"),
     ],
     StageKey("baseline"): [
         (0, put("model", "student"), "lacks response_tokens of the teacher"),

@@ -113,7 +113,7 @@ def test_wrong_tables_under_manifests_that_fit_them_are_found(run: Finished, key
     assert report.breaks[0].where.startswith(key.folder)
     files = [run.store.relative(path) for path in run.store.table_files(key)]
     for shard, _, expected in FORGERIES[key]:
-        found = [str(entry) for entry in report.breaks if entry.where.startswith((files[shard], key.folder))]
+        found = [str(entry) for entry in report.breaks if entry.where in (files[shard], key.folder)]
         assert any(re.search(expected, text) for text in found), (expected, found)
 
 
@@ -174,13 +174,54 @@ def test_a_table_of_another_run_is_found(run: Finished) -> None:
 
 
 def test_counters_that_the_tables_do_not_bear_out_are_found(run: Finished) -> None:
-    counters = {StageKey("filter", 0): "kept", StageKey("pack", 0): "bins", StageKey("generate", 0): "tokens"}
-    for key, counter in counters.items():
-        recount(run, key, **{counter: 10**6})
+    counters = {
+        PROMPTS: ["held_out"],
+        StageKey("generate", 0): ["samples", "tokens"],
+        StageKey("filter", 0): ["samples", "kept"],
+        StageKey("pack", 0): ["bins", "sequences", "tokens", "response_tokens"],
+        StageKey("train", 1): ["start_step", "policy_step", "packs", "response_tokens", "epochs_done"],
+    }
+    for key, names in counters.items():
+        recount(run, key, **dict.fromkeys(names, 10**6))
     found = [str(entry) for entry in verify(run.store).breaks]
-    for key, counter in counters.items():
-        told = f"{key.folder}/manifest.json: counters.{counter} is 1000000, the stage's files hold"
-        assert any(text.startswith(told) for text in found)
+    for key, names in counters.items():
+        for name in names:
+            hold = "the steps make" if name == "epochs_done" else "the stage's files hold"
+            told = f"{key.folder}/manifest.json: counters.{name} is 1000000, {hold}"
+            assert any(text.startswith(told) for text in found), told
+
+
+def test_a_manifest_that_says_what_cannot_be_is_found(run: Finished) -> None:
+    key, other = StageKey("filter", 0), StageKey("filter", 1)
+    manifest = run.store.finished(key)
+    first, *rest = manifest.outputs
+    stray = run.store.finished(other).outputs[0]
+    for change, expected in (
+        ({"outputs": [first, first, *rest]}, "stage=filter/manifest.json: outputs: names a file twice"),
+        ({"outputs": [stray, *rest]}, f"{stray.path}: named by the manifest of `round 0 · filter`, whose folder it is"),
+        ({"outputs": [first.model_copy(update={"rows": 99}), *rest]}, "rows, the manifest recorded 99"),
+        ({"stage_version": 99}, "stage_version: written by version 99 of the stage"),
+    ):
+        changed: Any = change
+        run.store.write_bytes(run.store.path(key, "manifest.json"), record_bytes(manifest.model_copy(update=changed)))
+        assert any(expected in str(entry) for entry in verify(run.store).breaks), expected
+
+
+def test_a_stage_whose_table_or_model_is_gone_without_a_trace_is_found(run: Finished) -> None:
+    """Files gone, under manifests that name none of them."""
+    filtered, exported = StageKey("filter", 1), StageKey("export", 1)
+    for path in run.store.table_files(filtered):
+        path.unlink()
+    run.store.path(exported, "model", "model.safetensors").unlink()
+    run.store.path(MODELS, "models.json").write_text("{}")
+    reseal(*run)
+    found = [str(entry) for entry in verify(run.store).breaks]
+    for expected in (
+        "models/models.json: is not what stage `models` writes",
+        "round=001/stage=filter: has 0 files of table `filter`: none",
+        "round=001/stage=export/model: holds no model: config.json or safetensors files are missing",
+    ):
+        assert expected in found
 
 
 def test_policy_steps_that_were_not_trained_are_found(run: Finished) -> None:

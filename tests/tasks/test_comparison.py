@@ -1,6 +1,7 @@
 """What a comparison makes of its runs: rates, intervals, differences, and the table."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def finished_run(tmp_path: Path, trained_tokens: tuple[int, int] = (240, 360), *
     """A run of two rounds whose stages are finished, with the tables that a comparison reads.
 
     Round 0 has three samples of 5, 7 and 8 tokens; rounds 0 and 1 end after optimizer steps 2 and 6, and the second
-    takes twice the time of the first.
+    takes twice the time of the first. Held-out KL falls, and policy KL rises within a round.
     """
     config = make_config(tmp_path, rounds=2, **sections)
     store = make_store(tmp_path, config)
@@ -67,9 +68,16 @@ def finished_run(tmp_path: Path, trained_tokens: tuple[int, int] = (240, 360), *
             counters["tokens"] = 13
         elif key.stage == "train":
             counters |= {"tokens": trained_tokens[index], "policy_step": (2, 6)[index]}
-            schema, shards = TRAIN_METRICS, [TRAIN_METRICS.columns.empty_table()]
+            step = {"epoch": 1.0, "round": index, "loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0}
+            steps = [
+                step | {"step": number, "response_tokens": 1, "policy_kl": policy_kl}
+                for number, policy_kl in enumerate((0.25 + index, 0.5 + index, None))
+            ]
+            schema, shards = TRAIN_METRICS, [pa.Table.from_pylist(steps, schema=TRAIN_METRICS.columns)]
         elif key.stage == "evaluate":
-            schema, shards = EVALUATE_METRICS, [EVALUATE_METRICS.columns.empty_table()]
+            row = {"round": key.round, "model": "student", "metric": "kl_teacher_student", "n": 9}
+            row |= {"value": 5.0 - 2 * (key.round or 0), "stderr": 0.125}
+            schema, shards = EVALUATE_METRICS, [pa.Table.from_pylist([row], schema=EVALUATE_METRICS.columns)]
         else:
             shards = []
         finish_stage(store, key, schema, shards, **counters)
@@ -220,6 +228,7 @@ def test_the_tables_hold_every_method_and_run() -> None:
     )
     validation = frozenset(PROMPTS[:4])
     npd = {s: outcome([1] * 4 + [1] * (12 + s) + [0] * (4 - s), kl=0.5 + s, seconds=2.0 + s) for s in (0, 1)}
+    npd[1] = replace(npd[1], policy_kl=0.25)
     sft = {0: outcome([0] * 4 + [1] * 8 + [0] * 8, seconds=5.0)}
     runs = {
         "npd": MethodRuns(1e-3, npd, {(1e-3, 0): npd[0], (1e-3, 1): npd[1], (1e-4, 0): outcome([0] * 20)}),
@@ -255,6 +264,26 @@ def test_the_tables_hold_every_method_and_run() -> None:
     assert len(cells) == 4
     assert len(set(cells)) == 1
     assert "after GRPO, %" in markdown
+    ends = {name: tuple(100 * rows["sft"][f"{name}_{end}"] for end in ("low", "high")) for name in ("accuracy", "rl")}
+    ends["difference"] = tuple(100 * rows["sft"][f"difference_{end}"] for end in ("low", "high"))
+    low_and_high = {name: f"({low:.1f} to {high:.1f})" for name, (low, high) in ends.items()}
+    told = [cell.strip() for cell in next(row for row in markdown.splitlines() if "| sft |" in row).split("|")[1:-1]]
+    assert told == [
+        "sft",
+        f"50.0 {low_and_high['accuracy']}",
+        f"+25.0 {low_and_high['difference']}",
+        "1.0000 ± 0.1000",
+        "",
+        "5.0",
+        "2.00",
+        "100",
+        "10",
+        "0.0001",
+        "1",
+        f"75.0 {low_and_high['rl']}",
+    ]
+    assert "| **N\\|PD** | 78.1 (" in markdown
+    assert " | 1.0000 ± 0.5099 | 0.2500 | 2.5 (2.0 to 3.0) | 1.00 | " in markdown
     without = runs | {"sft": MethodRuns(1e-4, sft, {(1e-4, 0): sft[0]})}
     assert "after GRPO" not in comparison_markdown(comparison_table(comparison, without, [teacher], validation))
 
@@ -296,6 +325,14 @@ def test_a_step_is_measured_in_samples_of_the_mean_length(
 ) -> None:
     store = finished_run(tmp_path, tokens)
     assert step_prompts(store, store.config) == prompts
+
+
+@pytest.mark.parametrize(("policy", "generated"), [("student", 26), ("answers", 0)])
+def test_an_outcome_is_that_of_the_last_round(tmp_path: Path, policy: str, generated: int) -> None:
+    store = finished_run(tmp_path, generate={"policy": policy})
+    found = read_outcome(store, store.config)
+    assert (found.kl_teacher_student, found.kl_stderr, found.policy_kl) == (3.0, 0.125, 1.5)
+    assert (found.steps, found.generated_tokens) == (6, generated)
 
 
 UNFILTERED = {"min_delta_ifd": None, "max_delta_ifd": None}

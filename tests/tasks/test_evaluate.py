@@ -1,5 +1,6 @@
 """Evaluation on held-out prompts: means against plain references, and the stages on real tiny models."""
 
+import copy
 import json
 import math
 from itertools import pairwise
@@ -10,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from schemas.config import DevicesConfig
 from schemas.errors import ArtifactError
@@ -26,14 +26,17 @@ from schemas.tables import (
     RESPONSES_FILE,
     pack_schema,
 )
+from tasks.evaluate.agreement import compare_with_teacher, keep_states
 from tasks.evaluate.means import grouped_mean, repetition, response_means
 from tasks.evaluate.resolution import detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.graph import BASELINE, loop
+from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import result_model
 from tasks.prompts.messages import prompt_id
 from tasks.stage import execute
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.test_loop import run_loop, smoke_config
+from tests.tiny_models import make_model
 
 
 def evaluated(store: RunStore, key: StageKey) -> dict[tuple[str, str], dict[str, Any]]:
@@ -78,6 +81,51 @@ def test_a_grouped_mean_is_the_ratio_estimator() -> None:
     # Groups of one: the plain standard error of a mean.
     plain = grouped_mean(values, np.arange(len(values) + 1))
     assert plain.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+@pytest.mark.parametrize(("batch_tokens", "logits_chunk"), [(16, 2), (4096, 512)])
+def test_agreement_is_that_of_float64_one_sequence_at_a_time(
+    tmp_path: Path, batch_tokens: int, logits_chunk: int
+) -> None:
+    """The teacher's five further rows of vocabulary, likely ones, are no tokens."""
+    teacher, student = make_model(seed=1, layers=3, vocab_size=264, tie=False), make_model(seed=2)
+    with torch.no_grad():
+        teacher.lm_head.weight[259:] *= 9
+    rng = np.random.default_rng(4)
+    prompts, responses = (
+        Ragged.from_rows([rng.integers(3, 259, size).astype(np.int32) for size in sizes])
+        for sizes in ((4, 1, 9, 3), (5, 7, 0, 1))
+    )
+    passed: list[int] = []
+    kept = keep_states(student, prompts, responses, tmp_path, batch_tokens, passed.append)
+    found = compare_with_teacher(
+        teacher,
+        kept,
+        prompts,
+        responses,
+        batch_tokens=batch_tokens,
+        logits_chunk=logits_chunk,
+        on_tokens=passed.append,
+    )
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in AGREEMENT_METRICS}
+    for prompt, response in zip(prompts.rows(), responses.rows(), strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        with torch.no_grad():
+            p, q = (
+                copy.deepcopy(model).double()(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1, :259]
+                for model in (teacher, student)
+            )
+        p, q = p.softmax(-1), q.softmax(-1)
+        expected["kl_teacher_student"].append((p * (p / q).log()).sum(-1))
+        expected["kl_student_teacher"].append((q * (q / p).log()).sum(-1))
+        expected["top1_agreement"].append((p.argmax(-1) == q.argmax(-1)).double())
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        mean = grouped_mean(torch.cat(values).numpy(), responses.offsets)
+        assert (found[name].value, found[name].stderr) == pytest.approx((mean.value, mean.stderr), rel=1e-4), name
+        assert found[name].n == 13
+    assert found["kl_teacher_student"].value != pytest.approx(found["kl_student_teacher"].value, rel=1e-2)
+    assert sum(passed) == 2 * (17 + 13)
 
 
 def test_repetition_counts_four_grams_again() -> None:
@@ -164,35 +212,6 @@ def test_beside_sampling_the_student_is_evaluated_where_it_trained(run: RunStore
     for overlap, device in ((False, "cuda:0"), (True, "cuda:1")):
         config = run.config.model_copy(update={"devices": devices, "overlap": overlap})
         assert result_model(run, config, 0).device == device
-
-
-def test_agreement_is_that_of_whole_distributions_in_float64(run: RunStore, teacher_dir: Path) -> None:
-    """One reference at a time, alone; the teacher's rows that pad its vocabulary are no tokens."""
-    prompts = run.read_table(StageKey("prompts"), PROMPTS).to_pylist()
-    held_out = {row["prompt_id"] for row in prompts if row["split"] == "held_out"}
-    folders = (teacher_dir, run.path(StageKey("export", 0), "model"))
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders]
-    groups: dict[str, list[list[float]]] = {name: [] for name in AGREEMENT_METRICS}
-    for row in run.read_table(StageKey("reference"), GENERATE).to_pylist():
-        if row["prompt_id"] not in held_out:
-            continue
-        ids, start = torch.tensor([row["prompt_ids"] + row["response_ids"]]), len(row["prompt_ids"])
-        with torch.no_grad():
-            logits = [model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1, :259] for model in models]
-        p, q = (values.softmax(-1) for values in logits)
-        groups["kl_teacher_student"].append((p * (p / q).log()).sum(-1).tolist())
-        groups["kl_student_teacher"].append((q * (q / p).log()).sum(-1).tolist())
-        groups["top1_agreement"].append((p.argmax(-1) == q.argmax(-1)).double().tolist())
-    found = evaluated(run, StageKey("evaluate", 0))
-    for name, values in groups.items():
-        flat = [value for group in values for value in group]
-        row, mean = found["student", name], float(np.mean(flat))
-        assert (row["value"], row["n"]) == (pytest.approx(mean, abs=1e-4), len(flat))
-        squares = sum((sum(group) - mean * len(group)) ** 2 for group in values)
-        stderr = math.sqrt(len(values) / (len(values) - 1) * squares) / len(flat)
-        assert row["stderr"] == pytest.approx(stderr, abs=1e-4)
-    # So far apart that one direction is not taken for the other.
-    assert abs(found["student", "kl_teacher_student"]["value"] - found["student", "kl_student_teacher"]["value"]) > 1e-2
 
 
 def test_every_held_out_prompt_is_answered_and_only_what_has_an_answer_is_checked(run: RunStore) -> None:

@@ -153,6 +153,24 @@ def test_missing_bound_is_infinite_in_the_ledger(tmp_path: Path) -> None:
     assert manifest.counters["min_delta_ifd"] is None
 
 
+@pytest.mark.parametrize("bounds", [(0.2, None), (None, 0.7), (0.2, 0.7)])
+def test_a_bound_that_is_a_quantile_is_that_of_the_whole_round(
+    tmp_path: Path, bounds: tuple[float | None, float | None]
+) -> None:
+    """Of all shards, each of which has another distribution."""
+    values = np.sort(np.random.default_rng(6).normal(size=20)).astype(np.float32)
+    names = ("min_delta_ifd", "max_delta_ifd")
+    quantiles = {name: None if share is None else {"quantile": share} for name, share in zip(names, bounds)}
+    job, _, _ = _round(tmp_path, [None, *values.tolist()], filter=quantiles)
+    counters = execute(job.store, job.config, FILTER_KEY).counters
+    for name, share in zip(names, bounds, strict=True):
+        expected = None if share is None else np.float32(np.quantile(values.astype(np.float64), share))
+        assert counters[name] == expected
+    low, high = (np.quantile(values, share) if share else None for share in bounds)
+    kept = [(low is None or value >= low) and (high is None or value <= high) for value in values]
+    assert job.store.read_table(FILTER_KEY, FILTER).column("keep").to_pylist() == [False, *kept]
+
+
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     digests = []
     for name in ("a", "b"):

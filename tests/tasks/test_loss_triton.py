@@ -1,4 +1,4 @@
-"""The loss's Triton kernel against the float64 definitions, all cases in one process (this module as a command)."""
+"""The loss's Triton kernel against the float64 definitions, all cases in one process (`triton_process`)."""
 
 import sys
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from schemas.errors import ConfigError
 from tasks.language_model.head import OutputHead
 from tasks.train.loss import KdForm, LossSums, Objective, Targets, choose_kernel, loss_sums
 from tests.tasks.test_loss import FORMS, identity_head, random_case, reference_kl, reference_loss
-from tests.tasks.triton_process import DEVICE, compile_for_a_gpu, results_of
+from tests.tasks.triton_process import DEVICE, all_results, compile_for_a_gpu
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -119,9 +119,9 @@ HEADS = {"targets": True, "warm-up": False}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found() -> Found:
     """What the kernel makes of every case."""
-    loaded: Found = results_of(__name__, tmp_path_factory.mktemp("triton"))
+    loaded: Found = all_results()[__name__]
     return loaded
 
 

@@ -263,13 +263,15 @@ def test_failure_leaves_no_temporary_files(tmp_path: Path) -> None:
     assert [path.name for path in store.path(PACK_KEY).iterdir()] == [".partial.json"]
 
 
-def test_a_ledger_of_another_round_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_a_ledger_of_another_round_is_refused(tmp_path: Path, stage: str) -> None:
     config = _config(tmp_path)
-    store, rollouts, _ = _write_round(tmp_path, config)
-    renamed = rollouts.set_column(0, "sample_id", pa.array([f"other-{i}" for i in range(90)]))
-    finish_stage(store, GENERATE_KEY, GENERATE, [renamed])
+    store, rollouts, scores = _write_round(tmp_path, config)
+    table, schema = (rollouts, GENERATE) if stage == "generate" else (scores, score_schema(TOP_K, "float16"))
+    renamed = table.set_column(0, "sample_id", pa.array([f"other-{i}" for i in range(90)]))
+    finish_stage(store, StageKey(stage, 0), schema, [renamed])
     with pytest.raises(
-        ArtifactError, match=r"generate: row 0 holds `other-0`, where round 0 · filter holds `r0-00000`"
+        ArtifactError, match=rf"{stage}: row 0 holds `other-0`, where round 0 · filter holds `r0-00000`"
     ):
         execute(store, config, PACK_KEY)
 

@@ -1,4 +1,4 @@
-"""Scoring's Triton kernel against float64, all cases in one process (this module as a command)."""
+"""Scoring's Triton kernel against float64, all cases in one process (`triton_process`)."""
 
 import sys
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tasks.language_model.prefill import Prefill, prefill
 from tests.tasks.test_prefill import random_rows
-from tests.tasks.triton_process import DEVICE, compile_for_a_gpu, results_of
+from tests.tasks.triton_process import DEVICE, all_results, compile_for_a_gpu
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -70,9 +70,9 @@ def scored(device: str, dtype: torch.dtype) -> Prefill:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, ...]]:
+def found() -> dict[str, tuple[Tensor, ...]]:
     """What the kernel makes of every case."""
-    results: dict[str, tuple[Tensor, ...]] = results_of(__name__, tmp_path_factory.mktemp("triton"))
+    results: dict[str, tuple[Tensor, ...]] = all_results()[__name__]
     return results
 
 

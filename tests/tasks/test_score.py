@@ -16,9 +16,10 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE, score_schema
 from tasks.language_model.chat import reply_header
-from tasks.language_model.prefill import gap_tolerance
+from tasks.language_model.prefill import Prefill, gap_tolerance
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import policy_model
+from tasks.score import scoring
 from tasks.score.check import checked_rows
 from tasks.score.ifd import ifd, mean_nll
 from tasks.score.scoring import local_prefill, score_rollouts, score_table
@@ -367,6 +368,29 @@ def test_progress_counts_the_tokens_of_both_models(run: tuple[RunStore, RunConfi
     done = [done for done, _ in reported]
     assert done == sorted(set(done))
     assert {total for _, total in reported} == {done[-1]}
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_a_model_that_overflows_is_named_with_the_first_sample(
+    run: tuple[RunStore, RunConfig], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    store, config = run
+    score, passes = scoring.prefill, iter(range(100))
+
+    def overflowing(*arguments: Any, **options: Any) -> Prefill:
+        found = score(*arguments, **options)
+        # Five shards by each model, the student first: the last token of the second shard's last sample.
+        if next(passes) == {"student": 1, "teacher": 6}[model]:
+            found.logprobs[-1] = -np.inf
+        return found
+
+    monkeypatch.setattr(scoring, "prefill", overflowing)
+    sample = store.read_table(SAMPLES, GENERATE)["sample_id"][5].as_py()
+    with pytest.raises(
+        StageError, match=rf"the {model} gave a non-finite .* for 1 sample.*is {sample}\..*`{model}\.dtype: float32`"
+    ):
+        execute(store, config, SCORE)
+    assert store.manifest(SCORE) is None
 
 
 def test_more_targets_than_tokens_are_refused(run: tuple[RunStore, RunConfig]) -> None:

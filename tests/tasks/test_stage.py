@@ -1,5 +1,6 @@
-"""Results of other runs that are taken over."""
+"""What a stage's fingerprint holds, and results of other runs that are taken over."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,46 @@ import pytest
 from schemas.config import RunConfig
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import PROMPTS
-from tasks.graph import MODELS
+from schemas.tables import GENERATE, PROMPTS, score_schema
+from tasks.graph import MODELS, STAGES
 from tasks.stage import execute, plan, take_over
-from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table, rollout_table, score_table
+
+
+def test_a_fingerprint_is_of_version_settings_sources_and_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "a"}\n', encoding="utf-8")
+    config = make_config(tmp_path, prompts={"sources": [{"type": "jsonl", "path": str(asked)}]}, score={"top_k": 3})
+    store = make_store(tmp_path, config)
+    generate, score, key = (StageKey(stage, 0) for stage in ("generate", "score", "filter"))
+    samples = rollout_table([[1], [2]], [[3], [4]])
+    finish_stage(store, generate, GENERATE, [samples])
+    finish_stage(store, score, score_schema(3, "float16"), [score_table(samples, [0.1, 0.2], top_k=3)])
+
+    def fingerprint(changed: RunConfig = config) -> str:
+        return plan(store, changed, key).fingerprint
+
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "filter", replace(STAGES["filter"], version=STAGES["filter"].version + 1))
+        seen.append(fingerprint())
+    seen.append(fingerprint(config.model_copy(update={"pack": config.pack.model_copy(update={"max_tokens": 99})})))
+    # An input of another fingerprint stands for other work, though it came to the same rows.
+    before = store.finished(generate)
+    store.finish(generate, before.model_copy(update={"fingerprint": "other"}))
+    seen.append(fingerprint())
+    # And one of the same fingerprint may have other rows: a GPU need not compute the same twice.
+    finish_stage(store, generate, GENERATE, [samples.take([1, 0])])
+    assert store.finished(generate).fingerprint == before.fingerprint
+    seen.append(fingerprint())
+    assert len(set(seen)) == len(seen)
+
+    prompts = plan(store, config, StageKey("prompts")).fingerprint
+    asked.write_text('{"prompt": "b"}\n', encoding="utf-8")
+    assert plan(store, config, StageKey("prompts")).fingerprint != prompts
 
 
 def resolved(root: Path, teacher: Path, student: Path) -> tuple[RunStore, RunConfig]:

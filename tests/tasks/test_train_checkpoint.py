@@ -238,7 +238,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, teacher_dir: Path, studen
             assert str(path) in str(error.value) or path.name == "checkpoint.json"
             assert f"delete {folder} and run" in str(error.value)
             path.write_bytes(data)
-    (folder / "model.safetensors").write_bytes(b"x")
+    index = folder / "checkpoint.json"
+    written = json.loads(index.read_text())
+    for change, problem in (({"step": 2}, "names another step than"), ({"version": 0}, "of version 0, not 1")):
+        index.write_text(json.dumps(written | change))
+        with pytest.raises(ArtifactError, match=rf"checkpoint\.json: {problem}"):
+            execute(store, config, TRAIN)
     shutil.rmtree(folder)
     execute(store, config, TRAIN)
     assert store.finished(TRAIN).counters["policy_step"] == 6

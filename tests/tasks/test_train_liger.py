@@ -1,4 +1,4 @@
-"""Liger's layers against transformers' own, in one process (this module as a command), and what refuses them."""
+"""Liger's layers against transformers' own, in one process (`triton_process`), and what refuses them."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ from tasks.language_model.head import hidden_states
 from tasks.language_model.loading import prefer_packed_attention
 from tasks.train.liger import fuse_layers
 from tests.tasks.test_packed_attention import row_of
-from tests.tasks.triton_process import DEVICE, results_of
+from tests.tasks.triton_process import DEVICE, all_results
 from tests.tiny_models import make_model
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -43,9 +43,9 @@ def states_and_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found() -> Found:
     """What the fused layers make of each model, and their names."""
-    results: Found = results_of(__name__, tmp_path_factory.mktemp("liger"))
+    results: Found = all_results()[__name__]
     return results
 
 

@@ -8,7 +8,7 @@ import torch
 from schemas.tables import IGNORE_LABEL
 from tasks.language_model.ragged import Ragged
 from tasks.train.packs import without_labels
-from tasks.train.schedule import EpochSampler, deal, pack_costs
+from tasks.train.schedule import EpochSampler, RoundSchedule, deal, pack_costs
 from tests.tasks.training_runs import (
     metrics,
     random_packs,
@@ -24,6 +24,38 @@ def test_learning_rate_is_one_cosine_over_all_rounds(tmp_path: Path, teacher_dir
     # The rate of step s was set after s - 1 steps, of 4 in all.
     expected = [1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
     assert rates == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_rate_rises_over_the_share_of_the_run_that_is_its_warm_up_and_then_falls() -> None:
+    # Ten epochs of 20 steps in two rounds; the first 50 steps are a quarter of the run.
+    rounds = [RoundSchedule(start, 20, 1, before, 5, 10) for start, before in ((0, 0.0), (100, 5.0))]
+    rates = [rounds[step >= 100].learning_rate(step, 1e-3, 1e-4, 0.25) for step in range(201)]
+    rising = [1e-3 * step / 50 for step in range(50)]
+    falling = [1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * step / 150)) for step in range(151)]
+    assert rates == pytest.approx([*rising, *falling], rel=1e-9)
+    fixed = RoundSchedule(0, 7, 1, 0.0, 3, 10, total_steps=200)
+    assert [fixed.learning_rate(step, 1e-3, 1e-4, 0.25) for step in range(201)] == pytest.approx(rates, rel=1e-9)
+
+
+def test_a_round_ends_with_the_step_that_its_share_of_an_epoch_was_computed_from() -> None:
+    ends = {
+        (steps, per_epoch): RoundSchedule(7, per_epoch, 1, 0.0, steps / per_epoch, 10).end_step
+        for per_epoch in range(1, 120)
+        for steps in range(1, 240)
+    }
+    assert ends == {(steps, per_epoch): 7 + steps for steps, per_epoch in ends}
+    # A share of a step is taken whole.
+    assert RoundSchedule(0, 10, 1, 0.0, 2.53, 10).end_step == 26
+
+
+def test_a_round_after_one_that_ended_early_has_orders_of_its_own() -> None:
+    """The epoch that the guard broke off was begun: its order is not drawn again."""
+    costs = np.ones(30)
+    whole, early = EpochSampler(costs, 1, 3, 2.0), EpochSampler(costs, 1, 3, 1.4)
+    assert list(early) == list(whole)
+    broken_off = EpochSampler(costs, 1, 3, 0.0)
+    broken_off.set_epoch(1)
+    assert list(early) != list(broken_off)
 
 
 @pytest.mark.parametrize(("packs", "packs_per_step"), [(1, 1), (17, 1), (64, 8), (67, 8), (5, 8), (8, 8)])
