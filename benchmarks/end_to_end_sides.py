@@ -153,14 +153,17 @@ def arguments_of_trl(setting: Setting, folder: str) -> dict[str, Any]:
 
 def distillation_trainer(setting: Setting, messages: list[list[dict[str, str]]], folder: str) -> Any:
     """Prepare TRL's DistillationTrainer."""
+    import torch
     from datasets import Dataset
     from trl.trainer.distillation_config import DistillationConfig
     from trl.trainer.distillation_trainer import DistillationTrainer
 
-    arguments = arguments_of_trl(setting, folder)
+    from tasks.trainer_settings import on_device
+
+    arguments = DistillationConfig(**arguments_of_trl(setting, folder), max_completion_length=setting.new_tokens)
     return DistillationTrainer(
         **loaded(setting),
-        args=DistillationConfig(**arguments, max_completion_length=setting.new_tokens),
+        args=on_device(arguments, torch.device(setting.device)),
         train_dataset=Dataset.from_dict({"prompt": messages}),
     )
 
@@ -168,14 +171,17 @@ def distillation_trainer(setting: Setting, messages: list[list[dict[str, str]]],
 def gkd_trainer(setting: Setting, messages: list[list[dict[str, str]]], folder: str) -> Any:
     """Prepare TRL's GKDTrainer, always on-policy; its collator wants replies, which it then replaces by samples."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    from tasks.trainer_settings import on_device
+
     replies = [[*chat, {"role": "assistant", "content": "x" * setting.new_tokens}] for chat in messages]
-    arguments = arguments_of_trl(setting, folder)
+    arguments = GKDConfig(**arguments_of_trl(setting, folder), max_new_tokens=setting.new_tokens, lmbda=1.0)
     return GKDTrainer(
         **loaded(setting),
-        args=GKDConfig(**arguments, max_new_tokens=setting.new_tokens, lmbda=1.0),
+        args=on_device(arguments, torch.device(setting.device)),
         train_dataset=Dataset.from_dict({"messages": replies}),
     )
 

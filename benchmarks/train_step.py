@@ -171,36 +171,39 @@ def sft(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
 def sft_trainer(model: Any, setting: Setting, lengths: NDArray[np.int64], folder: Path) -> Any:
     """Return TRL's trainer with the packs as its dataset."""
     import datasets
+    import torch
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     from benchmarks.random_models import make_tokenizer
     from schemas.config import TrainConfig
+    from tasks.trainer_settings import on_device
 
     vocab, config = model.config.vocab_size, TrainConfig()
     packs = pack_table(setting.packs_per_step, lengths, vocab, TOP_K)
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=setting.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=setting.packs_per_step,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        max_grad_norm=config.max_grad_norm,
+        bf16=setting.precision == "bf16",
+        gradient_checkpointing=False,
+        use_cpu=not setting.device.startswith("cuda"),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        # The rows are packs already.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        padding_free=True,
+        max_length=None,
+        dataloader_pin_memory=setting.device.startswith("cuda"),
+    )
     return SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(folder),
-            max_steps=setting.steps,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=setting.packs_per_step,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            max_grad_norm=config.max_grad_norm,
-            bf16=setting.precision == "bf16",
-            gradient_checkpointing=False,
-            use_cpu=not setting.device.startswith("cuda"),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            # The rows are packs already.
-            dataset_kwargs={"skip_prepare_dataset": True},
-            padding_free=True,
-            max_length=None,
-            dataloader_pin_memory=setting.device.startswith("cuda"),
-        ),
+        args=on_device(arguments, torch.device(setting.device)),
         train_dataset=datasets.Dataset(packs.select(["input_ids", "labels", "seq_lengths"])),
         processing_class=make_tokenizer(vocab),
     )
