@@ -10,7 +10,7 @@ from schemas.config.comparison import (
 )
 from schemas.config.launch import LaunchConfig
 from schemas.config.load import apply_overrides, kind_of, load_as, load_config, parse_as, parse_config, parse_settings
-from schemas.config.models import DeviceMap, MemoryLimits, Quantization, TeacherConfig
+from schemas.config.models import DeviceMap, MemoryLimits, Quantization, StudentConfig, TeacherConfig
 from schemas.config.prompts import (
     DatasetSource,
     JsonlSource,
@@ -22,7 +22,7 @@ from schemas.config.prompts import (
 from schemas.config.ray import RayConfig
 from schemas.config.reference import fields_markdown
 from schemas.config.rl import GRPOConfig, RLConfig
-from schemas.config.run import RunConfig
+from schemas.config.run import DevicesConfig, RunConfig
 from schemas.config.servers import ServersConfig, TeacherServersConfig
 from schemas.config.settings import RunSettings
 from schemas.config.stages import (
@@ -48,6 +48,7 @@ __all__ = [
     "ComparisonConfig",
     "DatasetSource",
     "DeviceMap",
+    "DevicesConfig",
     "ExportConfig",
     "FilterConfig",
     "GRPOConfig",
@@ -74,6 +75,7 @@ __all__ = [
     "ScoreConfig",
     "Section",
     "ServersConfig",
+    "StudentConfig",
     "TeacherConfig",
     "TeacherServersConfig",
     "TrainConfig",

@@ -78,9 +78,6 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
         """Return tokens in which control tokens are the template's own, as in every stage."""
         return [self._prompt_tokens[int(prompt)].tolist() for prompt in prompts], None, {}
 
-    def _send_telemetry(self) -> None:
-        """Do nothing: a run tells nobody."""
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step.
 

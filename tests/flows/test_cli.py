@@ -251,6 +251,24 @@ def test_a_model_that_cannot_be_used_fails_its_stage_with_exit_code_2(tmp_path: 
     assert "models: did not finish" in done.stdout
 
 
+def test_the_makers_of_libraries_are_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM, huggingface_hub (for TRL) and Prefect ask for this variable; the latter two as they are imported."""
+    for name in ("DO_NOT_TRACK", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    program = """
+import sys
+import flows.cli
+print(*{"huggingface_hub", "prefect", "vllm"} & sys.modules.keys())
+from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
+print(HF_HUB_DISABLE_TELEMETRY)
+"""
+    for said, told in ((None, "True"), ("0", "False")):
+        if said is not None:
+            monkeypatch.setenv("DO_NOT_TRACK", said)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CONFIGS.parent)
+        assert done.stdout.split("\n") == ["", told, ""]
+
+
 @pytest.mark.e2e
 def test_a_prefect_server_that_is_not_there_is_told_before_anything_is_written(
     tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE, score_schema
 from tasks.language_model.chat import reply_header
-from tasks.language_model.prefill import Prefill, gap_tolerance
+from tasks.language_model.prefill import Prefill, gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import policy_model
 from tasks.score import scoring
@@ -375,7 +375,7 @@ def test_a_model_that_overflows_is_named_with_the_first_sample(
     run: tuple[RunStore, RunConfig], monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     store, config = run
-    score, passes = scoring.prefill, iter(range(100))
+    score, passes = prefill, iter(range(100))
 
     def overflowing(*arguments: Any, **options: Any) -> Prefill:
         found = score(*arguments, **options)

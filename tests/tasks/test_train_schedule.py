@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from schemas.config import OptimizerConfig
 from schemas.tables import IGNORE_LABEL
 from tasks.language_model.ragged import Ragged
 from tasks.train.packs import without_labels
@@ -29,12 +30,13 @@ def test_learning_rate_is_one_cosine_over_all_rounds(tmp_path: Path, teacher_dir
 def test_the_rate_rises_over_the_share_of_the_run_that_is_its_warm_up_and_then_falls() -> None:
     # Ten epochs of 20 steps in two rounds; the first 50 steps are a quarter of the run.
     rounds = [RoundSchedule(start, 20, 1, before, 5, 10) for start, before in ((0, 0.0), (100, 5.0))]
-    rates = [rounds[step >= 100].learning_rate(step, 1e-3, 1e-4, 0.25) for step in range(201)]
+    optimizer = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_ratio=0.25)
+    rates = [rounds[step >= 100].learning_rate(step, optimizer) for step in range(201)]
     rising = [1e-3 * step / 50 for step in range(50)]
     falling = [1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * step / 150)) for step in range(151)]
     assert rates == pytest.approx([*rising, *falling], rel=1e-9)
     fixed = RoundSchedule(0, 7, 1, 0.0, 3, 10, total_steps=200)
-    assert [fixed.learning_rate(step, 1e-3, 1e-4, 0.25) for step in range(201)] == pytest.approx(rates, rel=1e-9)
+    assert [fixed.learning_rate(step, optimizer) for step in range(201)] == pytest.approx(rates, rel=1e-9)
 
 
 def test_a_round_ends_with_the_step_that_its_share_of_an_epoch_was_computed_from() -> None:
