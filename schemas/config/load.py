@@ -227,7 +227,7 @@ def _known_keys(location: Sequence[int | str], kind: type[Section]) -> list[str]
         if not annotations:
             # A name that users choose, of a mapping of sections.
             continue
-        candidates = [section for annotation in annotations for section in _sections(annotation)]
+        candidates = [section for annotation in annotations for section in sections_in(annotation)]
     return sorted({name for candidate in candidates for name in candidate.model_fields})
 
 
@@ -236,11 +236,12 @@ def _is_tagged(section: type[Section], tag: str) -> bool:
     return section.__name__ == tag or (field is not None and tag in get_args(field.annotation))
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a field with this annotation can hold."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, Annotated, list, dict):
-        return [section for argument in get_args(annotation) for section in _sections(argument)]
+        return [section for argument in get_args(annotation) for section in sections_in(argument)]
     return []
 
 

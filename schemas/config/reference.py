@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from schemas.config.base import Section
 from schemas.config.comparison import ComparisonConfig
-from schemas.config.load import _sections
+from schemas.config.load import sections_in
 from schemas.config.rl import RLConfig
 from schemas.config.run import RunConfig
 
@@ -40,7 +40,7 @@ def _walk(path: str, section: type[Section], seen: set[type[Section]]) -> Iterat
     seen.add(section)
     yield path, section
     for name, field in section.model_fields.items():
-        below = _sections(field.annotation)
+        below = sections_in(field.annotation)
         for child in below:
             suffix = f"[type: {_tag(child)}]" if _tag(child) else ""
             yield from _walk(f"{path}.{name}{suffix}".lstrip("."), child, seen)
