@@ -1,6 +1,6 @@
 """A local working copy of a run that lies in an object store."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from schemas import local_files
@@ -56,6 +56,16 @@ class Mirror:
         if not (path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256):
             self.download(record.path, record)
         self._known[record.path] = record.sha256
+
+    def fetch_all(self, name: str, records: Sequence[FileRecord]) -> None:
+        """Download all that a manifest names of a file or folder; see ``fetch``. What else lies in the folder goes."""
+        for record in records:
+            self.fetch(record)
+        named = {record.path for record in records}
+        # Of an earlier result, and would be read with it: weights and adapters are found by their names.
+        for path in (self.folder / name).rglob("*"):
+            if path.is_file() and self._name(path) not in named and not path.name.startswith(local_files.TEMPORARY):
+                local_files.remove(path)
 
     def download(self, name: str, record: FileRecord | None = None) -> None:
         """Download a file: as ``record`` says that it is, or whatever a manifest says of it.

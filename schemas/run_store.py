@@ -309,9 +309,8 @@ class RunStore(RunFiles):
                 mirror.fetch(record)
                 return
         manifest = self.manifest(key)
-        for record in () if manifest is None else manifest.outputs:
-            if record.path == name or record.path.startswith(f"{name}/"):
-                mirror.fetch(record)
+        if manifest is not None:
+            mirror.fetch_all(name, [r for r in manifest.outputs if f"{r.path}/".startswith(f"{name}/")])
 
     def receive(self, path: Path, *, anew: bool = False) -> Path:
         """Make a file that another machine wrote for a stage at work present here, and return its path.

@@ -83,10 +83,17 @@ def train_on_policy(job: StageJob) -> None:
         trainer.train()
     last = store.checkpoint(job.key)
     store.remove(last)
+    # Without times, which nothing but manifests holds: the same run gives the same bytes.
+    steps = [
+        {name: value for name, value in entry.items() if name != "step_time"}
+        for entry in trainer.state.log_history
+        if "grad_norm" in entry
+    ]
     with store.writing_folder(last) as folder:
         contents = CheckpointContents.gather(student, trainer.optimizer, device)
-        write_checkpoint(folder, student, contents, trainer.lr_scheduler, trainer.state)
-    metrics = _metrics_table(trainer.state.log_history, trainer.response_tokens, schedule, job.round)
+        state = dataclasses.replace(trainer.state, log_history=steps)
+        write_checkpoint(folder, student, contents, trainer.lr_scheduler, state)
+    metrics = _metrics_table(steps, trainer.response_tokens, schedule, job.round)
     store.write_table(store.path(job.key, METRICS_FILE), metrics, TRAIN_METRICS)
     job.counters |= {
         "policy_step": trainer.state.global_step,
@@ -228,10 +235,9 @@ def _schedule(settings: TrainConfig, prompts: int, on_policy: OnPolicyConfig) ->
 
 
 def _metrics_table(
-    log_history: list[dict[str, float]], response_tokens: list[int], schedule: RoundSchedule, round_index: int
+    steps: list[dict[str, float]], response_tokens: list[int], schedule: RoundSchedule, round_index: int
 ) -> pa.Table:
     """Return the logged steps as the train metrics table: TRL's loss is a distillation loss alone, without a CE."""
-    steps = [entry for entry in log_history if "grad_norm" in entry]
     return pa.table(
         {
             "step": [int(entry["step"]) for entry in steps],

@@ -118,6 +118,32 @@ def test_a_stage_that_another_process_runs_again_is_read_as_it_is_now(
         prompts_of(reader)
 
 
+def test_a_folder_that_is_fetched_holds_nothing_of_an_earlier_result(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*names: str) -> None:
+        manifest = finish_stage(store, KEY, PROMPTS, [])
+        with store.writing_folder(store.path(KEY, "model")) as folder:
+            for name in names:
+                (folder / name).write_text(name)
+        store.finish(KEY, manifest.model_copy(update={"outputs": store.outputs(KEY)}))
+
+    export("config.json", "model.safetensors")
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path / "elsewhere"))
+    reader = RunStore(store.url)
+    folder = reader.fetch(reader.path(KEY, "model"))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    export("config.json", "model-00001-of-00001.safetensors")
+    # Another process is fetching, too.
+    (folder / ".tmp-0").touch()
+    reader.fetch(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".tmp-0",
+        "config.json",
+        "model-00001-of-00001.safetensors",
+    ]
+
+
 def test_bytes_that_no_manifest_names_are_an_error_and_leave_the_copy_there_is(
     store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         make_config(tmp_path, **changes)
 
 
-def test_on_policy_training_asks_the_train_prompts_alone(
+def test_on_policy_training_asks_the_train_prompts_alone_and_repeats_byte_for_byte(
     tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Held-out prompts lie between the six that may be asked; two epochs of two steps ask each of those twice.
@@ -132,8 +132,10 @@ def test_on_policy_training_asks_the_train_prompts_alone(
         return tokenize(trainer, prompts)
 
     monkeypatch.setattr(OnPolicyTrainer, "_tokenize_prompts", listen)
-    execute(store, config, StageKey("train", 0))
+    once = execute(store, config, StageKey("train", 0))
     assert sorted(asked) == sorted(2 * [name for name, split in splits.items() if split == "train"])
+    store.supersede(StageKey("train", 0))
+    assert execute(store, config, StageKey("train", 0)).outputs == once.outputs
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
