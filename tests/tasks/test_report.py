@@ -124,6 +124,8 @@ def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
     assert [row[0] for row in figure.rows] == ["10", "20", "30"]
     (line,) = re.findall(r'<path d="([^"]*)" class="line', str(figure.svg))
     assert (line.count("M"), line.count("L")) == (1, 2)
+    unmeasured = curves_of(pa.table(columns | {"policy_kl": pa.nulls(rows, pa.float64())}), 0)
+    assert [figure.key for figure in training_figures([unmeasured], 0.1)] == ["loss", "learning-rate"]
 
 
 def test_packs_are_counted(figures: RunFigures) -> None:
