@@ -209,7 +209,7 @@ def held_out_tables(summary: RunSummary) -> list[TextTable]:
     ]
     told = f" ({summary.resolution})" if summary.resolution else ""
     titles = {
-        "Held-out agreement: mean ± standard error over response tokens; KL in nats": agreement,
+        "Held-out agreement: mean over tokens ± standard error over prompts; KL in nats": agreement,
         f"Own responses to held-out prompts: mean ± standard error{told}": responses,
     }
     return [

@@ -83,7 +83,7 @@ def fill_figure(packs: list[PackFill]) -> Figure:
 
 
 def training_figures(curves: list[Curves], budget: float | None) -> list[Figure]:
-    """Return loss parts, policy KL and learning rate of the rounds, and the warm-up's loss.
+    """Return loss parts, policy KL if it was measured and learning rate of the rounds, and the warm-up's loss.
 
     Args:
         curves: Of the warm-up and the rounds, in order.
@@ -93,7 +93,9 @@ def training_figures(curves: list[Curves], budget: float | None) -> list[Figure]
     rounds = [curve for curve in curves if curve.round != WARMUP]
     figures = []
     if rounds:
-        figures += [_loss(rounds), _policy_kl(rounds, budget), _learning_rate(rounds)]
+        # What the student did not sample has no policy to stay near.
+        measured = any(curve.most_policy_kl is not None for curve in rounds)
+        figures += [_loss(rounds), *([_policy_kl(rounds, budget)] if measured else []), _learning_rate(rounds)]
     if warmup:
         figures.append(_warmup_loss(warmup))
     return figures

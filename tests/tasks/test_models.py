@@ -102,8 +102,13 @@ def test_a_pruned_student_keeps_what_its_config_says_of_each_layer(tmp_path: Pat
 def test_a_student_whose_layers_go_by_their_numbers_is_not_pruned(tmp_path: Path) -> None:
     """Layers 0 and 5 are dense, the others mixtures of experts: what was the last is loaded as such a mixture."""
     torch.manual_seed(5)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0, 5]}
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts, head_dim=8)).save_pretrained(tmp_path / "teacher")
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [0, 5],
+    }
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **experts)).save_pretrained(tmp_path / "teacher")
     make_tokenizer().save_pretrained(tmp_path / "teacher")
     with pytest.raises(ModelError, match=r"student\.init: Qwen3MoeForCausalLM without some of its layers"):
         resolve(tmp_path, tmp_path / "teacher", {"init": "prune", "keep_layers": [0, 3, 5]})

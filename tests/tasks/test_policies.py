@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from schemas.config import parse_config
 from schemas.errors import ConfigError, PromptError
@@ -19,6 +21,7 @@ from tasks.stage import execute
 from tasks.train.on_policy import OnPolicyTrainer
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 from tests.tasks.training_runs import assert_same, metrics, random_packs, train_rounds, trained_weights, training_run
+from tests.tiny_models import make_model, save_model
 
 
 def whole_run(folder: Path, teacher: Path, student: Path, *, answers: bool = True, **sections: Any) -> RunStore:
@@ -136,6 +139,62 @@ def test_on_policy_training_asks_the_train_prompts_alone_and_repeats_byte_for_by
     assert sorted(asked) == sorted(2 * [name for name, split in splits.items() if split == "train"])
     store.supersede(StageKey("train", 0))
     assert execute(store, config, StageKey("train", 0)).outputs == once.outputs
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_on_policy_training_samples_as_it_is_told_and_learns_the_kl_it_is_told(
+    tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, beta: float
+) -> None:
+    """The first step's loss against float64, one response at a time: KL(teacher || student), or the other way round."""
+    teacher_dir = save_model(tmp_path / "teacher", make_model(seed=9, layers=3))
+    config = make_config(
+        tmp_path,
+        teacher={"model": str(teacher_dir)},
+        student={"model": str(student_dir)},
+        rounds=1,
+        generate={"max_new_tokens": 7, "temperature": 0.7, "top_p": 0.9},
+        train={
+            "on_policy": {"prompts_per_step": 4, "batch_prompts": 2, "beta": beta},
+            "steps_per_round": 1,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+    )
+    store = make_store(tmp_path, config)
+    finish_stage(
+        store, StageKey("prompts"), PROMPTS, [prompts_table(dict.fromkeys("abcd", "train") | {"e": "held_out"})]
+    )
+    execute(store, config, MODELS)
+    sampled: list[tuple[list[int], list[int]]] = []
+    trainers: list[OnPolicyTrainer] = []
+    generate = OnPolicyTrainer._generate_single_turn
+
+    def listen(trainer: OnPolicyTrainer, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        responses = generate(trainer, prompt_ids, *args, **kwargs)
+        trainers.append(trainer)
+        sampled.extend(zip(prompt_ids, responses, strict=True))
+        return responses
+
+    monkeypatch.setattr(OnPolicyTrainer, "_generate_single_turn", listen)
+    execute(store, config, StageKey("train", 0))
+    (trainer,) = trainers
+    told = trainer.generation_config
+    assert (told.do_sample, told.temperature, told.top_p, told.top_k) == (True, 0.7, 0.9, 0)
+    assert told.max_new_tokens == 7
+    assert len(sampled) == 4
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (teacher_dir, student_dir)]
+    divergences = []
+    for prompt, response in sampled:
+        with torch.no_grad():
+            teacher, student = (
+                model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+                for model in models
+            )
+        p, q = (values.log_softmax(-1) for values in ((teacher, student) if beta == 0 else (student, teacher)))
+        divergences += (p.exp() * (p - q)).sum(-1).tolist()
+    (row,) = metrics(store, 0).to_pylist()
+    assert row["loss"] == row["kd"] == pytest.approx(np.mean(divergences), rel=1e-4)
+    assert row["response_tokens"] == len(divergences)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])

@@ -128,6 +128,8 @@ def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
     alone = curves_of(pa.table(columns).slice(0, 12), 0)
     figure = next(figure for figure in training_figures([alone], 0.1) if figure.key == "policy-kl")
     assert re.findall(r'<path d="([^"]*)" class="(line[^"]*)"', str(figure.svg))[0][1] == "line dot line-kd"
+    unmeasured = curves_of(pa.table(columns | {"policy_kl": pa.nulls(rows, pa.float64())}), 0)
+    assert [figure.key for figure in training_figures([unmeasured], 0.1)] == ["loss", "learning-rate"]
 
 
 def test_packs_are_counted(figures: RunFigures) -> None:

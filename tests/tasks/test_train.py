@@ -112,7 +112,7 @@ def test_optimizer_steps_are_adamw_clipped_and_on_schedule(
     execute(store, config, StageKey("train", 0))
     # A linear rise from 0 over half of the four steps, then a cosine.
     rates = [0.0, 0.5 * peak, peak, floor + 0.5 * (peak - floor)]
-    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
+    model: Any = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
     start = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     first, second = ({name: torch.zeros_like(weight) for name, weight in start.items()} for _ in range(2))
     norms = []
