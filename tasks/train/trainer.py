@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from schemas.config import GuardConfig, OptimizerConfig
+from schemas.config import GuardConfig, OptimizerConfig, WarmupConfig
 from schemas.errors import StageError
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.head import OutputHead, hidden_states
@@ -222,13 +222,11 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             if not (math.isfinite(sums["ce"]) and math.isfinite(sums["kd"])):
                 raise StageError(
                     f"train: the loss of optimizer step {self.state.global_step} is not finite "
-                    f"(CE {sums['ce']:.4g}, KD {sums['kd']:.4g} nats over {tokens:.0f} tokens); lower "
-                    "`train.learning_rate` or set `train.precision: fp32`"
+                    f"(CE {sums['ce']:.4g}, KD {sums['kd']:.4g} nats over {tokens:.0f} tokens); {self._remedy()}"
                 )
             if not math.isfinite(logs.get("grad_norm", 0.0)):
                 raise StageError(
-                    f"train: the gradient of optimizer step {self.state.global_step} is not finite; lower "
-                    "`train.learning_rate` or set `train.precision: fp32`"
+                    f"train: the gradient of optimizer step {self.state.global_step} is not finite; {self._remedy()}"
                 )
             logs |= {name: value / tokens for name, value in sums.items()}
             logs["response_tokens"] = tokens
@@ -236,6 +234,11 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             if self.guard is not None and is_measured(self.state.global_step, self.schedule, self.guard):
                 logs["policy_kl"] = self.measured_policy_kl()
         super().log(logs, start_time)
+
+    def _remedy(self) -> str:
+        section = "warmup" if isinstance(self.optimizer_config, WarmupConfig) else "train"
+        more = "" if self.optimizer_config.precision == "fp32" else f" or set `{section}.precision: fp32`"
+        return f"lower `{section}.learning_rate`{more}"
 
     def measured_policy_kl(self) -> float:
         """Return how far the student is from its packs' sampler now, nats per token."""
