@@ -145,7 +145,8 @@ def _print_stage(console: Console, stage: StageDifference) -> None:
             what = f"{'right' if file.left is None else 'left'} run only"
         else:
             what = f"sha256 {file.left['sha256'][:12]}… | {file.right['sha256'][:12]}…"
-        _line(console, f"    {file.path}: {what}" + (f"; first at {file.first}" if file.first else ""))
+        at = "first at " if file.first and file.first.startswith("row ") else ""
+        _line(console, f"    {file.path}: {what}" + (f"; {at}{file.first}" if file.first else ""))
     if len(stage.files) > _SHOWN_FILES:
         _line(console, f"    and {len(stage.files) - _SHOWN_FILES:,} further files")
 

@@ -106,7 +106,8 @@ def diff(
 def report(
     run: RunArgument,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="PATH", help="Write there instead of RUN/report.html.")
+        Path | None,
+        typer.Option("--output", metavar="FILE", dir_okay=False, help="Write there instead of RUN/report.html."),
     ] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
 ) -> None:

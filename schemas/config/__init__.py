@@ -41,6 +41,7 @@ from schemas.config.training import (
     OnPolicyConfig,
     OptimizerConfig,
     TrainConfig,
+    WarmupConfig,
 )
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "TeacherServersConfig",
     "TrainConfig",
     "VllmOptions",
+    "WarmupConfig",
     "apply_overrides",
     "continuation_config",
     "fields_markdown",

@@ -52,8 +52,8 @@ class TeacherConfig(ModelSource):
 
     max_memory: MemoryLimits | None = Field(default=None, json_schema_extra=PLACEMENT)
     """With `device_map`: what its weights may take of each GPU, by number, and of the CPU, as in
-    `{0: 70GiB, 1: 70GiB, cpu: 200GiB}`; leave room for a pass. A device that is left out takes no weights. null: what
-    is free."""
+    `{'0': 70GiB, '1': 70GiB, cpu: 200GiB}`; leave room for a pass. A device that is left out takes no weights. null:
+    what is free."""
 
     offload_folder: str | None = Field(default=None, json_schema_extra=PLACEMENT)
     """With `device_map`: where layers wait that are kept on disk in another form than the model's own files (mixtures

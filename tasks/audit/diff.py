@@ -26,7 +26,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class FileDifference:
-    """A file that differs; a side is None where it is not there. ``first``: where a table begins to differ."""
+    """A file that differs; a side is None where it is not there. ``first``: where or how a table differs."""
 
     path: str
     left: dict[str, Any] | None

@@ -56,6 +56,8 @@ def _change_text(own: list[Metric]) -> str:
         return "Held-out prompts only."
     before, after = own
     change, least = after.value - before.value, told_apart(before, after)
+    if change == 0 == least:
+        return "No change."
     verdict = "beyond" if abs(change) > least else "within"
     return f"Change {change:+.4f}: {verdict} noise, which is {number_text(least, 2)} at 95 % (unpaired)."
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from schemas.config import GuardConfig, OptimizerConfig
+from schemas.config import GuardConfig, OptimizerConfig, WarmupConfig
 from schemas.errors import StageError
 from schemas.tables import IGNORE_LABEL
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
@@ -215,12 +215,11 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
                 told = ", ".join(f"{name.upper()} {value:.4g}" for name, value in sums.items())
                 raise StageError(
                     f"train: the loss of optimizer step {self.state.global_step} is not finite ({told} nats over "
-                    f"{tokens:.0f} tokens); lower `train.learning_rate` or set `train.precision: fp32`"
+                    f"{tokens:.0f} tokens); {self._remedy()}"
                 )
             if not math.isfinite(logs.get("grad_norm", 0.0)):
                 raise StageError(
-                    f"train: the gradient of optimizer step {self.state.global_step} is not finite; lower "
-                    "`train.learning_rate` or set `train.precision: fp32`"
+                    f"train: the gradient of optimizer step {self.state.global_step} is not finite; {self._remedy()}"
                 )
             logs |= {name: value / tokens for name, value in sums.items()}
             logs["response_tokens"] = tokens
@@ -228,6 +227,11 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             if self.guard is not None and is_measured(self.state.global_step, self.schedule, self.guard):
                 logs["policy_kl"] = self.measured_policy_kl()
         super().log(logs, start_time)
+
+    def _remedy(self) -> str:
+        section = "warmup" if isinstance(self.optimizer_config, WarmupConfig) else "train"
+        more = "" if self.optimizer_config.precision == "fp32" else f" or set `{section}.precision: fp32`"
+        return f"lower `{section}.learning_rate`{more}"
 
     def measured_policy_kl(self) -> float:
         """Return how far the student is from its packs' sampler now, nats per token."""

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
+from flows.audit import print_difference
 from flows.cli import app
+from flows.terminal import Terminal
 from schemas.manifest import record_bytes
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, IGNORE_LABEL, TableSchema, pack_schema, score_schema
+from tasks.audit.diff import FileDifference, RunDifference, StageDifference
 from tests.flows.conftest import FinishedRun
 
 RUNNER = CliRunner()
@@ -226,6 +229,16 @@ def test_diff_names_settings_packages_stages_and_the_first_row(finished_run: Fin
     assert code == 1
     assert "train.kd_weight: 0.9 | 0.5" in output
     assert "first at row 2, column policy_lag" in output
+
+
+def test_a_difference_that_is_of_no_row_is_not_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    side = {"rows": 1, "bytes": 9, "sha256": "0" * 64}
+    files = [FileDifference("a", side, side, first) for first in ("row 2, column x", "their columns have other types")]
+    stage = StageDifference("prompts", "different", (1, 1), (9, 9), files)
+    print_difference(Terminal(), "left", "right", RunDifference(stages=[stage]))
+    output = capsys.readouterr().out
+    assert "; first at row 2, column x" in output
+    assert "; their columns have other types" in output
 
 
 def test_settings_that_say_only_where_make_no_difference(finished_run: FinishedRun, copied: Path) -> None:

@@ -57,6 +57,8 @@ def test_the_page_goes_where_it_is_wanted(copied: Path, tmp_path: Path) -> None:
     assert (code, output.strip()) == (0, str(wanted))
     assert wanted.read_bytes() == before
     assert not (copied / REPORT_NAME).exists()
+    code, output = invoke(copied, "--output", tmp_path)
+    assert (code, "is a directory" in output) == (2, True)
 
 
 def test_a_run_cut_short_has_a_report(copied: Path) -> None:

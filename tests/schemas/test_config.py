@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from schemas.config import (
     RLConfig,
     RunConfig,
     Section,
+    TeacherConfig,
     apply_overrides,
     fields_markdown,
     load_as,
@@ -17,6 +19,7 @@ from schemas.config import (
     parse_config,
     parse_settings,
 )
+from schemas.config.document import parse_document
 from schemas.errors import ConfigError
 from schemas.provenance import run_identity
 
@@ -197,6 +200,13 @@ def test_paths_start_at_the_config_file(tmp_path: Path) -> None:
     assert config.teacher.model == str(tmp_path / "teacher")
     assert config.student.model == "b"
     assert config.prompts.sources[0].model_dump()["path"] == str(tmp_path / "p.jsonl")
+
+
+def test_the_memory_limits_that_the_manual_gives_can_be_written_in_yaml() -> None:
+    (example,) = re.findall(r"`(\{.*?\})`", TeacherConfig.model_fields["max_memory"].description or "", re.DOTALL)
+    teacher = {"model": "a", "device_map": "auto", "max_memory": parse_document(example, "max_memory")}
+    limits = parse_config(MINIMAL | {"teacher": teacher}).teacher.max_memory
+    assert limits == {0: "70GiB", 1: "70GiB", "cpu": "200GiB"}
 
 
 def test_placement_does_not_touch_fingerprints() -> None:

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from schemas.config import WarmupConfig
 from schemas.errors import ArtifactError, ModelError, StageError
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import IGNORE_LABEL, pack_schema
@@ -185,9 +186,18 @@ def test_training_that_diverges_names_the_step(tmp_path: Path, teacher_dir: Path
     store, config = training_run(
         tmp_path, teacher_dir, student_dir, rounds=1, epochs=2, packs=random_packs(), learning_rate=1e30
     )
-    with pytest.raises(StageError, match=r"optimizer step 2 is not finite.*learning_rate"):
+    with pytest.raises(StageError, match=r"optimizer step 2 is not finite.*lower `train.learning_rate`$"):
         execute(store, config, StageKey("train", 0))
     assert store.manifest(StageKey("train", 0)) is None
+
+
+def test_a_warmup_that_diverges_names_its_own_setting(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    packs = random_packs()
+    store, config = training_run(tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=packs)
+    finish_stage(store, StageKey("pack", WARMUP), pack_schema(None), [packs.select(pack_schema(None).columns.names)])
+    warm = config.model_copy(update={"warmup": WarmupConfig(epochs=2, learning_rate=1e30)})
+    with pytest.raises(StageError, match=r"lower `warmup.learning_rate` or set `warmup.precision: fp32`$"):
+        execute(store, warm, StageKey("train", WARMUP))
 
 
 def test_warmup_learns_labels_alone(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
