@@ -21,6 +21,7 @@ from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.weights import read_tensors
 from tasks.rl.graph import BASELINE, EVALUATE, RL
+from tasks.rl.held_out import _sampling
 from tasks.rl.reward import VerifiedReward, verifiable
 from tasks.rl.trainer import prompt_order
 from tasks.stage import execute
@@ -255,6 +256,15 @@ def test_every_prompt_is_met_once_before_any_is_met_again() -> None:
     assert not np.array_equal(order[:7], order[7:14])
     assert np.array_equal(order, prompt_order(7, 30, seed=3))
     assert not np.array_equal(order, prompt_order(7, 30, seed=4))
+
+
+def test_the_model_answers_as_the_config_says(tmp_path: Path) -> None:
+    own = {"engine": "vllm", "batch_size": 5, "temperature": 0.5, "samples_per_prompt": 3}
+    values = rl_values(tmp_path, tmp_path) | {"seed": 8}
+    for limit, expected in ((None, 6), (9, 9)):
+        found = _sampling(parse_as(RLConfig, values | {"evaluate": {**own, "max_new_tokens": limit}}))
+        assert (found.engine.engine, found.engine.batch_size) == ("vllm", 5)
+        assert (found.temperature, found.samples_per_prompt, found.max_new_tokens, found.seed) == (0.5, 3, expected, 8)
 
 
 def test_what_cannot_start_says_so(tmp_path: Path, student_dir: Path, source: RunStore) -> None:
