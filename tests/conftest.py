@@ -63,10 +63,14 @@ def shared_server(prefect_home: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def prefect_api(shared_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def prefect_api(shared_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Give the commands that a test starts a Prefect server, so that none of them starts one of its own."""
     monkeypatch.setenv("PREFECT_API_URL", shared_server)
-    return shared_server
+    # This process reads its settings when it imports Prefect, which it may have done.
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: shared_server}):
+        yield shared_server
 
 
 SLOW_LAST = ("engine", "server", "e2e")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from tasks.graph import loop
+from tasks.language_model.sources import teacher_model
 
 ROOT = Path(__file__).parents[1]
 SHORTER = [
@@ -24,6 +25,16 @@ SHORTER = [
     "generate.max_new_tokens=16",
     "generate.batch_size=20",
 ]
+
+
+def replied(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """Return what a model says to a prompt, greedily."""
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(chat, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    reply: str = tokenizer.decode(model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :])
+    return reply
 
 
 @pytest.mark.e2e
@@ -55,8 +66,11 @@ def test_a_real_student_learns_from_a_real_teacher(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert student.config.num_hidden_layers == 12
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Name three fruits."}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(chat, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    assert student.generate(ids, max_new_tokens=8, do_sample=False).shape[1] > ids.shape[1]
+    assert replied(student, tokenizer, "Name three fruits.", 8)
+
+    # The teacher is a GGUF file inside an installed package: its weights came out of it as transformers reads them.
+    place = teacher_model(store, config).path
+    teacher: Any = AutoModelForCausalLM.from_pretrained(place)
+    assert teacher.config.num_hidden_layers == 30
+    reply = replied(teacher, AutoTokenizer.from_pretrained(place), "What is the capital of France?", 12)
+    assert "Paris" in reply

@@ -50,7 +50,7 @@ def evaluate_model(job: StageJob[RLConfig], folder: Path, name: str) -> None:
         )
     prompts, tokens = prompts.filter(pa.array(fits)), tokens.filter(fits)
     asked = HeldOut(prompts, tokens, tokenizer, model.context)
-    table = own_responses(asked, model, name, WARMUP, _sampling(config), job.progress)
+    table = own_responses(asked, model, name, WARMUP, sampling_of(config), job.progress)
     store.write_table(store.path(job.key, RESPONSES_FILE), table, EVALUATE_RESPONSES)
     metrics = metrics_table({name: response_means(table)}, WARMUP)
     store.write_table(store.path(job.key, METRICS_FILE), metrics, EVALUATE_METRICS)
@@ -75,7 +75,8 @@ def _model(config: RLConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def _sampling(config: RLConfig) -> Sampling:
+def sampling_of(config: RLConfig) -> Sampling:
+    """Return how held-out prompts are answered: as `evaluate` says, by default with as many tokens as training."""
     own = config.evaluate
     return Sampling(
         engine=GenerateConfig(engine=own.engine, batch_size=own.batch_size),

@@ -1,5 +1,6 @@
 """A real Prefect server, for tests."""
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,17 @@ from tests.flows.conftest import CONFIGS
 
 PREFECT = [sys.executable, "-m", "prefect"]
 CHECKOUT = CONFIGS.parent
+_CALL_EACH = """
+import json, sys
+from prefect.cli import app
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        app()
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 
 
 class Server:
@@ -82,6 +94,18 @@ class Server:
         )
         assert done.returncode == 0, done.stdout + done.stderr + (self.folder / "worker.log").read_text()
         return done.stdout
+
+    def call_each(self, commands: list[list[str]]) -> None:
+        """Run commands that end, one after another in one process, which imports Prefect once."""
+        done = subprocess.run(
+            [sys.executable, "-c", _CALL_EACH, json.dumps(commands)],
+            capture_output=True,
+            text=True,
+            cwd=CHECKOUT,
+            env=self.environment,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
         """Return what the server's API finds."""

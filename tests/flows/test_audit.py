@@ -235,7 +235,7 @@ def test_a_difference_that_is_of_no_row_is_not_told_as_one(capsys: pytest.Captur
     side = {"rows": 1, "bytes": 9, "sha256": "0" * 64}
     files = [FileDifference("a", side, side, first) for first in ("row 2, column x", "their columns have other types")]
     stage = StageDifference("prompts", "different", (1, 1), (9, 9), files)
-    print_difference(Terminal(), "left", "right", RunDifference(stages=[stage]))
+    print_difference(Terminal(), "left", "right", RunDifference([], {}, [stage]))
     output = capsys.readouterr().out
     assert "; first at row 2, column x" in output
     assert "; their columns have other types" in output

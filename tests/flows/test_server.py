@@ -32,8 +32,7 @@ def documented_commands() -> list[list[str]]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
     try:
-        for command in documented_commands():
-            server.call(*command)
+        server.call_each(documented_commands())
         server.start("worker", "start", "--pool", "local", "--limit", "1")
         yield server
     finally:

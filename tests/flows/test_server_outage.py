@@ -1,13 +1,14 @@
 """A Prefect server that goes away in mid-run, and comes back or does not."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from schemas.config import load_config
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
@@ -64,8 +65,9 @@ def test_a_server_that_comes_back_sees_the_run_end(
     assert server.flow_run("npd-round")["state_type"] == "COMPLETED"
 
 
+@pytest.mark.usefixtures("prefect_api")
 def test_a_server_that_stays_away_costs_no_work(
-    server: Server, shared_server: str, tmp_path: Path, teacher_dir: Path, student_dir: Path
+    server: Server, tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
     config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
     settings = load_config(config)
@@ -83,12 +85,6 @@ def test_a_server_that_stays_away_costs_no_work(
     assert "Traceback" not in output
     # Every stage is done: with a server again there is nothing left to do.
     assert store.finished(StageKey("evaluate", 0))
-    again = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", str(config)],
-        capture_output=True,
-        text=True,
-        cwd=CONFIGS.parent,
-        env=os.environ | {"PREFECT_API_URL": shared_server},
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "round 0 · evaluate: up to date" in again.stdout
+    again = CliRunner().invoke(app, ["run", str(config)])
+    assert again.exit_code == 0, again.output
+    assert "round 0 · evaluate: up to date" in again.output

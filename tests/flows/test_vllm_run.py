@@ -22,17 +22,15 @@ from tests.tiny_models import make_model, save_model
 WIDTH = 128
 
 
-def stage_process(log: Path, words: str) -> int:
-    """Return the process of a stage once its log holds ``words``."""
-    deadline = time.monotonic() + 120
+def stage_process(log: Path) -> int:
+    """Return the process of a stage once its log names it."""
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         text = log.read_text(encoding="utf-8") if log.is_file() else ""
-        if words in text:
-            found = re.search(r"process (\d+)", text)
-            assert found is not None
+        if found := re.search(r"process (\d+) ", text):
             return int(found[1])
         time.sleep(0.1)
-    raise AssertionError(f"{log}: no `{words}`")
+    raise AssertionError(f"{log}: no process")
 
 
 @pytest.mark.engine
@@ -41,12 +39,14 @@ def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) ->
     teacher = save_model(tmp_path / "teacher", make_model(seed=1, layers=3, hidden=WIDTH))
     student = save_model(tmp_path / "student", make_model(seed=2, hidden=WIDTH))
     generate = {"engine": "vllm", "max_new_tokens": 12, "shard_prompts": 6}
-    config = write_smoke_config(tmp_path, teacher, student, rounds=1, warmup=None, generate=generate)
+    # Every stage that samples takes its time to import vLLM: here the teacher's references and the round's samples.
+    changes = {"rounds": 1, "warmup": None, "generate": generate, "evaluate": {"generate": False}}
+    config = write_smoke_config(tmp_path, teacher, student, **changes)
     command = [sys.executable, "-m", "flows.cli", "run", str(config)]
     log = tmp_path / "runs" / "smoke" / "logs" / "round-0-generate.log"
     with subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True, cwd=CONFIGS.parent) as process:
-        # The engine dies while it starts, as one does that finds too little memory.
-        os.kill(stage_process(log, "checkpoint shards: 100%"), signal.SIGKILL)
+        # Its process dies while the engine starts, as one does that finds too little memory.
+        os.kill(stage_process(log), signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     assert "`round 0 · generate` was killed (signal 9), most likely out of memory" in output

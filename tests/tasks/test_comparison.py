@@ -68,14 +68,14 @@ def finished_run(tmp_path: Path, trained_tokens: tuple[int, int] = (240, 360), *
             counters["tokens"] = 13
         elif key.stage == "train":
             counters |= {"tokens": trained_tokens[index], "policy_step": (2, 6)[index]}
-            step = {"epoch": 1.0, "round": index, "loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0}
+            step: dict[str, Any] = {"epoch": 1.0, "round": index, "loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0}
             steps = [
                 step | {"step": number, "response_tokens": 1, "policy_kl": policy_kl}
                 for number, policy_kl in enumerate((0.25 + index, 0.5 + index, None))
             ]
             schema, shards = TRAIN_METRICS, [pa.Table.from_pylist(steps, schema=TRAIN_METRICS.columns)]
         elif key.stage == "evaluate":
-            row = {"round": key.round, "model": "student", "metric": "kl_teacher_student", "n": 9}
+            row: dict[str, Any] = {"round": key.round, "model": "student", "metric": "kl_teacher_student", "n": 9}
             row |= {"value": 5.0 - 2 * (key.round or 0), "stderr": 0.125}
             schema, shards = EVALUATE_METRICS, [pa.Table.from_pylist([row], schema=EVALUATE_METRICS.columns)]
         else:

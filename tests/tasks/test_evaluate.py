@@ -29,6 +29,7 @@ from schemas.tables import (
 from tasks.evaluate.agreement import compare_with_teacher, keep_states
 from tasks.evaluate.means import grouped_mean, repetition, response_means
 from tasks.evaluate.resolution import detectable_difference, noisiest_accuracy, prompts_needed
+from tasks.evaluate.responses import Sampling
 from tasks.graph import BASELINE, loop
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import result_model
@@ -271,6 +272,23 @@ def test_a_split_that_overlaps_is_refused(tmp_path: Path) -> None:
     both = pa.concat_tables([prompts_table({"a": "train", "b": "train"}), prompts_table({"b": "held_out"})])
     with pytest.raises(ArtifactError, match="prompt_id"):
         finish_stage(store, StageKey("prompts"), PROMPTS, [both])
+
+
+def test_models_answer_as_the_config_says(tmp_path: Path) -> None:
+    """The servers of the student hold another round's snapshot, and those of the teacher the teacher."""
+    served = {
+        engine: {"engine": "server", "server": {"urls": [f"http://{engine}"]}} for engine in ("student", "teacher")
+    }
+    sections: dict[str, Any] = {"generate": served["student"] | {"max_new_tokens": 11}, "score": served["teacher"]}
+    own = {"temperature": 0.5, "samples_per_prompt": 3}
+    for limit, expected in ((None, 11), (7, 7)):
+        config = make_config(tmp_path, seed=8, evaluate={**own, "max_new_tokens": limit}, **sections)
+        student, teacher = (Sampling.of(config, teacher=asked) for asked in (False, True))
+        assert (student.engine.engine, teacher.engine.engine) == ("transformers", "server")
+        assert teacher.engine.server.urls == ["http://teacher"]
+        for found in (student, teacher):
+            assert (found.temperature, found.samples_per_prompt, found.max_new_tokens) == (0.5, 3, expected)
+            assert found.seed == 8
 
 
 def test_without_responses_there_is_agreement_only(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:

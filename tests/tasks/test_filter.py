@@ -8,7 +8,6 @@ import pytest
 
 from schemas.config import FilterConfig, Quantile
 from schemas.errors import ArtifactError, StageError
-from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, score_schema
 from tasks.filter import NO_SCORES, applied_bounds, ledger
@@ -171,14 +170,6 @@ def test_a_bound_that_is_a_quantile_is_that_of_the_whole_round(
     assert job.store.read_table(FILTER_KEY, FILTER).column("keep").to_pylist() == [False, *kept]
 
 
-def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    digests = []
-    for name in ("a", "b"):
-        job, _, _ = _round(tmp_path / name, [0.1, 0.2, None, 5.0] * 5)
-        digests.append([record.sha256 for record in execute(job.store, job.config, FILTER_KEY).outputs])
-    assert digests[0] == digests[1]
-
-
 def test_nothing_kept_stops_the_round_and_names_the_bounds(tmp_path: Path) -> None:
     job, _, _ = _round(tmp_path, [-0.4, -0.2, 3.5, None, 0.5], filter={"max_delta_ifd": 0.4})
     with pytest.raises(StageError) as error:
@@ -259,10 +250,3 @@ def test_the_ledger_does_not_depend_on_the_rollouts_shards(tmp_path: Path) -> No
         finish_stage(job.store, GENERATE_KEY, GENERATE, split_rows(rollouts, rows))
         digests.append([record.sha256 for record in execute(job.store, job.config, FILTER_KEY).outputs])
     assert digests[0] == digests[1]
-
-
-def test_filter_reads_a_store_opened_again(tmp_path: Path) -> None:
-    job, _, _ = _round(tmp_path, [0.1, 0.2, 0.3])
-    execute(job.store, job.config, FILTER_KEY)
-    reopened = RunStore.open(job.store.folder)
-    assert reopened.read_table(FILTER_KEY, FILTER).num_rows == 3

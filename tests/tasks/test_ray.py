@@ -50,7 +50,9 @@ def started(cores: int) -> Iterator[Any]:
     """Start a cluster of one node."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    node: dict[str, Any] = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    # A node counts as lost once it has not answered five times: by itself Ray asks every three seconds.
+    node |= {"_system_config": {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}}
     running = Cluster(initialize_head=True, head_node_args=node)
     try:
         yield running

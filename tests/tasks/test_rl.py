@@ -23,7 +23,8 @@ from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.weights import read_tensors
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.rl.grpo import check_engine
-from tasks.rl.reward import VerifiedReward, rewards, verifiable
+from tasks.rl.held_out import sampling_of
+from tasks.rl.reward import VerifiedReward, verifiable
 from tasks.rl.start import source_run
 from tasks.rl.trainer import prompt_order
 from tasks.stage import execute
@@ -260,11 +261,13 @@ def test_every_prompt_is_met_once_before_any_is_met_again() -> None:
     assert not np.array_equal(order, prompt_order(7, 30, seed=4))
 
 
-def test_rewards_equal_their_formula() -> None:
-    rng = np.random.default_rng(0)
-    scores, truncated = rng.random(50), rng.random(50) < 0.5
-    expected = [s - (0.3 if t else 0.0) for s, t in zip(scores, truncated, strict=True)]
-    assert rewards(scores, truncated, 0.3).tolist() == pytest.approx(expected, abs=1e-15)
+def test_the_model_answers_as_the_config_says(tmp_path: Path) -> None:
+    own = {"engine": "vllm", "batch_size": 5, "temperature": 0.5, "samples_per_prompt": 3}
+    values = rl_values(tmp_path, tmp_path) | {"seed": 8}
+    for limit, expected in ((None, 6), (9, 9)):
+        found = sampling_of(parse_as(RLConfig, values | {"evaluate": {**own, "max_new_tokens": limit}}))
+        assert (found.engine.engine, found.engine.batch_size) == ("vllm", 5)
+        assert (found.temperature, found.samples_per_prompt, found.max_new_tokens, found.seed) == (0.5, 3, expected, 8)
 
 
 def test_what_cannot_start_says_so(tmp_path: Path, student_dir: Path, source: RunStore) -> None:

@@ -208,6 +208,8 @@ def test_warmup_learns_labels_alone(tmp_path: Path, teacher_dir: Path, student_d
         teacher={"model": str(teacher_dir)},
         student={"model": str(student_dir)},
         warmup={"epochs": 6, "learning_rate": 3e-3, "min_learning_rate": 1e-4, "precision": "fp32"},
+        # Of the rounds alone.
+        train={"lora": {"r": 3}},
     )
     labels_only = packs.select(pack_schema(None).columns.names)
     finish_stage(store, StageKey("pack", WARMUP), pack_schema(None), [labels_only])
@@ -218,6 +220,8 @@ def test_warmup_learns_labels_alone(tmp_path: Path, teacher_dir: Path, student_d
     ce = table.column("ce").to_pylist()
     assert ce[-1] < ce[0] - 0.1
     assert table.column("loss").to_pylist() == pytest.approx(ce, abs=1e-5)
+    checkpoint = store.checkpoint(StageKey("train", WARMUP))
+    assert load_file(checkpoint / "model.safetensors").keys() == load_file(student_dir / "model.safetensors").keys()
 
 
 def test_a_kd_that_is_not_computed_is_not_said_to_be_nothing(

@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,17 @@ def test_policy_kl_is_measured_every_so_often_and_at_the_end(
     kl = metrics(store, 0).column("policy_kl").to_pylist()
     assert [step for step, value in enumerate(kl, 1) if value is not None] == [4, 6]
     assert kl[3] > 0
+
+
+def test_the_distance_is_measured_without_dropout(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
+    """A student that drops attention weights out and does not move stays where its sampler is."""
+    student = Path(shutil.copytree(student_dir, tmp_path / "student"))
+    values = json.loads((student / "config.json").read_text(encoding="utf-8")) | {"attention_dropout": 0.3}
+    (student / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    still: dict[str, Any] = {"learning_rate": 1e-12, "min_learning_rate": 0.0, "guard": {"every_steps": 1}}
+    store, config = training_run(tmp_path, teacher_dir, student, rounds=1, epochs=1, packs=random_packs(), **still)
+    execute(store, config, StageKey("train", 0))
+    assert max(metrics(store, 0).column("policy_kl").to_pylist()) < 1e-6
 
 
 def test_a_round_is_judged_by_its_own_newest_measurement() -> None:

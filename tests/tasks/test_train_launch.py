@@ -15,15 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flows.join import join_training
 from flows.process import run_in_process
 from schemas.config import LaunchConfig, RunConfig
-from schemas.errors import NPDError, StageError, StorageError
+from schemas.errors import ConfigError, NPDError, StageError, StorageError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tasks.checkpoint import restore_random
 from tasks.process import Job
 from tasks.stage import StageJob, execute, no_progress
 from tasks.train.launch import Ranks, launch_command
+from tests.run_fixtures import make_config, make_store
 from tests.tasks.training_runs import metrics, random_packs, trained_weights, training_run
 
 TRAIN = StageKey("train", 0)
@@ -214,8 +216,6 @@ def say(connection: socket.socket, **event: Any) -> None:
 
 
 def the_failure(ranks: Ranks, tmp_path: Path) -> Exception:
-    from tests.run_fixtures import make_config, make_store
-
     config = make_config(tmp_path, train={"launch": {"processes": 2}})
     return ranks.failure(1, StageJob(make_store(tmp_path, config), config, TRAIN), Path("train.log"))
 
@@ -257,6 +257,13 @@ def test_a_launcher_that_starts_nothing_is_told_from_one_whose_processes_fail(
     ranks: tuple[Ranks, Path], tmp_path: Path
 ) -> None:
     assert "`accelerate launch` exited with code 1" in str(the_failure(ranks[0], tmp_path))
+
+
+@pytest.mark.parametrize("machine", [0, 2])
+def test_a_machine_that_the_config_does_not_have_cannot_join(tmp_path: Path, machine: int) -> None:
+    config = make_config(tmp_path, train={"launch": {"machines": 2, "main_address": "127.0.0.1"}})
+    with pytest.raises(ConfigError, match=rf"machine {machine}: `train\.launch\.machines` is 2"):
+        join_training(config, machine, print)
 
 
 def test_what_the_config_says_of_machines_reaches_the_launcher() -> None:
