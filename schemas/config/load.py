@@ -23,6 +23,13 @@ from schemas.untrusted_text import readable
 _MOST_PROBLEMS = 8
 """Problems that one error lists."""
 
+_COMMANDS = {
+    "teacher": ("a distillation run", "npd run"),
+    "methods": ("a comparison", "npd compare"),
+    "grpo": ("an RL run", "npd rl"),
+}
+"""By a key that only its configs have: what a config is of, and the command that takes it."""
+
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=RunSettings)
 
@@ -65,10 +72,10 @@ def parse_as(kind: type[R], values: dict[str, Any], *, origin: str = "config", f
     """Validate ``values``; with ``folder``, resolve relative paths against it.
 
     Raises:
-        ConfigError: names every unknown key (and the nearest known one) and every value out of range.
+        ConfigError: names every unknown key (and the nearest known one) and every value out of range; or it is the
+            config of another command.
     """
-    if values.get("kind") == "rl" and not issubclass(kind, RLConfig):
-        raise ConfigError(f"{origin}: is the config of an RL run, which `npd rl` runs and continues")
+    _require_kind(kind, values, origin)
     config = parse_section(values, kind, origin)
     if folder is None:
         return config
@@ -77,6 +84,14 @@ def parse_as(kind: type[R], values: dict[str, Any], *, origin: str = "config", f
     except (OSError, RuntimeError) as error:
         # A home folder that nobody has, a name too long for the disk, links in a circle.
         raise ConfigError(f"{origin}: a path in it cannot be looked up: {readable(str(error))}") from None
+
+
+def _require_kind(kind: type[RunSettings], values: dict[str, Any], origin: str) -> None:
+    own = {"grpo", "model", "run"} if issubclass(kind, RLConfig) else {"teacher"}
+    found = ["grpo"] if values.get("kind") == "rl" else [name for name in _COMMANDS if name in values]
+    if found and not own & {*values, *found}:
+        what, command = _COMMANDS[found[0]]
+        raise ConfigError(f"{origin}: is the config of {what}, which `{command}` runs and continues")
 
 
 def parse_section(values: dict[str, Any], kind: type[S], origin: str) -> S:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from schemas.config import RLConfig, load_config, parse_as, parse_settings
+from schemas.config import RLConfig, RunConfig, RunSettings, load_as, parse_as, parse_settings
 from schemas.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"name": "rl", "run": "runs/source"}
@@ -40,11 +40,22 @@ def test_a_recorded_config_says_its_kind() -> None:
     assert parse_settings(config.model_dump(mode="json")) == config
 
 
-def test_a_distillation_command_tells_where_an_rl_config_belongs(tmp_path: Path) -> None:
-    path = tmp_path / "rl.yaml"
-    path.write_text("kind: rl\nname: rl\nrun: runs/source\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="the config of an RL run, which `npd rl` runs"):
-        load_config(path)
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (RunConfig, "kind: rl\nname: x\nrun: runs/source\n", "an RL run, which `npd rl` runs"),
+        (RunConfig, "name: x\nrun: runs/source\ngrpo: {steps: 3}\n", "an RL run, which `npd rl` runs"),
+        (RunConfig, "name: x\nrun: run.yaml\nmethods: {}\n", "a comparison, which `npd compare` runs"),
+        (RLConfig, "name: x\nteacher: {model: t}\n", "a distillation run, which `npd run` runs"),
+    ],
+)
+def test_a_command_tells_where_the_config_of_another_belongs(
+    tmp_path: Path, kind: type[RunSettings], text: str, expected: str
+) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"the config of {expected}"):
+        load_as(kind, path)
 
 
 def test_relative_prompts_and_model_start_at_the_config_and_the_run_does_not(tmp_path: Path) -> None:
