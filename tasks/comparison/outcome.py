@@ -20,6 +20,7 @@ from schemas.tables import (
     RESPONSES_FILE,
     TRAIN_METRICS,
 )
+from tasks.evaluate.means import right_shares
 from tasks.graph import loop
 from tasks.rl.graph import BASELINE, RL_LOOP
 
@@ -118,12 +119,8 @@ def read_scores(store: RunStore, key: StageKey, model: str) -> Scores:
     """
     columns = ["model", "prompt_id", "score"]
     table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES, columns)
-    table = table.filter(pc.and_(pc.equal(table.column("model"), model), pc.is_valid(table.column("score"))))
-    # As the metric `accuracy` counts: verifiers that give a part of a score for a try find it no less wrong.
-    right = pc.cast(pc.greater_equal(table.column("score"), 1.0), pa.float64())
-    shares = table.append_column("right", right).group_by("prompt_id").aggregate([("right", "mean")])
-    shares = shares.sort_by("prompt_id")
-    return Scores(tuple(shares.column("prompt_id").to_pylist()), shares.column("right_mean").to_numpy())
+    shares = right_shares(table.filter(pc.equal(table.column("model"), model))).sort_by("prompt_id")
+    return Scores(tuple(shares.column("prompt_id").to_pylist()), shares.column("share").to_numpy())
 
 
 def read_kl(store: RunStore, key: StageKey, model: str) -> tuple[float, float] | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.tables import EVALUATE_METRICS
@@ -72,6 +73,20 @@ def response_means(responses: pa.Table) -> dict[str, Mean]:
         if known.any():
             means[name] = grouped_mean(column[known], _group_offsets(prompts[known]))
     return means
+
+
+def right_shares(responses: pa.Table) -> pa.Table:
+    """Return the share of right responses to each prompt, columns `prompt_id` and `share`, in no order.
+
+    As metric `accuracy` counts: verifiers that give a part of a score for a try find it no less wrong.
+
+    Args:
+        responses: Columns `prompt_id` and `score` of table EVALUATE_RESPONSES; rows that were not checked are left out.
+    """
+    checked = responses.filter(pc.is_valid(responses.column("score")))
+    right = pc.cast(pc.greater_equal(checked.column("score"), 1.0), pa.float64())
+    shares = checked.append_column("right", right).group_by("prompt_id").aggregate([("right", "mean")])
+    return shares.rename_columns({"right_mean": "share"})
 
 
 def metrics_table(metrics: dict[str, dict[str, Mean]], round_index: int) -> pa.Table:

@@ -193,24 +193,27 @@ class Axes:
         drawn = [(lines, f"line {class_}"), (dots, f"line dot {class_}")]
         return Markup("").join(element("path", d="".join(paths), class_=name) for paths, name in drawn if paths)
 
-    def across(self, value: float, class_: str, words: str = "", *, above: bool = True, anchor: str = "end") -> Markup:
+    def across(self, value: float, class_: str, words: str, *, above: bool, anchor: str) -> Markup:
         """Return a level line over the whole width, with its name at its right or left end."""
         place = self.y(value)
         end = self.x.end if anchor == "end" else self.x.start + 4
         line = element("line", x1=self.x.start, x2=self.x.end, y1=place, y2=place, class_=f"level {class_}")
-        return line + (text(end, place + (-5 if above else 13), words, anchor, "note") if words else Markup(""))
+        return line + text(end, self._name_place(value, above=above), words, anchor, "note")
 
     def levels(self, named: Sequence[tuple[float, str, str]]) -> Markup:
         """Return level lines (value, class, name), every name clear of the others."""
         parts, taken = [], set[tuple[str, float]]()
         for value, class_, words in sorted(named, reverse=True):
             for anchor, above in (("end", True), ("end", False), ("start", True), ("start", False)):
-                place = self.y(value) + (-5 if above else 13)
+                place = self._name_place(value, above=above)
                 if all(anchor != side or abs(place - other) >= 15 for side, other in taken):
                     break
             taken.add((anchor, place))
             parts.append(self.across(value, class_, words, above=above, anchor=anchor))
         return Markup("").join(parts)
+
+    def _name_place(self, value: float, *, above: bool) -> float:
+        return self.y(value) + (-5 if above else 13)
 
     def upright(self, value: float, class_: str, words: str = "", anchor: str = "start") -> Markup:
         """Return a line over the whole height, with its name at its top."""

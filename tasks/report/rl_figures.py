@@ -14,6 +14,7 @@ from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_RESPONSES, METRICS_FILE, RESPONSES_FILE
+from tasks.evaluate.means import right_shares
 from tasks.report.evaluation import Metric, read_metrics
 from tasks.report.figures import spread
 from tasks.report.histograms import Values
@@ -158,11 +159,8 @@ def read_answers(store: RunStore) -> Answers:
 def _right(store: RunStore, key: StageKey) -> pa.Table:
     """Return each prompt that was checked and whether at least a share RIGHT of its responses is right."""
     table = store.read_part(store.path(key, RESPONSES_FILE), EVALUATE_RESPONSES, ["prompt_id", "score"])
-    table = table.filter(pc.is_valid(table.column("score")))
-    right = pc.cast(pc.greater_equal(table.column("score"), 1.0), pa.float64())
-    shares = table.append_column("right", right).group_by("prompt_id").aggregate([("right", "mean")])
-    enough = pc.greater_equal(shares.column("right_mean"), RIGHT)
-    return pa.table({"prompt_id": shares.column("prompt_id"), "right": enough})
+    shares = right_shares(table)
+    return pa.table({"prompt_id": shares.column("prompt_id"), "right": pc.greater_equal(shares.column("share"), RIGHT)})
 
 
 def _changed(store: RunStore, answers: Answers) -> list[ShownPrompt]:

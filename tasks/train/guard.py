@@ -26,11 +26,15 @@ def policy_kls(history: Sequence[dict[str, Any]], start_step: int) -> list[tuple
 
 def is_over_budget(history: Sequence[dict[str, Any]], start_step: int, guard: GuardConfig) -> bool:
     """Say whether the newest policy KL of the round is above the guard's budget."""
+    newest = _newest(history, start_step)
+    return newest is not None and guard.max_policy_kl is not None and newest[1] > guard.max_policy_kl
+
+
+def _newest(history: Sequence[dict[str, Any]], start_step: int) -> tuple[int, float] | None:
+    """Return the last of ``policy_kls``, if there is one."""
     # From the end: asked after every step, all steps so far would take the square of their number.
-    newest = next((entry for entry in reversed(history) if "policy_kl" in entry), None)
-    if newest is None or newest["step"] <= start_step or guard.max_policy_kl is None:
-        return False
-    return bool(newest["policy_kl"] > guard.max_policy_kl)
+    entry = next((entry for entry in reversed(history) if "policy_kl" in entry), None)
+    return (entry["step"], entry["policy_kl"]) if entry is not None and entry["step"] > start_step else None
 
 
 def ends_round(schedule: RoundSchedule, guard: GuardConfig) -> bool:
@@ -48,7 +52,9 @@ def first_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, gua
 
 def last_breach(history: Sequence[dict[str, Any]], schedule: RoundSchedule, guard: GuardConfig) -> str:
     """Return what to tell people of the budget being exceeded at the round's newest measurement."""
-    return _describe(*policy_kls(history, schedule.start_step)[-1], guard)
+    newest = _newest(history, schedule.start_step)
+    assert newest is not None, "asked once the budget is exceeded"
+    return _describe(*newest, guard)
 
 
 def _describe(step: int, policy_kl: float, guard: GuardConfig) -> str:
