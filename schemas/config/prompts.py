@@ -9,17 +9,24 @@ from schemas.config.base import SOURCE, Section
 
 class _Rows(Section):
     messages: str = "messages"
-    """Column holding a list of `{role, content}` messages that ends with a user's."""
+    """Column holding a list of `{role, content}` messages, or of ShareGPT's `{from, value}`, that ends with a user's.
+    Texts only: no tool calls, no images."""
+
+    last_reply: Literal["error", "answer", "drop"] = "error"
+    """What becomes of the assistant's reply where messages end with one. `error`: the row cannot be used. `answer`: it
+    is the row's answer, unless its column `answer` has one. `drop`: it is left out, and the student answers itself."""
 
     prompt: str = "prompt"
-    """Column holding a single user message as text; used where a row has no `messages`."""
+    """Column holding a single user message as text, or a list as `messages` does; used where a row has no
+    `messages`."""
 
     answer: str | None = "answer"
     """Column holding the reference answer, if rows have one; null: ignore it."""
 
     verifier: Literal["math", "exact"] | None = "math"
     """How a response is checked where a row has an answer: `math`, equal as mathematics (`math-verify`) or as text;
-    `exact`, the same text after the last `####`, else in `<answer>` tags, else in the last line; null: not at all."""
+    `exact`, the same text after the last `####`, else in `<answer>` tags, else in the last line; null: not at all,
+    where answers are prose."""
 
     system: str | None = None
     """System message put before every prompt that does not bring its own."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from schemas.manifest import hash_json
 from schemas.untrusted_text import readable
@@ -11,15 +11,22 @@ from schemas.untrusted_text import readable
 ROLES = ("system", "user", "assistant")
 """Roles a prompt's messages may have. A tool's turn would need its calls, which the prompts table does not hold."""
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles of `{from, value}` messages, as ShareGPT writes them, that are called otherwise here."""
+
 
 @dataclass(frozen=True)
 class RowColumns:
-    """Where a row keeps what: names of its columns, and the system message for rows that bring none."""
+    """Where a row keeps what: names of its columns, and the system message for rows that bring none.
+
+    ``last_reply`` says what becomes of the assistant's reply that a conversation ends with.
+    """
 
     messages: str = "messages"
     prompt: str = "prompt"
     answer: str | None = "answer"
     system: str | None = None
+    last_reply: Literal["error", "answer", "drop"] = "error"
 
     def present_in(self, names: Iterable[str]) -> list[str]:
         """Return the columns of ``names`` that are read, without repetition."""
@@ -45,34 +52,42 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
     return hash_json(messages)[:16]
 
 
-def row_messages(row: dict[str, Any], columns: RowColumns) -> list[dict[str, str]]:
-    """Return a row's messages: its `messages` column where it has one, else its `prompt` as a user's message.
+def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:
+    """Return a row's messages, and its reference answer if it has one.
 
-    >>> row_messages({"prompt": "Hi"}, RowColumns(system="Be brief."))
-    [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'}]
+    The messages are its `messages` column where it has one, else its `prompt`: messages too, or a user's as text.
+
+    >>> row_prompt({"prompt": "Hi", "answer": 2}, RowColumns(system="Be brief."))
+    ([{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'}], '2')
+    >>> said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+    >>> row_prompt({"messages": said}, RowColumns(last_reply="answer"))
+    ([{'role': 'user', 'content': 'Hi'}], 'Hello!')
 
     Raises:
-        RowProblem: neither column is there, or what is there cannot be a prompt.
+        RowProblem: there are no messages, or what is there cannot be a prompt or an answer.
     """
-    if row.get(columns.messages) is not None:
-        messages = _checked_messages(row[columns.messages], columns.messages)
-    elif row.get(columns.prompt) is not None:
-        text = _checked_text(row[columns.prompt], columns.prompt)
-        _not_blank(text, columns.prompt)
-        messages = [{"role": "user", "content": text}]
-    else:
-        raise RowProblem(None, _nothing_to_ask(row, columns))
+    messages, reply = _row_messages(row, columns)
     if columns.system is not None and all(message["role"] != "system" for message in messages):
         messages.insert(0, {"role": "system", "content": columns.system})
-    return messages
+    answer = _row_answer(row, columns)
+    return messages, reply if answer is None else answer
 
 
-def row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
-    """Return a row's reference answer, a number as its text; None if it has none.
+def _row_messages(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:
+    """Return a row's own messages, and the reply after them where it is to be the answer."""
+    for column in (columns.messages, columns.prompt):
+        value = row.get(column)
+        if isinstance(value, list) or (value is not None and column == columns.messages):
+            return _conversation(value, column, columns.last_reply)
+        if value is not None:
+            text = _checked_text(value, column)
+            _not_blank(text, column)
+            return [{"role": "user", "content": text}], None
+    raise RowProblem(None, _nothing_to_ask(row, columns))
 
-    Raises:
-        RowProblem: the answer is neither text nor a finite number.
-    """
+
+def _row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
+    """Return a row's reference answer, a number as its text; None if it has none."""
     value = None if columns.answer is None else row.get(columns.answer)
     if value is None:
         return None
@@ -81,33 +96,50 @@ def row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
     return _checked_text(value, str(columns.answer))
 
 
+def _conversation(value: Any, column: str, last_reply: str) -> tuple[list[dict[str, str]], str | None]:
+    messages = _checked_messages(value, column)
+    reply = None
+    if last_reply != "error" and messages[-1]["role"] == "assistant":
+        last = messages.pop()["content"]
+        reply = last if last_reply == "answer" else None
+    if not messages:
+        raise RowProblem(column, "is a reply to nothing; it needs a user's message before it")
+    last = messages[-1]["role"]
+    if last != "user":
+        what = "remove what comes after it"
+        if last == "assistant" and last_reply == "error":
+            what += ", or say what becomes of the reply: `last_reply: answer` or `drop` of this source"
+        raise RowProblem(
+            f"{column}[{len(messages) - 1}]",
+            f"the last message is from `{last}`; a prompt ends with the user's, so {what}",
+        )
+    return messages, reply
+
+
 def _checked_messages(value: Any, column: str) -> list[dict[str, str]]:
     if not isinstance(value, list):
         raise RowProblem(column, f"should be a list of {{role, content}} messages, is {_type_name(value)}")
     if not value:
         raise RowProblem(column, "is an empty list; it needs at least one message, the user's")
-    messages = [_checked_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
-    last = messages[-1]["role"]
-    if last != "user":
-        raise RowProblem(
-            f"{column}[{len(messages) - 1}]",
-            f"the last message is from `{last}`; a prompt ends with the user's, so remove the reply after it",
-        )
-    return messages
+    return [_checked_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
 
 
 def _checked_message(value: Any, column: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise RowProblem(column, f"should be an object with `role` and `content`, is {_type_name(value)}")
-    for key in ("role", "content"):
+    sharegpt = value.get("role") is None and value.get("from") is not None
+    keys, known = ("role", "content"), dict(zip(ROLES, ROLES))
+    if sharegpt:
+        keys, known = ("from", "value"), known | SHAREGPT_ROLES
+    for key in keys:
         if value.get(key) is None:
             raise RowProblem(f"{column}.{key}", f"is missing; the message has {quoted(value)}")
-    role, content = (_checked_text(value[key], f"{column}.{key}") for key in ("role", "content"))
-    if role not in ROLES:
-        raise RowProblem(f"{column}.role", f"unknown role '{readable(role, 40)}'; known: {', '.join(ROLES)}")
-    if role != "system":
-        _not_blank(content, f"{column}.content")
-    return {"role": role, "content": content}
+    role, content = (_checked_text(value[key], f"{column}.{key}") for key in keys)
+    if role not in known:
+        raise RowProblem(f"{column}.{keys[0]}", f"unknown role '{readable(role, 40)}'; known: {', '.join(known)}")
+    if known[role] != "system":
+        _not_blank(content, f"{column}.{keys[1]}")
+    return {"role": known[role], "content": content}
 
 
 def _checked_text(value: Any, column: str) -> str:

@@ -12,7 +12,7 @@ from schemas.config import PromptsConfig
 from schemas.errors import PromptError
 from schemas.tables import PROMPTS
 from schemas.untrusted_text import readable
-from tasks.prompts.messages import RowProblem, prompt_id, row_answer, row_messages
+from tasks.prompts.messages import RowProblem, prompt_id, row_prompt
 from tasks.prompts.sources import SourceRows, open_sources
 from tasks.prompts.split import draw_splits, ids_of
 from tasks.stage import Progress, StageJob
@@ -141,7 +141,7 @@ def _read_source(source: SourceRows, keep: Callable[[pa.RecordBatch], None], pro
         try:
             if isinstance(row, RowProblem):
                 raise row
-            messages, answer = row_messages(row, source.columns), row_answer(row, source.columns)
+            messages, answer = row_prompt(row, source.columns)
         except RowProblem as problem:
             first = first or (number, problem)
             unusable += 1

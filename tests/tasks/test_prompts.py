@@ -53,6 +53,49 @@ def test_messages_come_before_prompt_and_bring_their_own_system(tmp_path: Path) 
     assert rows[2]["messages"] == [brief, {"role": "user", "content": "Plain"}]
 
 
+SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+
+
+@pytest.mark.parametrize(("last_reply", "answers"), [("answer", ["Hello!", "Hey"]), ("drop", [None, "Hey"])])
+def test_the_reply_that_a_conversation_ends_with(tmp_path: Path, last_reply: str, answers: list[str | None]) -> None:
+    again = [*SAID, {"role": "user", "content": "Bye"}]
+    rows = [{"messages": SAID}, {"messages": [*again, SAID[1]], "answer": "Hey"}, {"messages": again[:1] + again}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    source = {"type": "jsonl", "path": str(path), "last_reply": last_reply, "verifier": None}
+    made, _ = run_prompts(make_config(tmp_path, [source]))
+    assert [row["messages"] for row in made] == [SAID[:1], again, again[:1] + again]
+    assert [row["answer"] for row in made] == [*answers, None]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_as_sharegpt_writes_them(tmp_path: Path, kind: str) -> None:
+    said = [
+        {"from": "system", "value": "Sing."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello!"},
+        {"from": "user", "value": "Bye"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"conversations": said}, {"conversations": said[1:2]}])
+    if kind == "parquet":
+        rows = [{"conversations": said}, {"conversations": said[1:2]}]
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    made, _ = run_prompts(make_config(tmp_path, [{"type": kind, "path": str(path), "messages": "conversations"}]))
+    assert made[0]["messages"] == [
+        {"role": "system", "content": "Sing."},
+        *SAID,
+        {"role": "user", "content": "Bye"},
+    ]
+    assert made[1]["messages"] == SAID[:1]
+
+
+def test_a_prompt_may_be_messages_too(tmp_path: Path) -> None:
+    """As TRL and verl keep prompts."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": SAID[:1]}, {"prompt": "Bye"}])
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}]))
+    assert [row["messages"] for row in made] == [SAID[:1], [{"role": "user", "content": "Bye"}]]
+
+
 def test_other_column_names_and_a_row_limit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": f"q{n}", "response": f"r{n}"} for n in range(5)])
     source = {"type": "jsonl", "path": str(path), "prompt": "query", "answer": "response", "limit": 3}

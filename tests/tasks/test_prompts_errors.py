@@ -35,7 +35,8 @@ BAD_ROWS = [
     ("nulls", {"messages": None, "prompt": None}, None, "has neither `messages` nor `prompt`"),
     ("number", {"prompt": 3}, "prompt", "should be text, is a number"),
     ("boolean", {"prompt": True}, "prompt", "should be text, is true or false"),
-    ("list as prompt", {"prompt": ["Hi"]}, "prompt", "should be text, is a list"),
+    ("texts as prompt", {"prompt": ["Hi"]}, "prompt[0]", "should be an object with `role` and `content`, is text"),
+    ("object as prompt", {"prompt": {"role": "user"}}, "prompt", "should be text, is an object"),
     ("empty prompt", {"prompt": ""}, "prompt", "is empty; write the message or delete the row"),
     ("blank prompt", {"prompt": " \n\t"}, "prompt", "is empty"),
     ("half a surrogate", {"prompt": "\ud83d"}, "prompt", "half of a surrogate pair"),
@@ -62,7 +63,26 @@ BAD_ROWS = [
         "reply last",
         {"messages": [USER, {"role": "assistant", "content": "Hello"}]},
         "messages[1]",
-        "the last message is from `assistant`; a prompt ends with the user's",
+        "the last message is from `assistant`; a prompt ends with the user's, so remove what comes after it, or say "
+        "what becomes of the reply: `last_reply: answer` or `drop` of this source",
+    ),
+    (
+        "system last",
+        {"messages": [USER, {"role": "system", "content": "Sing."}]},
+        "messages[1]",
+        "the last message is from `system`; a prompt ends with the user's, so remove what comes after it",
+    ),
+    (
+        "ShareGPT without a value",
+        {"messages": [{"from": "human", "text": "Hi"}]},
+        "messages[0].value",
+        "is missing; the message has `from`, `text`",
+    ),
+    (
+        "ShareGPT's tools",
+        {"messages": [{"from": "function_call", "value": "{}"}]},
+        "messages[0].from",
+        "unknown role 'function_call'; known: system, user, assistant, human, gpt",
     ),
     ("blank user", {"messages": [{"role": "user", "content": " "}]}, "messages[0].content", "is empty"),
     (
@@ -82,6 +102,16 @@ def test_a_bad_row(tmp_path: Path, row: dict[str, Any], column: str | None, what
     place = f"{path}: row 3" + (f", column `{column}`: " if column else ": ")
     text = fails({"type": "jsonl", "path": str(path)}, place, what)
     assert "cannot be used either" not in text
+
+
+def test_a_reply_that_answers_nothing(tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": "Hello!"}
+    source = {"type": "jsonl", "last_reply": "drop"}
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [reply]}])
+    fails({**source, "path": str(path)}, "row 1, column `messages`: is a reply to nothing")
+    path = write_jsonl(tmp_path / "b.jsonl", [{"messages": [USER, reply, reply]}])
+    text = fails({**source, "path": str(path)}, "column `messages[1]`: the last message is from `assistant`")
+    assert "last_reply" not in text
 
 
 BAD_LINES = [

@@ -65,7 +65,7 @@ def test_what_a_row_holds_is_shown_readably(tmp_path: Path, row: dict[str, Any])
     [
         (pa.array([2**62, 0]).cast(pa.timestamp("us")), "column `prompt`: cannot be read as timestamp"),
         (pa.array([0, 0]).cast(pa.timestamp("us", "Nowhere/None")), "column `prompt`: cannot be read as timestamp"),
-        (pa.array([["a"], ["b"]]), "column `prompt`: should be text, is a list"),
+        (pa.array([["a"], ["b"]]), "column `prompt[0]`: should be an object with `role` and `content`, is text"),
     ],
     ids=["time beyond the calendar", "zone that does not exist", "list"],
 )
