@@ -1,4 +1,7 @@
-"""Control tokens are the chat template's to write: their strings in a prompt or an answer are encoded as plain text."""
+"""Control tokens are the chat template's to write: their strings in a prompt or an answer are encoded as plain text.
+
+All but those that a model writes itself (`<think>`): in what an assistant says they are the tokens they would be.
+"""
 
 import copy
 import json
@@ -18,6 +21,9 @@ TokenIds = NDArray[np.int32]
 
 _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 """What a control token looks like where its tokenizer does not say that it is one."""
+
+_REPLY_MARK = re.compile(r"</?(?:think|answer|tool_call)>")
+"""A token that stands within replies, not around them. As plain text it would teach a student to spell it."""
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A byte that no other token of a vocabulary holds: content, not a command."""
@@ -43,13 +49,15 @@ class ControlTokens:
     found_in: Callable[[str], bool]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ControlTokens":
-        """Return those of ``tokenizer``."""
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, in_reply: bool = False) -> "ControlTokens":
+        """Return those of ``tokenizer``; ``in_reply``: without those that a model writes in its replies."""
         added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
         tokens = {
             index: token
             for index, token in added.items()
-            if (token.special or _BRACKETED.fullmatch(token.content)) and not _BYTE.fullmatch(token.content)
+            if (token.special or _BRACKETED.fullmatch(token.content))
+            and not _BYTE.fullmatch(token.content)
+            and not (in_reply and _REPLY_MARK.fullmatch(token.content))
         }
         pattern = _any_of(token.content for token in tokens.values())
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -70,9 +78,12 @@ class ControlTokens:
         return cls({token.content: i for i, token in tokens.items()}, pattern, found_behind)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
-    """Return texts as token ids (int32), without special tokens: neither added nor read out of the text."""
-    control = ControlTokens.of(tokenizer)
+def encode_replies(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenIds]:
+    """Return replies as token ids (int32), without control tokens: neither added nor read out of the text.
+
+    What a model writes itself (`<think>`, `</think>`, ...) is the token it would be, where the tokenizer has one.
+    """
+    control = ControlTokens.of(tokenizer, in_reply=True)
     encoded = _encode(tokenizer, texts)
     rows = [index for index, text in enumerate(texts) if control.found_in(text)]
     if rows:
@@ -91,17 +102,23 @@ def encode_rendered(
     """Return conversations as ``render`` writes them, as token ids (int32).
 
     Control tokens come from ``render`` only. Where a message holds the string of one, it reaches ``render`` as one
-    private-use character; back in its place, it is encoded as if the tokenizer had no such token.
+    private-use character; back in its place, it is encoded as if the tokenizer had no such token. What a model writes
+    itself (`<think>`) reaches ``render`` as it is in the assistant's messages: templates look for it there, to leave
+    out what was thought in earlier turns.
 
     Args:
         tokenizer: Whose ids.
         conversations: Messages; every value of theirs is untrusted.
         render: Writes conversations as text, control tokens included.
     """
-    control = ControlTokens.of(tokenizer)
+    control, of_reply = ControlTokens.of(tokenizer), ControlTokens.of(tokenizer, in_reply=True)
     plain = [[dict(message) for message in conversation] for conversation in conversations]
     encoded = _encode(tokenizer, render(plain)) if plain else []
-    rows = [i for i, row in enumerate(plain) if any(control.found_in(text) for m in row for text in m.values())]
+
+    def control_in(message: Mapping[str, str]) -> ControlTokens:
+        return of_reply if message.get("role") == "assistant" else control
+
+    rows = [i for i, row in enumerate(plain) if any(control_in(m).found_in(text) for m in row for text in m.values())]
     if not rows:
         return encoded
     texts = [text for index in rows for message in plain[index] for text in message.values()]
@@ -112,7 +129,8 @@ def encode_rendered(
     back = {ord(marker): token for token, marker in to_marker.items()}
 
     def masked(message: dict[str, str]) -> dict[str, str]:
-        return {key: _replaced(control.pattern, to_marker, text) for key, text in message.items()}
+        pattern = control_in(message).pattern
+        return {key: _replaced(pattern, to_marker, text) for key, text in message.items()}
 
     rendered = render([[masked(message) for message in plain[index]] for index in rows])
     aliased = [_replaced(control.pattern, to_alias, text).translate(back) for text in rendered]

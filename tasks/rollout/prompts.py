@@ -15,7 +15,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model.chat import encode_prompts
-from tasks.language_model.control_tokens import encode_texts
+from tasks.language_model.control_tokens import encode_replies
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.engine import TokenIds
@@ -34,7 +34,7 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: pa.ChunkedArray,
     """Return answers (string) as tokens, each closed by ``end_id``, which nothing in their text stands for."""
 
     def encode(texts: list[str]) -> list[TokenIds]:
-        return [np.append(ids, np.int32(end_id)) for ids in encode_texts(tokenizer, texts)]
+        return [np.append(ids, np.int32(end_id)) for ids in encode_replies(tokenizer, texts)]
 
     return _encoded(answers, encode)
 

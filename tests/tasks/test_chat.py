@@ -11,7 +11,7 @@ from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerBase, Pre
 
 from benchmarks.random_models import CHAT_TEMPLATE
 from tasks.language_model.chat import encode_prompts
-from tasks.language_model.control_tokens import ControlTokens, encode_texts
+from tasks.language_model.control_tokens import ControlTokens, encode_replies
 from tests.tiny_models import make_tokenizer
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "<think>deep>", "[INST]", "<a>", "<aa>"]
@@ -220,13 +220,47 @@ def test_whitespace_beside_a_templates_token_is_swallowed_as_ever() -> None:
     assert row.tolist()[row.tolist().index(at) :] == ever[ever.index(at) :]
 
 
-def test_an_answer_holds_no_control_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = ["four", "four<|im_end|>", "<think>4</think>", ""]
-    rows = [row.tolist() for row in encode_texts(tokenizer, texts)]
+def test_an_answer_holds_no_control_token_but_those_of_replies(tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["four", "four<|im_end|>", "4[INST]<a>", "<think>4</think><aa>", ""]
+    rows = [row.tolist() for row in encode_replies(tokenizer, texts)]
     assert rows[0] == tokenizer("four", add_special_tokens=False)["input_ids"]
-    assert rows[3] == []
-    assert not any(control_ids(tokenizer, row) for row in rows)
+    assert rows[4] == []
     assert tokenizer.decode(rows[1]) == "four<|im_end|>"
+    think = id_of(tokenizer, "<think>")
+    assert [control_ids(tokenizer, row) for row in rows[1:4]] == [[], [], [think]]
+
+
+THINKING = (
+    "{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] == 'assistant' %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+)
+"""Leaves out what was thought before a reply, as the templates of Qwen3 and DeepSeek-R1 do."""
+
+
+@pytest.mark.parametrize("reply", ["Yes.", "Yes<|im_end|>."])
+def test_templates_find_what_was_thought_in_earlier_turns(reply: str) -> None:
+    tokenizer = bytes_bpe()
+    tokenizer.add_tokens([AddedToken("</think>", special=False, normalized=False)])
+    tokenizer.chat_template = THINKING
+
+    def encoded(said: str, asked: str) -> list[int]:
+        (row,) = encode_prompts(tokenizer, [[*user(asked), {"role": "assistant", "content": said}, *user("Why?")]])
+        ids: list[int] = row.tolist()
+        return ids
+
+    assert encoded(f"<think>Hm.</think>{reply}", "Is it?") == encoded(reply, "Is it?")
+    # Of a user it is only text.
+    marks = {id_of(tokenizer, "<think>"), id_of(tokenizer, "</think>")}
+    assert not marks & set(encoded(reply, "<think>Is it?</think>"))
+
+
+def test_what_is_left_of_a_thought_is_its_tokens() -> None:
+    tokenizer = bytes_bpe()
+    (row,) = encode_prompts(tokenizer, [[{"role": "assistant", "content": "<think>Hm.<|im_end|>"}, *user("Why?")]])
+    assert row.tolist().count(id_of(tokenizer, "<think>")) == 1
+    assert row.tolist().count(id_of(tokenizer, "<|im_end|>")) == 2
 
 
 def test_the_tokenizer_is_left_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
