@@ -10,7 +10,14 @@ from schemas.config.comparison import (
 )
 from schemas.config.launch import LaunchConfig
 from schemas.config.load import apply_overrides, kind_of, load_as, load_config, parse_as, parse_config, parse_settings
-from schemas.config.models import DeviceMap, MemoryLimits, Quantization, StudentConfig, TeacherConfig
+from schemas.config.models import (
+    DeviceMap,
+    MemoryLimits,
+    Quantization,
+    StudentConfig,
+    TeacherConfig,
+    TemplateValue,
+)
 from schemas.config.prompts import (
     DatasetSource,
     JsonlSource,
@@ -79,6 +86,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TeacherServersConfig",
+    "TemplateValue",
     "TrainConfig",
     "VllmOptions",
     "WarmupConfig",

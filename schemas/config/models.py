@@ -1,18 +1,24 @@
 """Where the teacher and the student come from."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from schemas.config.base import PLACEMENT, SOURCE, Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+TemplateValue = bool | int | str
 MemoryLimits = dict[
     Annotated[int, Field(ge=0)] | Literal["cpu"],
     Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB|KiB|GB|MB|KB)$")],
 ]
+
+
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+"""Variables that a chat template always has."""
 
 
 class ModelSource(Section):
@@ -93,6 +99,11 @@ class StudentConfig(Section):
     chat_template: str | None = Field(default=None, json_schema_extra=SOURCE)
     """Path of a Jinja chat template, for models whose tokenizer has none; null: the tokenizer's own."""
 
+    chat_template_kwargs: dict[str, TemplateValue] = Field(default_factory=dict)
+    """Variables of the chat template, as in `{enable_thinking: false}`: both models are asked with them, warm-up and
+    held-out prompts too. They become defaults of the exported student's template, so that it is deployed as it was
+    trained; a caller may still give others."""
+
     revision: str | None = None
     """As `teacher.revision`."""
 
@@ -104,6 +115,18 @@ class StudentConfig(Section):
 
     attn_implementation: str | None = None
     """As `teacher.attn_implementation`. Flash attention takes no float32: it trains with `precision: bf16` only."""
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _variables_are_free(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
+                raise ValueError("names of a template's variables are letters, digits and underscores")
+            if name in _GIVEN or name.endswith("_token"):
+                raise ValueError(f"`{name}` is given to every chat template by what renders it; leave it out")
+            if not isinstance(value, TemplateValue):
+                raise ValueError(f"`{name}` should be true, false, a whole number or text")
+        return values
 
     @model_validator(mode="after")
     def _init_is_complete(self) -> "StudentConfig":

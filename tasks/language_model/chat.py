@@ -1,13 +1,15 @@
 """The tokenizer's own chat template: prompts as tokens, what comes before a reply, what ends it."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from schemas.config import TemplateValue
 from schemas.errors import ModelError
 from tasks.language_model.control_tokens import TokenIds, encode_rendered
 
@@ -24,6 +26,31 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
         raise ModelError(
             f"{key}: its tokenizer has no chat template; give one with `student.chat_template: PATH.jinja`"
         )
+
+
+def preset_template(template: str, values: Mapping[str, TemplateValue], key: str) -> str:
+    """Return a chat template whose variables have values where whoever renders it gives them none.
+
+    >>> preset_template("{{ enable_thinking }}", {"enable_thinking": False}, "k")
+    '{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}{{ enable_thinking }}'
+
+    Args:
+        template: As Jinja.
+        values: By the names of variables.
+        key: The setting they come from, for errors.
+
+    Raises:
+        ModelError: the template reads no such variable.
+    """
+    for name in values:
+        if re.search(rf"\b{name}\b", template) is None:
+            raise ModelError(f"{key}: the chat template reads no `{name}`, so this would change nothing; remove it")
+    presets = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{%- endif %}}"
+        for name, value in values.items()
+    )
+    # Jinja drops the first newline after a block.
+    return "".join(presets) + ("\n" if template.startswith("\n") else "") + template
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[TokenIds]:

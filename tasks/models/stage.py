@@ -24,7 +24,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model import hub
-from tasks.language_model.chat import encode_prompts, end_ids, require_chat_template
+from tasks.language_model.chat import encode_prompts, end_ids, preset_template, require_chat_template
 from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint, model_files
 from tasks.language_model.loading import UNREADABLE, require_safetensors
@@ -44,6 +44,7 @@ def resolve_models(job: StageJob) -> None:
     found = _find(config)
     _check_files(job, found)
     tokenizers = fitting_tokenizers(found, config)
+    _tell_of_dates(job, tokenizers.student)
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
     student_config = teacher_config if same else _config(found.student, found.trust_student)
@@ -130,11 +131,25 @@ def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
     if config.student.chat_template is not None:
         student.chat_template = read_template(config.student.chat_template)
     require_chat_template(student, "student.model")
+    if config.student.chat_template_kwargs:
+        student.chat_template = preset_template(
+            student.get_chat_template(), config.student.chat_template_kwargs, "student.chat_template_kwargs"
+        )
     if teacher.eos_token_id is None:
         raise ModelError("teacher.model: its tokenizer names no EOS token, so no reply could end")
     if student.eos_token_id != teacher.eos_token_id:
         student.eos_token = teacher.eos_token
     return Tokenizers(teacher, student)
+
+
+def _tell_of_dates(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of a chat template that asks for the date: stages that run on other days would ask other prompts."""
+    if "strftime_now" in tokenizer.get_chat_template() and "date_string" not in job.config.student.chat_template_kwargs:
+        job.warn(
+            "the chat template may write today's date into every prompt, so that what runs on another day is asked "
+            "otherwise; fix the date with `student.chat_template_kwargs: {date_string: ...}` if the template reads "
+            "that, or in a template of your own, `student.chat_template`"
+        )
 
 
 def _convert(

@@ -16,13 +16,14 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from benchmarks.random_models import CHAT_TEMPLATE
 from schemas.config import RunConfig, parse_config
 from schemas.errors import ModelError, PromptError, TokenizerMismatchError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.graph import MODELS
-from tasks.language_model.chat import end_ids
+from tasks.language_model.chat import encode_prompts, end_ids, preset_template, reply_header
 from tasks.language_model.fingerprint import folder_fingerprint
 from tasks.language_model.loading import load_model
 from tasks.language_model.sources import find_source, policy_model, resolved_models, teacher_model
@@ -152,6 +153,70 @@ def test_no_chat_template_and_a_given_one(tmp_path: Path, teacher_dir: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(policy_model(store, config, 0).path)
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "hi>>"
+
+
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+ASKING = (
+    f"{CHAT_TEMPLATE}{{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}}"
+    f"{NO_THOUGHT}{{% endif %}}"
+)
+"""Opens a reply without a thought as the template of Qwen3 does."""
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def test_variables_of_the_chat_template_hold_for_prompts_and_for_whoever_loads_the_student(
+    tmp_path: Path, teacher_dir: Path
+) -> None:
+    asking = make_tokenizer(chat_template=ASKING)
+    thinking = save_model(tmp_path / "thinking", make_model(seed=3), asking)
+    student = {"model": str(thinking), "chat_template_kwargs": {"enable_thinking": False}}
+    store, config = resolve(tmp_path, teacher_dir, student)
+    tokenizer = AutoTokenizer.from_pretrained(policy_model(store, config, 0).path)
+    header = f"<|im_start|>assistant\n{NO_THOUGHT}"
+    (prompt,) = encode_prompts(tokenizer, [HI])
+    assert tokenizer.decode(prompt) == f"<|im_start|>user\nhi<|im_end|>\n{header}"
+    assert tokenizer.decode(reply_header(tokenizer)) == header
+    thinks = tokenizer.apply_chat_template(HI, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert thinks == asking.apply_chat_template(HI, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ x }}",
+        "\n{% if true %}{{ x }}{% endif %}",
+        "{% for message in messages %}{{ x }}{% endfor %}",
+        "{% macro say() %}{{ x }}{% endmacro %}{{ say() }}",
+        "{%- if x is not defined %}{%- set x = 'other' %}{%- endif %}{{ x }}",
+        "{% macro say() %}{% if x is not defined %}{% set x = 'other' %}{% endif %}{{ x }}{% endmacro %}{{ say() }}",
+    ],
+)
+@pytest.mark.parametrize("value", [True, 3, "26 Jul 2024", "a 'b' \"c\" \\ %} }} \n é 🙂", ""])
+def test_a_variable_has_its_value_wherever_a_template_reads_it(template: str, value: bool | int | str) -> None:
+    tokenizer = make_tokenizer(chat_template=template)
+    expected = tokenizer.apply_chat_template(HI, tokenize=False, x=value)
+    tokenizer.chat_template = preset_template(template, {"x": value}, "k")
+    assert tokenizer.apply_chat_template(HI, tokenize=False) == expected
+
+
+def test_a_variable_that_the_chat_template_does_not_read_is_named(tmp_path: Path, teacher_dir: Path) -> None:
+    student = {"model": str(teacher_dir), "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(ModelError, match=r"student\.chat_template_kwargs: .* reads no `enable_thinking`"):
+        resolve(tmp_path, teacher_dir, student)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_template_that_asks_for_the_date_is_told_of(tmp_path: Path, teacher_dir: Path, fixed: bool) -> None:
+    template = tmp_path / "dated.jinja"
+    dated = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    template.write_text(dated + "{{ date_string }}" + CHAT_TEMPLATE, encoding="utf-8")
+    student: dict[str, Any] = {"model": str(teacher_dir), "chat_template": str(template)}
+    if fixed:
+        student["chat_template_kwargs"] = {"date_string": "26 Jul 2024"}
+    store, _ = resolve(tmp_path, teacher_dir, student)
+    warnings = store.finished(MODELS).counters.get("warnings", [])
+    assert ["today's date" in warning for warning in warnings] == ([] if fixed else [True])
 
 
 def test_student_takes_the_teachers_end_of_reply(tmp_path: Path, teacher_dir: Path) -> None:
