@@ -140,7 +140,7 @@ def here(setting: Setting, lengths: NDArray[np.int64]) -> Work[float]:
     )
     schedule = RoundSchedule(0, setting.packs_per_step, setting.packs_per_step, 0, setting.steps, setting.steps)
     device = torch.device(setting.device)
-    arguments = trainer_arguments(config, schedule, Path(folder.name), 0, device, 1)
+    arguments = trainer_arguments(config, schedule, Path(folder.name), "train-step", 0, device, 1)
     arguments.save_strategy = SaveStrategy.NO
     trainer = NearPolicyTrainer(
         model=model,

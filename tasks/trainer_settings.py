@@ -1,6 +1,7 @@
 """What every trainer is told alike, whatever it trains by."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from schemas.config import GRPOConfig, OptimizerConfig
+from schemas.errors import ConfigError
 
 A = TypeVar("A", bound=TrainingArguments)
 
@@ -26,19 +28,31 @@ class StepProgress(TrainerCallback):
         self._on_steps(state.global_step - self._start, state.max_steps - self._start)
 
 
+def require_lora() -> None:
+    """Check that adapters can be trained.
+
+    Raises:
+        ConfigError: `peft` is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError("train.lora: needs the extra `lora`: pip install -e '.[lora]'")
+
+
 def trainer_settings(
-    settings: OptimizerConfig | GRPOConfig, folder: Path, seed: int, device: torch.device
+    settings: OptimizerConfig | GRPOConfig, folder: Path, name: str, seed: int, device: torch.device
 ) -> dict[str, Any]:
     """Return arguments of ``transformers.TrainingArguments`` and of what TRL makes of it.
 
     Args:
         settings: Learning rate, clipping, precision and trackers.
         folder: For what a trainer writes of its own accord; nothing is kept of it.
+        name: What trackers call it.
         seed: The run's.
         device: Where it trains.
     """
     return {
         "output_dir": str(folder),
+        "run_name": name,
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,

@@ -93,7 +93,7 @@ class GRPOConfig(Section):
     `num_iterations`."""
 
     report_to: list[str] = Field(default=[], json_schema_extra=PLACEMENT)
-    """Trackers `transformers` knows (`wandb`, `tensorboard`, `mlflow`, ...)."""
+    """As `train.report_to` of a distillation run."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "GRPOConfig":

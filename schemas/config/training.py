@@ -90,7 +90,9 @@ class OptimizerConfig(Section):
     """Optimizer steps between checkpoints; what a crash can lose at most."""
 
     report_to: list[str] = Field(default=[], json_schema_extra=PLACEMENT)
-    """Trackers `transformers` knows (`wandb`, `tensorboard`, `mlflow`, ...)."""
+    """Trackers `transformers` knows (`wandb`, `tensorboard`, `mlflow`, ...), to install beside this package. A run of
+    theirs is a stage, as `mine-round-0-train`, with steps counted over all rounds; TensorBoard's files lie in the
+    run's `logs/tensorboard`."""
 
     @model_validator(mode="after")
     def _rates_fall(self) -> "OptimizerConfig":

@@ -51,6 +51,7 @@ def run(job: StageJob) -> None:
         ModelError: a model is missing, has no chat template, or cannot be pruned as asked.
         TokenizerMismatchError: teacher and student number their tokens differently.
         PromptError: a prompt leaves no room for a reply.
+        ConfigError: a package that training will need is not installed.
     """
     from tasks.models.stage import resolve_models
 

@@ -33,6 +33,7 @@ from tasks.rl.start import start_fingerprint, start_folder, start_label
 from tasks.rl.trainer import VerifiedGRPOTrainer, prompt_order
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
+from tasks.trackers import check_trackers, keep_tensorboard, tracked_name
 from tasks.trainer_settings import on_device, trainer_settings
 
 
@@ -67,6 +68,7 @@ def _trained(
 ) -> TrainerState:
     """Train up to the last step, from a checkpoint if there is one; return the trainer's step and log."""
     store, config, grpo = job.store, job.config, job.config.grpo
+    check_trackers(grpo.report_to, "grpo.report_to")
     device = resolve_device(config.device)
     check_engine(grpo, device)
     model = load_model(start, dtype="float32", device=str(device), trust_remote_code=config.trust_remote_code)
@@ -88,7 +90,9 @@ def _trained(
     with store.scratch_folder(job.key) as scratch:
         trainer = VerifiedGRPOTrainer(
             model=model,
-            args=trainer_arguments(config, scratch, device, int(tokens.lengths.max()), unused_ids(model, tokenizer)),
+            args=trainer_arguments(
+                config, scratch, tracked_name(job), device, int(tokens.lengths.max()), unused_ids(model, tokenizer)
+            ),
             tokenizer=tokenizer,
             reward=reward,
             tokens=tokens,
@@ -98,6 +102,7 @@ def _trained(
             on_steps=lambda done, total: job.progress(done, total, "steps"),
             checkpoint_folder=checkpoint_folder,
         )
+        keep_tensorboard(trainer, job)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state: TrainerState = trainer.state
     return state
@@ -140,7 +145,7 @@ def unused_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def trainer_arguments(
-    config: RLConfig, folder: Path, device: torch.device, longest_prompt: int, unused: list[int]
+    config: RLConfig, folder: Path, name: str, device: torch.device, longest_prompt: int, unused: list[int]
 ) -> TRLConfig:
     """Return TRL's settings for a run."""
     grpo = config.grpo
@@ -152,7 +157,7 @@ def trainer_arguments(
         "vllm_max_model_length": longest_prompt + grpo.max_new_tokens,
     }
     arguments = TRLConfig(
-        **trainer_settings(grpo, folder, config.seed, device),
+        **trainer_settings(grpo, folder, name, config.seed, device),
         max_steps=grpo.steps,
         per_device_train_batch_size=per_batch,
         gradient_accumulation_steps=responses // per_batch,

@@ -28,6 +28,7 @@ from tasks.language_model.sources import start_model, teacher_model
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
+from tasks.trackers import check_trackers, keep_tensorboard, tracked_name
 from tasks.train.liger import fuse_layers
 from tasks.train.schedule import RoundSchedule, cosine_scheduler
 from tasks.trainer_settings import StepProgress, on_device, trainer_settings
@@ -45,6 +46,7 @@ def train_on_policy(job: StageJob) -> None:
     store, config, settings = job.store, job.config, job.config.train
     on_policy = settings.on_policy
     assert on_policy is not None, "the config says so"
+    check_trackers(settings.report_to, "train.report_to")
     job.start_over()
     start, teacher_ref = start_model(store, config, job.round), teacher_model(store, config)
     device = resolve_device(start.device)
@@ -71,7 +73,7 @@ def train_on_policy(job: StageJob) -> None:
         trainer = OnPolicyTrainer(
             model=student,
             teacher_model=teacher,
-            args=on_policy_arguments(settings, config.generate, scratch, config.seed, device),
+            args=on_policy_arguments(settings, config.generate, scratch, tracked_name(job), config.seed, device),
             tokenizer=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": messages}),
             schedule=schedule,
@@ -80,6 +82,7 @@ def train_on_policy(job: StageJob) -> None:
             unused_ids=list(range(min(len(tokenizer), start.shared_vocab), rows[0])),
             callbacks=[StepProgress(lambda done, total: job.progress(done, total, "steps"))],
         )
+        keep_tensorboard(trainer, job)
         trainer.train()
     last = store.checkpoint(job.key)
     store.remove(last)
@@ -179,7 +182,7 @@ class OnPolicyTrainer(DistillationTrainer):
 
 
 def on_policy_arguments(
-    settings: TrainConfig, sampling: GenerateConfig, folder: Path, seed: int, device: torch.device
+    settings: TrainConfig, sampling: GenerateConfig, folder: Path, name: str, seed: int, device: torch.device
 ) -> DistillationConfig:
     """Return TRL's settings: the same optimizer as near-policy training, sampling as stage generate samples.
 
@@ -187,6 +190,7 @@ def on_policy_arguments(
         settings: Section `train`, with `on_policy`.
         sampling: Section `generate`.
         folder: For what TRL writes; nothing is kept of it.
+        name: What trackers call it.
         seed: The run's.
         device: Where everything computes.
     """
@@ -195,7 +199,7 @@ def on_policy_arguments(
     assert settings.steps_per_round is not None, "the config says so"
     batch = on_policy.batch_prompts or on_policy.prompts_per_step
     arguments = DistillationConfig(
-        **trainer_settings(settings, folder, seed, device),
+        **trainer_settings(settings, folder, name, seed, device),
         max_steps=settings.steps_per_round,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=on_policy.prompts_per_step // batch,

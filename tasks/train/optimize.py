@@ -11,7 +11,6 @@ from transformers import TrainerState
 from trl.trainer.sft_config import SFTConfig
 
 from schemas.config import LoraConfig, OptimizerConfig
-from schemas.errors import ConfigError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
@@ -19,6 +18,7 @@ from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
 from tasks.stage import StageJob
+from tasks.trackers import check_trackers, keep_tensorboard, tracked_name
 from tasks.train.liger import fuse_layers
 from tasks.train.loss import Objective, choose_kernel
 from tasks.train.packs import PackReader
@@ -26,7 +26,7 @@ from tasks.train.plan import RoundPlan
 from tasks.train.policy_probe import PolicyProbe, open_probe, probe_size, read_probe_row
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
-from tasks.trainer_settings import on_device, trainer_settings
+from tasks.trainer_settings import on_device, require_lora, trainer_settings
 
 
 def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
@@ -41,6 +41,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     """
     store, config, settings = job.store, job.config, plan.settings
     warmup, launch = job.round == WARMUP, config.train.launch
+    check_trackers(settings.report_to, f"{'warmup' if warmup else 'train'}.report_to")
     start = start_model(store, config, job.round)
     device = own_device(start.device, launch.world_size)
     kernel = choose_kernel(settings.loss_kernel, device)
@@ -56,7 +57,9 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     with store.scratch_folder(job.key) as scratch:
         trainer = NearPolicyTrainer(
             model=model,
-            args=trainer_arguments(settings, plan.schedule, scratch, config.seed, device, launch.world_size),
+            args=trainer_arguments(
+                settings, plan.schedule, scratch, tracked_name(job), config.seed, device, launch.world_size
+            ),
             tokenizer=load_tokenizer(start.path, trust_remote_code=start.trust_remote_code),
             reader=plan.reader,
             schedule=plan.schedule,
@@ -74,6 +77,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
             checkpoint_folder=lambda step: keep_checkpoint(job, step),
             shard=launch.world_size > 1 and launch.strategy == "fsdp2",
         )
+        keep_tensorboard(trainer, job)
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
     return trainer.state
 
@@ -103,11 +107,17 @@ def own_device(name: str | None, processes: int) -> torch.device:
 
 
 def trainer_arguments(
-    settings: OptimizerConfig, schedule: RoundSchedule, folder: Path, seed: int, device: torch.device, processes: int
+    settings: OptimizerConfig,
+    schedule: RoundSchedule,
+    folder: Path,
+    name: str,
+    seed: int,
+    device: torch.device,
+    processes: int,
 ) -> SFTConfig:
     """Return TRL's settings for a round, for each of the processes that train it."""
     arguments = SFTConfig(
-        **trainer_settings(settings, folder, seed, device),
+        **trainer_settings(settings, folder, name, seed, device),
         max_steps=schedule.end_step,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=math.ceil(settings.packs_per_step / processes),
@@ -127,10 +137,9 @@ def peft_config(lora: LoraConfig) -> Any:
     Raises:
         ConfigError: `peft` is not installed.
     """
-    try:
-        from peft import LoraConfig as PeftLoraConfig
-    except ImportError:
-        raise ConfigError("train.lora: needs the extra `lora`: pip install -e '.[lora]'") from None
+    require_lora()
+    from peft import LoraConfig as PeftLoraConfig
+
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

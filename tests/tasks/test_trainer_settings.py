@@ -20,6 +20,7 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": False,
     "report_to": ["tensorboard"],
 }
+NAMED = {"run_name": "mine"}
 
 
 def assert_told(arguments: Any, **expected: Any) -> None:
@@ -34,8 +35,9 @@ def test_settings_of_a_round_reach_its_trainer(tmp_path: Path) -> None:
     settings = TrainConfig(packs_per_step=6, save_every_steps=7, precision="fp32", **COMMON)
     schedule = RoundSchedule(11, 12, 6, 0.0, 2, 4)
     assert_told(
-        trainer_arguments(settings, schedule, tmp_path, 3, CPU, 2),
+        trainer_arguments(settings, schedule, tmp_path, "mine", 3, CPU, 2),
         **COMMON,
+        **NAMED,
         bf16=False,
         seed=3,
         data_seed=3,
@@ -54,10 +56,11 @@ def test_settings_of_on_policy_training_reach_its_trainer(tmp_path: Path) -> Non
     on_policy = {"prompts_per_step": 6, "batch_prompts": 2, "beta": 0.75}
     settings = TrainConfig.model_validate({"steps_per_round": 9, "on_policy": on_policy, "precision": "fp32", **COMMON})
     sampling = GenerateConfig(max_new_tokens=17, temperature=0.5, top_p=0.75)
-    arguments = on_policy_arguments(settings, sampling, tmp_path, 3, CPU)
+    arguments = on_policy_arguments(settings, sampling, tmp_path, "mine", 3, CPU)
     assert_told(
         arguments,
         **COMMON,
+        **NAMED,
         seed=3,
         max_steps=9,
         per_device_train_batch_size=2,
@@ -68,7 +71,7 @@ def test_settings_of_on_policy_training_reach_its_trainer(tmp_path: Path) -> Non
     )
     # The divergence is of the distributions themselves, however they are sampled from.
     assert arguments.temperature == 1.0
-    greedy = on_policy_arguments(settings, GenerateConfig(temperature=0), tmp_path, 3, CPU)
+    greedy = on_policy_arguments(settings, GenerateConfig(temperature=0), tmp_path, "mine", 3, CPU)
     assert greedy.generation_kwargs == {"do_sample": False}
 
 
@@ -91,8 +94,9 @@ def test_settings_of_grpo_reach_its_trainer(tmp_path: Path) -> None:
     config = parse_as(RLConfig, {"name": "rl", "run": "r", "seed": 3, "trust_remote_code": True, "grpo": grpo})
     assert config.grpo == GRPOConfig(**grpo)
     assert_told(
-        grpo_arguments(config, tmp_path, CPU, 40, [259, 260]),
+        grpo_arguments(config, tmp_path, "mine", CPU, 40, [259, 260]),
         **COMMON,
+        **NAMED,
         **own,
         seed=3,
         max_steps=9,
