@@ -40,7 +40,7 @@ def train_on_policy(job: StageJob) -> None:
     Both models lie on the trainer's device. Counts `generated_tokens` and the `sampling_seconds` of the whole.
 
     Raises:
-        ModelError: the models' vocabularies differ, which TRL's loss over the whole vocabulary needs to be one.
+        ModelError: the student's vocabulary has rows that the teacher's has not, and TRL's loss compares them all.
         StageError: there are fewer prompts than one step needs, or the loss is not finite.
     """
     store, config, settings = job.store, job.config, job.config.train
@@ -63,11 +63,14 @@ def train_on_policy(job: StageJob) -> None:
     if settings.liger_kernels:
         fuse_layers(student, device)
     rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    if rows[0] != rows[1]:
+    if rows[0] > rows[1]:
         raise ModelError(
-            f"train.on_policy: the student has {rows[0]} rows of vocabulary and the teacher {rows[1]}; TRL's trainer "
-            "needs as many"
+            f"train.on_policy: the student has {rows[0]} rows of vocabulary and the teacher only {rows[1]}; TRL's "
+            "trainer compares the models row by row"
         )
+    if rows[0] < rows[1]:
+        # What it has more pads its vocabulary: both have one tokenizer, and the student a row for each of its tokens.
+        teacher.resize_token_embeddings(rows[0])
     schedule = _schedule(settings, len(messages), on_policy)
     with store.scratch_folder(job.key) as scratch:
         trainer = OnPolicyTrainer(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from schemas.config import parse_config
-from schemas.errors import ConfigError, PromptError
+from schemas.errors import ConfigError, ModelError, PromptError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, PROMPTS, TRAIN_METRICS, score_schema
@@ -111,7 +111,6 @@ def test_on_policy_training_asks_the_train_prompts_alone_and_repeats_byte_for_by
     splits = {name: "held_out" if name in "beh" else "train" for name in "abcdefghi"}
     config = make_config(
         tmp_path,
-        # Both have one vocabulary, as TRL's loss needs.
         teacher={"model": str(student_dir)},
         student={"model": str(student_dir)},
         rounds=1,
@@ -141,12 +140,15 @@ def test_on_policy_training_asks_the_train_prompts_alone_and_repeats_byte_for_by
     assert execute(store, config, StageKey("train", 0)).outputs == once.outputs
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize(("beta", "rows", "tied"), [(0.0, 259, True), (1.0, 259, True), (0.0, 264, False)])
 def test_on_policy_training_samples_as_it_is_told_and_learns_the_kl_it_is_told(
-    tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, beta: float
+    tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch, beta: float, rows: int, tied: bool
 ) -> None:
-    """The first step's loss against float64, one response at a time: KL(teacher || student), or the other way round."""
-    teacher_dir = save_model(tmp_path / "teacher", make_model(seed=9, layers=3))
+    """The first step's loss against float64, one response at a time: KL(teacher || student), or the other way round.
+
+    What a teacher's vocabulary has above the student's is padding and counts for nothing.
+    """
+    teacher_dir = save_model(tmp_path / "teacher", make_model(seed=9, layers=3, vocab_size=rows, tie=tied))
     config = make_config(
         tmp_path,
         teacher={"model": str(teacher_dir)},
@@ -187,7 +189,9 @@ def test_on_policy_training_samples_as_it_is_told_and_learns_the_kl_it_is_told(
     for prompt, response in sampled:
         with torch.no_grad():
             teacher, student = (
-                model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+                model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
+                    0, len(prompt) - 1 : -1, :259
+                ]
                 for model in models
             )
         p, q = (values.log_softmax(-1) for values in ((teacher, student) if beta == 0 else (student, teacher)))
@@ -195,6 +199,22 @@ def test_on_policy_training_samples_as_it_is_told_and_learns_the_kl_it_is_told(
     (row,) = metrics(store, 0).to_pylist()
     assert row["loss"] == row["kd"] == pytest.approx(np.mean(divergences), rel=1e-4)
     assert row["response_tokens"] == len(divergences)
+
+
+def test_on_policy_training_wants_a_teacher_with_every_row_of_the_student(tmp_path: Path, student_dir: Path) -> None:
+    padded = save_model(tmp_path / "padded", make_model(seed=9, vocab_size=264))
+    config = make_config(
+        tmp_path,
+        teacher={"model": str(student_dir)},
+        student={"model": str(padded)},
+        rounds=1,
+        train={"on_policy": {"prompts_per_step": 1}, "steps_per_round": 1},
+    )
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table({"a": "train", "b": "held_out"})])
+    execute(store, config, MODELS)
+    with pytest.raises(ModelError, match="the student has 264 rows of vocabulary and the teacher only 259"):
+        execute(store, config, StageKey("train", 0))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
