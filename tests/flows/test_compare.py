@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.compute as pc
 import pytest
 import yaml
@@ -140,6 +141,10 @@ def test_a_comparison_is_made_resumed_and_changed(
     assert set(rollouts.column("prompt_id").to_pylist()) <= set(train)
     assert learned.finished(RL).inputs == learned.finished(StageKey("prompts")).outputs
     assert (folder / "comparison.md").read_text(encoding="utf-8").startswith("# tiny")
+    # Prefect's UI shows the report's figures, too.
+    found = httpx.post(f"{shared_server}/artifacts/filter", json={"artifacts": {"key": {"like_": "tiny-%"}}}).json()
+    images = {artifact["key"] for artifact in found if artifact["type"] == "image"}
+    assert images == {f"tiny-figure-{key}" for key in ("time", "bars-accuracy", "bars-rl", "bars-kl")}
 
     # One run's samples are taken over by others that would draw the same: their manifests are then the same.
     stores = [RunStore(folder / "npd" / f"lr={lr}" / "seed-0") for lr in ("0.001", "0.0001")]
