@@ -89,7 +89,9 @@ def process_modules(comparison: ComparisonConfig, base: RunConfig) -> tuple[str,
         modules.append("tasks.train.on_policy")
     if comparison.rl is not None:
         modules.append("tasks.rl.grpo")
-        engines |= {comparison.rl.grpo.engine, comparison.rl.evaluate.engine}
+        engines.add(comparison.rl.grpo.engine)
+        if comparison.rl.evaluate is not None:
+            engines.add(comparison.rl.evaluate.engine)
     # TRL's trainers import vLLM where it is installed, and vLLM must not be imported before its engine is set up.
     return () if "vllm" in engines else tuple(modules)
 
