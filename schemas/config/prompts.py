@@ -101,7 +101,8 @@ class PromptsConfig(Section):
     """Read in order and joined; a prompt met twice is kept once and counted."""
 
     held_out: int = Field(default=64, ge=1)
-    """Prompts set aside for evaluation. They never reach training."""
+    """Prompts set aside for evaluation. They never reach training, nor does a prompt that differs from one of them only
+    in spaces, letters' case or form, or the system message."""
 
     split_seed: int | None = Field(default=None, ge=0, lt=2**31)
     """Seed of which prompts are kept and which held out; null: the run's seed. Set it where runs of several seeds are

@@ -1,6 +1,7 @@
 """One row of a source becomes the messages of a prompt, or a reason why it cannot."""
 
 import math
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,23 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
     True
     """
     return hash_json(messages)[:16]
+
+
+def wording_id(messages: list[dict[str, str]]) -> str:
+    """Return 16 hex digits that prompts share which ask the same in the same words.
+
+    Letters' case and form (NFKC), the space between words, and what the system message says make no difference.
+
+    >>> one = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " What  is\\n2+2? "}]
+    >>> wording_id(one) == wording_id([{"role": "user", "content": "what is 2+2?"}])
+    True
+    """
+    said = [
+        [message["role"], *unicodedata.normalize("NFKC", message["content"]).casefold().split()]
+        for message in messages
+        if message["role"] != "system"
+    ]
+    return hash_json([" ".join(words) for words in said])[:16]
 
 
 def row_messages(row: dict[str, Any], columns: RowColumns) -> list[dict[str, str]]:
