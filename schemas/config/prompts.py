@@ -76,7 +76,9 @@ class ReasoningGymSource(Section):
     """Which kind of source this is."""
 
     tasks: list[str] = Field(min_length=1)
-    """Names of the tasks (`basic_arithmetic`, `letter_counting`, ...)."""
+    """Names of the tasks (`basic_arithmetic`, `letter_counting`, ...). Their verifiers get what follows the last `####`
+    of a response, else what is in `<answer>` tags, else its last lines, as many as the answer has: a sentence around
+    the answer is wrong."""
 
     size: int = Field(default=64, ge=1)
     """Prompts for each task."""
@@ -88,7 +90,7 @@ class ReasoningGymSource(Section):
     """Options of single tasks, by task name, as `reasoning_gym.create_dataset` takes them."""
 
     system: str | None = None
-    """System message put before every prompt."""
+    """System message put before every prompt: the place to say how an answer is marked."""
 
 
 PromptSource = Annotated[JsonlSource | ParquetSource | DatasetSource | ReasoningGymSource, Field(discriminator="type")]
