@@ -45,7 +45,7 @@ FILL = 0.99
 RECORD_BYTES = 190
 """Of one file in a stage's manifest."""
 
-MEMORY = {"prompts": 40, "generate": 5, "filter": 8, "pack": 56, "train": 4}
+MEMORY = {"prompts": 48, "generate": 5, "filter": 8, "pack": 56, "train": 4}
 """Bytes a stage holds for each prompt (prompts, generate) or sample; see docs/scale.md."""
 
 

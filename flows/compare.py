@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -58,7 +58,8 @@ from tasks.comparison.table import (
 )
 from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
-from tasks.report.comparison import comparison_html
+from tasks.report.comparison import comparison_figures, comparison_html
+from tasks.report.images import image_url
 from tasks.rl.graph import EVALUATE
 
 
@@ -254,6 +255,9 @@ class Work:
                 temporary.write_text(comparison_html(table, self.comparison.name), encoding="utf-8")
         with if_server_answers(get_run_logger()):
             create_markdown_artifact(markdown, key=artifact_key(self.comparison.name, "comparison"))
+            for figure in comparison_figures(table):
+                key = artifact_key(self.comparison.name, "figure", figure.key)
+                create_image_artifact(image_url(figure), key=key, description=figure.title)
         return table
 
     def require_all_done(self) -> None:

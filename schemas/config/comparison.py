@@ -62,8 +62,9 @@ class ComparisonRLConfig(Section):
     grpo: GRPOConfig = GRPOConfig()
     """How they learn; see `npd rl`."""
 
-    evaluate: RLEvaluateConfig = RLEvaluateConfig()
-    """How they then answer the held-out prompts. `max_new_tokens` null: as `grpo.max_new_tokens`."""
+    evaluate: RLEvaluateConfig | None = None
+    """How they then answer the held-out prompts; null: as the methods' students do (`evaluate` of the run), so that
+    accuracy before and after compare. Where it is set, its `max_new_tokens` null: as `grpo.max_new_tokens`."""
 
 
 class ComparisonConfig(Section):
@@ -285,5 +286,16 @@ def continuation_config(comparison: ComparisonConfig, base: RunConfig, method: s
         device=base.devices.trainer,
         grpo=comparison.rl.grpo,
         export=base.export,
-        evaluate=comparison.rl.evaluate,
+        evaluate=comparison.rl.evaluate or _evaluated_alike(base),
+    )
+
+
+def _evaluated_alike(base: RunConfig) -> RLEvaluateConfig:
+    """Return how a student after RL answers as the students before it do."""
+    own = base.evaluate
+    return RLEvaluateConfig(
+        samples_per_prompt=own.samples_per_prompt,
+        temperature=own.temperature,
+        max_new_tokens=own.max_new_tokens or base.generate.max_new_tokens,
+        batch_size=base.generate.batch_size,
     )

@@ -83,7 +83,9 @@ class ReasoningGymSource(Section):
     """Which kind of source this is."""
 
     tasks: list[str] = Field(min_length=1)
-    """Names of the tasks (`basic_arithmetic`, `letter_counting`, ...)."""
+    """Names of the tasks (`basic_arithmetic`, `letter_counting`, ...). Their verifiers get what follows the last `####`
+    of a response, else what is in `<answer>` tags, else its last lines, as many as the answer has: a sentence around
+    the answer is wrong."""
 
     size: int = Field(default=64, ge=1)
     """Prompts for each task."""
@@ -95,7 +97,7 @@ class ReasoningGymSource(Section):
     """Options of single tasks, by task name, as `reasoning_gym.create_dataset` takes them."""
 
     system: str | None = None
-    """System message put before every prompt."""
+    """System message put before every prompt: the place to say how an answer is marked."""
 
 
 PromptSource = Annotated[JsonlSource | ParquetSource | DatasetSource | ReasoningGymSource, Field(discriminator="type")]
@@ -108,7 +110,8 @@ class PromptsConfig(Section):
     """Read in order and joined; a prompt met twice is kept once and counted."""
 
     held_out: int = Field(default=64, ge=1)
-    """Prompts set aside for evaluation. They never reach training."""
+    """Prompts set aside for evaluation. They never reach training, nor does a prompt that differs from one of them only
+    in spaces or in letters' case or form."""
 
     split_seed: int | None = Field(default=None, ge=0, lt=2**31)
     """Seed of which prompts are kept and which held out; null: the run's seed. Set it where runs of several seeds are

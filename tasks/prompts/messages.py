@@ -1,6 +1,7 @@
 """One row of a source becomes the messages of a prompt, or a reason why it cannot."""
 
 import math
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,6 +51,20 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
     True
     """
     return hash_json(messages)[:16]
+
+
+def wording_id(messages: list[dict[str, str]]) -> str:
+    """Return 16 hex digits that prompts share which ask the same in the same words.
+
+    Letters' case and form (NFKC) and the space between words make no difference.
+
+    >>> wording_id([{"role": "user", "content": " What  is\\n2+2? "}]) == wording_id(
+    ...     [{"role": "user", "content": "what is 2+2?"}]
+    ... )
+    True
+    """
+    said = ([m["role"], *unicodedata.normalize("NFKC", m["content"]).casefold().split()] for m in messages)
+    return hash_json([" ".join(words) for words in said])[:16]
 
 
 def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:

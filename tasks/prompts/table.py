@@ -12,9 +12,9 @@ from schemas.config import PromptsConfig
 from schemas.errors import PromptError
 from schemas.tables import PROMPTS
 from schemas.untrusted_text import readable
-from tasks.prompts.messages import RowProblem, prompt_id, row_prompt
+from tasks.prompts.messages import RowProblem, prompt_id, row_prompt, wording_id
 from tasks.prompts.sources import SourceRows, open_sources
-from tasks.prompts.split import draw_splits, ids_of
+from tasks.prompts.split import Ids, draw_splits, ids_of
 from tasks.stage import Progress, StageJob
 
 BATCH_ROWS = 4096
@@ -44,7 +44,10 @@ def prompts_tables(
 ) -> tuple[Iterator[pa.Table], dict[str, Any]]:
     """Read every source, keep each distinct prompt once, and split them.
 
-    The rows wait in a file while all ids are read; held are about 40 bytes a row.
+    A prompt that would be trained on but asks what a held-out one asks, in the same words (``wording_id``), is left
+    out: whoever has learned its answer has seen that of the other.
+
+    The rows wait in a file while all ids are read; held are about 48 bytes a row.
 
     Args:
         config: The sources, and how many prompts to take and to hold out.
@@ -54,8 +57,8 @@ def prompts_tables(
 
     Returns:
         Tables of schema ``PROMPTS`` of PART_ROWS rows, in reading order, and what was counted: `rows`, `duplicates`,
-        `left_out_by_limit`, `held_out`, `train`, `not_verifiable` (prompts with nothing to check a response against),
-        and under `sources` the rows of each.
+        `left_out_by_limit`, `like_held_out` (left out since a held-out prompt asks the same), `held_out`, `train`,
+        `not_verifiable` (prompts with nothing to check a response against), and under `sources` the rows of each.
 
     Raises:
         PromptError: a source cannot be read, has rows that cannot be used, or nothing is left to train on.
@@ -63,7 +66,8 @@ def prompts_tables(
     sources = open_sources(config.sources)
     total = sum(source.total for source in sources)
     progress(0, total, "prompts")
-    ids: list[NDArray[np.uint64]] = []
+    ids: list[Ids] = []
+    wordings: list[Ids] = []
     verifiable: list[NDArray[np.bool_]] = []
     counts: dict[str, int] = {}
     done = 0
@@ -76,8 +80,9 @@ def prompts_tables(
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _READ, options=options) as writer:
         for source in sources:
 
-            def keep(batch: pa.RecordBatch) -> None:
+            def keep(batch: pa.RecordBatch, asked: Ids) -> None:
                 ids.append(ids_of(batch.column("prompt_id").to_pylist()))
+                wordings.append(asked)
                 verifiable.append(batch.column("verification").is_valid().to_numpy(zero_copy_only=False))
                 writer.write_batch(batch)
 
@@ -92,16 +97,40 @@ def prompts_tables(
     # Of each row: left out, train or held-out.
     place = np.zeros(rows.size, np.int8)
     place[first] = taken.astype(np.int8) + held_out
+    alike = _leave_out_alike(place, wordings)
+    if not (place == 1).any():
+        raise PromptError(
+            f"prompts.held_out: all of the {alike} other prompts ask what a held-out one asks, in the same "
+            "words, which leaves nothing to train on; lower it or add prompts"
+        )
     counters = {
         "rows": rows.size,
         "duplicates": rows.size - distinct.size,
         "left_out_by_limit": int(distinct.size - taken.sum()),
+        "like_held_out": alike,
         "held_out": int(held_out.sum()),
-        "train": int(taken.sum() - held_out.sum()),
+        "train": int(np.count_nonzero(place == 1)),
         "not_verifiable": int(np.count_nonzero(place) - np.concatenate(verifiable)[place > 0].sum()),
         "sources": counts,
     }
     return _parts(path, place), counters
+
+
+def _leave_out_alike(place: NDArray[np.int8], wordings: list[Ids]) -> int:
+    """Take train rows that ask what a held-out row asks out of ``place``; return how many.
+
+    Args:
+        place: Of each row: 0 left out, 1 train, 2 held-out.
+        wordings: ``wording_id`` of each row, in arrays of some rows.
+    """
+    parts = np.split(place, np.cumsum([asked.size for asked in wordings])[:-1])
+    held_out = np.unique(np.concatenate([asked[of == 2] for asked, of in zip(wordings, parts, strict=True)]))
+    left_out = 0
+    for asked, of in zip(wordings, parts, strict=True):
+        alike = (of == 1) & np.isin(asked, held_out)
+        of[alike] = 0
+        left_out += int(alike.sum())
+    return left_out
 
 
 def _parts(path: Path, place: NDArray[np.int8]) -> Iterator[pa.Table]:
@@ -123,8 +152,11 @@ def _parts(path: Path, place: NDArray[np.int8]) -> Iterator[pa.Table]:
         yield waiting
 
 
-def _read_source(source: SourceRows, keep: Callable[[pa.RecordBatch], None], progress: Callable[[int], None]) -> int:
-    """Hand a source's prompts to ``keep``, some at a time, and return how many rows it has."""
+def _read_source(
+    source: SourceRows, keep: Callable[[pa.RecordBatch, Ids], None], progress: Callable[[int], None]
+) -> int:
+    """Hand a source's prompts and their wordings to ``keep``, some at a time, and return how many rows it has."""
+    asked: list[str] = []
     columns: dict[str, list[Any]] = {name: [] for name in _READ.names}
     first: tuple[int, RowProblem] | None = None
     read = unusable = 0
@@ -132,8 +164,8 @@ def _read_source(source: SourceRows, keep: Callable[[pa.RecordBatch], None], pro
 
     def flush() -> None:
         if columns["prompt_id"]:
-            keep(pa.RecordBatch.from_pydict(columns, _READ))
-            for values in columns.values():
+            keep(pa.RecordBatch.from_pydict(columns, _READ), ids_of(asked))
+            for values in (asked, *columns.values()):
                 values.clear()
 
     for number, row in source.rows:
@@ -151,6 +183,7 @@ def _read_source(source: SourceRows, keep: Callable[[pa.RecordBatch], None], pro
         found = (prompt_id(messages), messages, answer, check, source.label, number)
         for values, value in zip(columns.values(), found, strict=True):
             values.append(value)
+        asked.append(wording_id(messages))
         if read % BATCH_ROWS == 0:
             flush()
             progress(read)

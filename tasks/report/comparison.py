@@ -65,8 +65,8 @@ def comparison_figures(table: pa.Table) -> list[Figure]:
     if any(_timed(row) for row in rows):
         figures.append(_against_time(rows))
     for key, title, names in (
-        ("accuracy", "Accuracy by method", ("accuracy", "accuracy_low", "accuracy_high")),
-        ("rl", "Accuracy after RL", ("rl_accuracy", "rl_low", "rl_high")),
+        ("accuracy", "Accuracy by method", _ACCURACY),
+        ("rl", "Accuracy after RL", _AFTER_RL),
     ):
         shown = [row for row in rows if _known(row[names[0]])]
         if shown:
@@ -101,6 +101,8 @@ def _ends(row: Row, names: tuple[str, str, str]) -> tuple[float, float, float]:
 
 
 _ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+_AFTER_RL = ("rl_accuracy", "rl_low", "rl_high")
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
 _SECONDS = ("seconds", "seconds_min", "seconds_max")
 
 
@@ -203,7 +205,8 @@ def comparison_rows(table: pa.Table) -> tuple[list[str], list[list[str]]]:
     """Return titles and cells of the whole table, with every method's difference and ratio to each baseline."""
     rows: list[Row] = table.to_pylist()
     baselines = [row for row in rows if row["role"] == "baseline"]
-    header = ["method", "accuracy", "95 % interval", "after RL", "KL(teacher‖student)", "policy KL", "time"]
+    header = ["method", "accuracy", "95 % interval", "NPD − this, points, paired", "after RL, with 95 % interval"]
+    header += ["KL(teacher‖student)", "policy KL", "time"]
     header += ["generated tokens", "steps", "learning rate", "seeds"]
     header += [f"against {row['title']}: points, time" for row in baselines]
     return header, [_cells(row, baselines) for row in rows]
@@ -215,7 +218,8 @@ def _cells(row: Row, baselines: list[Row]) -> list[str]:
         row["title"],
         number_text(row["accuracy"]),
         _interval(row, _ACCURACY) if _known(row["accuracy"]) else "",
-        number_text(row["rl_accuracy"]) if _known(row["rl_accuracy"]) else "",
+        _points(row),
+        f"{number_text(row['rl_accuracy'])}{_in_brackets(row, _AFTER_RL)}" if _known(row["rl_accuracy"]) else "",
         f"{kl} ± {number_text(row['kl_stderr'], 2)}" if kl != NOTHING and _known(row["kl_stderr"]) else kl,
         number_text(row["policy_kl"], 3) if _known(row["policy_kl"]) else "",
         duration_text(row["seconds"]) if _known(row["seconds"]) else "",
@@ -224,6 +228,19 @@ def _cells(row: Row, baselines: list[Row]) -> list[str]:
         f"{row['seeds']}" if row["seeds"] is not None else "",
         *(against_text(row, baseline) for baseline in baselines),
     ]
+
+
+def _in_brackets(row: Row, names: tuple[str, str, str]) -> str:
+    interval = _interval(row, names)
+    return f" ({interval})" if interval else ""
+
+
+def _points(row: Row) -> str:
+    """Return the accuracy that NPD has more, paired by seed and prompt, with its 95 % interval."""
+    if not _known(row["difference"]):
+        return ""
+    value, low, high = (100 * end for end in _ends(row, _DIFFERENCE))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})" if high > low else f"{value:+.1f}"
 
 
 def against_text(row: Row, baseline: Row) -> str:

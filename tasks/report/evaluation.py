@@ -9,7 +9,11 @@ import pyarrow as pa
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, METRICS_FILE
+from tasks.comparison.intervals import Interval, crossed_interval
+from tasks.comparison.outcome import read_scores
+from tasks.evaluate.resolution import TARGET
 from tasks.graph import BASELINE
+from tasks.report.text import number_text
 
 STUDENT, TEACHER, START = "student", "teacher", "start"
 
@@ -96,6 +100,49 @@ def shown_names(metrics: list[Metric]) -> list[str]:
 def kind_of(name: str) -> MetricKind:
     """Return how a metric is shown."""
     return KINDS.get(name, MetricKind(name, "mean"))
+
+
+def paired_change(store: RunStore, before: tuple[StageKey, str], after: tuple[StageKey, str]) -> Interval | None:
+    """Return the change of accuracy between two evaluations, prompt by prompt; None where they share no checked prompt.
+
+    Args:
+        store: The run.
+        before: The stage that evaluated the model before, and the model's name there.
+        after: The same of the model after.
+
+    Raises:
+        ArtifactError: a table is damaged.
+    """
+    first, last = (read_scores(store, *each) for each in (before, after))
+    shared = frozenset(first.prompt_ids) & frozenset(last.prompt_ids)
+    if not shared:
+        return None
+    found = crossed_interval((last.of(shared).values - first.of(shared).values)[None])
+    return found if math.isfinite(found.low) else None
+
+
+def change_text(first: Metric, last: Metric, paired: Interval | None, span: str = "") -> str:
+    """Return how a metric changed, and whether that can be told from noise, in words.
+
+    Args:
+        first: The metric before.
+        last: The metric after.
+        paired: The change prompt by prompt, where it is known: what both models find hard is then no noise.
+        span: What the change is over.
+    """
+    change = last.value - first.value
+    least, how = told_apart(first, last), "unpaired"
+    if paired is not None:
+        least, how = (paired.high - paired.low) / 2, "prompt by prompt"
+    if least == 0:
+        # As of benchmarks without a standard error: 0 stands for none.
+        return f"No change{span}." if change == 0 else f"Change{span} {change:+.4f}; how much is noise is not known."
+    verdict = "beyond" if abs(change) > least else "within"
+    amount = f"{100 * least:.1f} points" if first.name == "accuracy" else number_text(least, 2)
+    said = f"Differences below {amount} cannot be told from noise here ({how}, at 95 %)"
+    if first.name == "accuracy" and least > TARGET:
+        said += f"; {100 * TARGET:.0f} points cannot: more held-out prompts would tell"
+    return f"Change{span} {change:+.4f}: {verdict} noise. {said}."
 
 
 def told_apart(first: Metric, last: Metric) -> float:

@@ -8,8 +8,10 @@ from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.manifest import RunRecord
 from schemas.run_store import RunStore
+from schemas.stage_key import StageKey
+from tasks.comparison.intervals import Interval
 from tasks.graph import loop
-from tasks.report.evaluation import Metric, read_metrics
+from tasks.report.evaluation import STUDENT, Metric, paired_change, read_metrics
 from tasks.report.histograms import Counts
 from tasks.report.ledger import Ledger, read_ifd, read_ledger
 from tasks.report.stages import StageCost, costs, sampler_of
@@ -34,6 +36,7 @@ class RunFigures:
         packs: Of the warm-up and each round that packed.
         curves: Of the warm-up and each round that trained.
         metrics: Held-out metrics.
+        accuracy_change: Of the student over the rounds, prompt by prompt; None: it was not evaluated twice.
         stages: Every stage, finished or not.
         samplers: By round, the policy version that sampled and its optimizer steps.
     """
@@ -45,6 +48,7 @@ class RunFigures:
     packs: list[PackFill]
     curves: list[Curves]
     metrics: list[Metric]
+    accuracy_change: Interval | None
     stages: list[StageCost]
     samplers: dict[int, tuple[str, int]]
 
@@ -73,7 +77,7 @@ def read_figures(store: RunStore, *, through: int | None = None) -> RunFigures:
     def rounds(stage: str) -> list[int]:
         return [key.round for key in done if key.stage == stage and key.round is not None]
 
-    filtered = rounds("filter")
+    filtered, metrics = rounds("filter"), read_metrics(store, done)
     return RunFigures(
         record=record,
         config=config,
@@ -81,10 +85,19 @@ def read_figures(store: RunStore, *, through: int | None = None) -> RunFigures:
         ifd={index: read_ifd(store, config, index) for index in spread(filtered, SHOWN_ROUNDS)},
         packs=[read_packs(store, config, index) for index in rounds("pack")],
         curves=[found for index in rounds("train") if (found := read_curves(store, index)) is not None],
-        metrics=read_metrics(store, done),
+        metrics=metrics,
+        accuracy_change=_accuracy_change(store, metrics),
         stages=costs(loop(config), done),
         samplers={index: sampler for index in rounds("generate") if (sampler := sampler_of(store, index)) is not None},
     )
+
+
+def _accuracy_change(store: RunStore, metrics: list[Metric]) -> Interval | None:
+    rounds = [metric.round for metric in metrics if (metric.name, metric.model) == ("accuracy", STUDENT)]
+    if len(rounds) < 2:
+        return None
+    first, last = ((StageKey("evaluate", index), STUDENT) for index in (rounds[0], rounds[-1]))
+    return paired_change(store, first, last)
 
 
 def spread(values: Sequence[T], count: int) -> list[T]:

@@ -5,8 +5,9 @@ from markupsafe import Markup
 
 from schemas.config import RunConfig
 from schemas.stage_key import WARMUP
+from tasks.comparison.intervals import Interval
 from tasks.report.drawing import LEFT, RIGHT, TOP, WIDTH, Axes, Figure, Scale, around, drawing, element, text, tip
-from tasks.report.evaluation import START, STUDENT, TEACHER, Metric, kind_of, told_apart
+from tasks.report.evaluation import START, STUDENT, TEACHER, Metric, change_text, kind_of
 from tasks.report.figures import start_name
 from tasks.report.stages import StageCost
 from tasks.report.text import bytes_text, count_text, duration_text, number_text, round_name
@@ -15,13 +16,14 @@ _NAMED_ROUNDS = 6
 """Rounds named along an axis at most."""
 
 
-def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure:
+def metric_figure(name: str, metrics: list[Metric], config: RunConfig, change: Interval | None = None) -> Figure:
     """Return a metric of the student from where the rounds start to the last, beside the teacher's and the start's.
 
     Args:
         name: The metric.
         metrics: All metrics of the run.
         config: The run's config.
+        change: Its change over the rounds, prompt by prompt, where that is known.
     """
     kind = kind_of(name)
     own = [metric for metric in metrics if metric.name == name]
@@ -67,7 +69,7 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure
     return Figure(
         key=f"metric-{''.join(c if c.isascii() and c.isalnum() else '-' for c in name)}",
         title=kind.title,
-        caption=noise_text(name, student),
+        caption=noise_text(student, change),
         svg=drawing(kind.title, axes.frame(ticks), axes.levels(levels), line, *points),
         legend=legend,
         header=["model", kind.unit, "standard error", "n"],
@@ -75,22 +77,11 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig) -> Figure
     )
 
 
-def noise_text(name: str, student: list[Metric]) -> str:
-    """Return whether the change over the rounds can be told from noise, in words."""
+def noise_text(student: list[Metric], change: Interval | None = None) -> str:
+    """Return whether a metric's change over the rounds can be told from noise, in words; see ``change_text``."""
     if len(student) < 2:
         return "Held-out prompts only."
-    first, last = student[0], student[-1]
-    change, least = last.value - first.value, told_apart(first, last)
-    if change == 0 == least:
-        return "No change over the rounds."
-    if name == "accuracy":
-        said = f"Differences below {100 * least:.1f} points cannot be told from noise here"
-        if least > 0.02:
-            said += " (2 points cannot: more held-out prompts would tell)"
-    else:
-        said = f"Differences below {number_text(least, 2)} cannot be told from noise"
-    verdict = "beyond" if abs(change) > least else "within"
-    return f"Change over the rounds {change:+.4f}: {verdict} noise. {said}."
+    return change_text(student[0], student[-1], change, " over the rounds")
 
 
 def student_name(index: int, config: RunConfig) -> str:

@@ -55,7 +55,10 @@ def sections_of(figures: RunFigures) -> list[Section]:
             "outcome",
             "Outcome",
             "The student on held-out prompts, from where the rounds start, beside the teacher.",
-            [metric_figure(name, figures.metrics, config) for name in shown_names(figures.metrics)],
+            [
+                metric_figure(name, figures.metrics, config, figures.accuracy_change if name == "accuracy" else None)
+                for name in shown_names(figures.metrics)
+            ],
         ),
         Section(
             "delta-ifd",

@@ -14,8 +14,9 @@ from schemas.rl_tables import RL_METRICS, RL_ROLLOUTS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_RESPONSES, METRICS_FILE, RESPONSES_FILE
+from tasks.comparison.intervals import Interval
 from tasks.evaluate.means import right_shares
-from tasks.report.evaluation import Metric, read_metrics
+from tasks.report.evaluation import Metric, paired_change, read_metrics
 from tasks.report.figures import spread
 from tasks.report.histograms import Values
 from tasks.report.samples import read_prompts, shortened
@@ -90,6 +91,7 @@ class RLFigures:
         record: The run's record.
         config: The config it last ran with.
         metrics: Held-out means of `start` and `rl`, those of its stages that have finished.
+        accuracy_change: Prompt by prompt; None: one of the two is still to come.
         answers: How the held-out prompts were answered before and after; None: one of the two is still to come.
         curves: By column of the metrics table, float64 [points], means over the steps of a point; `step` is its last.
             None: not trained yet.
@@ -100,6 +102,7 @@ class RLFigures:
     record: RunRecord
     config: RLConfig
     metrics: list[Metric]
+    accuracy_change: Interval | None
     answers: Answers | None
     curves: dict[str, Values] | None
     shown: list[ShownPrompt]
@@ -116,12 +119,14 @@ def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
     if record is None:
         raise ArtifactError(f"{store.url}: no run.json; start a run with `npd rl CONFIG`")
     done = standing(store, config)
-    answers = read_answers(store) if BASELINE in done and EVALUATE in done else None
+    answered = BASELINE in done and EVALUATE in done
+    answers = read_answers(store) if answered else None
     shown = [] if answers is None else _changed(store, answers)
     return RLFigures(
         record=record,
         config=config,
         metrics=read_metrics(store, done),
+        accuracy_change=paired_change(store, (BASELINE, "start"), (EVALUATE, "rl")) if answered else None,
         answers=answers,
         curves=_curves(store) if RL in done else None,
         shown=shown + (_learned_from(store) if RL in done else []),

@@ -11,7 +11,10 @@ from tasks.rl.graph import RL
 
 def rl_sections_of(figures: RLFigures) -> list[Section]:
     """Return every figure that the run has something for, in the order to show them."""
-    outcome = [before_after_figure(name, figures.metrics) for name in shown_names(figures.metrics)]
+    outcome = [
+        before_after_figure(name, figures.metrics, figures.accuracy_change if name == "accuracy" else None)
+        for name in shown_names(figures.metrics)
+    ]
     if figures.answers is not None:
         outcome.insert(1, answers_figure(figures.answers))
     grpo = figures.config.grpo

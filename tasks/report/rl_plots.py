@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tasks.comparison.intervals import Interval
 from tasks.report.drawing import LEFT, RIGHT, WIDTH, Axes, Figure, Scale, around, drawing
-from tasks.report.evaluation import Metric, kind_of, told_apart
+from tasks.report.evaluation import Metric, change_text, kind_of
 from tasks.report.histograms import Values
 from tasks.report.outcome_plots import bars
 from tasks.report.rl_figures import Answers
@@ -20,12 +21,13 @@ _SMOOTHED = 12
 """Points of a curve, from twice as many, of which a running mean is drawn."""
 
 
-def before_after_figure(name: str, metrics: list[Metric]) -> Figure:
+def before_after_figure(name: str, metrics: list[Metric], change: Interval | None = None) -> Figure:
     """Return a held-out metric before and after.
 
     Args:
         name: The metric.
         metrics: All metrics of the run.
+        change: Its change, prompt by prompt, where that is known.
     """
     kind, own = kind_of(name), [metric for metric in metrics if metric.name == name]
     ends = np.array([end for metric in own for end in metric.interval])
@@ -40,7 +42,7 @@ def before_after_figure(name: str, metrics: list[Metric]) -> Figure:
     return Figure(
         key=f"metric-{name.replace('_', '-')}",
         title=kind.title,
-        caption=_change_text(own),
+        caption=change_text(own[0], own[1], change) if len(own) == 2 else "Held-out prompts only.",
         svg=drawing(kind.title, frame, line, *points),
         legend=[("student", "held-out prompts, with 95 % interval")],
         header=["model", kind.unit, "standard error", "n"],
@@ -49,17 +51,6 @@ def before_after_figure(name: str, metrics: list[Metric]) -> Figure:
             for _, label, metric in places
         ],
     )
-
-
-def _change_text(own: list[Metric]) -> str:
-    if len(own) < 2:
-        return "Held-out prompts only."
-    before, after = own
-    change, least = after.value - before.value, told_apart(before, after)
-    if change == 0 == least:
-        return "No change."
-    verdict = "beyond" if abs(change) > least else "within"
-    return f"Change {change:+.4f}: {verdict} noise, which is {number_text(least, 2)} at 95 % (unpaired)."
 
 
 def answers_figure(answers: Answers) -> Figure:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -73,6 +73,9 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
             callbacks=[StepProgress(on_steps)],
         )
         self.checkpoint_folder = checkpoint_folder
+        if args.use_vllm:
+            # TRL gives the engine in this process the seed 0, and it has seeded all of the process with that.
+            set_seed(args.seed)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Return tokens in which control tokens are the template's own, as in every stage."""

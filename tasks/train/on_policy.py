@@ -52,7 +52,8 @@ def train_on_policy(job: StageJob) -> None:
     device = resolve_device(start.device)
     tokenizer = load_tokenizer(start.path, trust_remote_code=start.trust_remote_code)
     tokenizer.padding_side = "left"
-    messages = _messages(job, tokenizer, min(start.context, teacher_ref.context))
+    context = min(start.context, teacher_ref.context)
+    messages = _messages(job, tokenizer, context)
     if len(messages) < on_policy.prompts_per_step:
         raise StageError(
             f"{job.key.label}: {len(messages)} train prompts do not fill one step; lower "
@@ -81,6 +82,7 @@ def train_on_policy(job: StageJob) -> None:
             train_dataset=Dataset.from_dict({"prompt": messages}),
             schedule=schedule,
             settings=settings,
+            context=context,
             # Rows above are padding of the vocabulary.
             unused_ids=list(range(min(len(tokenizer), start.shared_vocab), rows[0])),
             callbacks=[StepProgress(lambda done, total: job.progress(done, total, "steps"))],
@@ -120,6 +122,7 @@ class OnPolicyTrainer(DistillationTrainer):
     Args:
         schedule: Where a step lies in the run.
         settings: Learning rates.
+        context: Longest sequence, in tokens, that both models take.
         unused_ids: Tokens that must not be sampled.
         tokenizer: The student's.
         arguments: The others of DistillationTrainer.
@@ -131,13 +134,15 @@ class OnPolicyTrainer(DistillationTrainer):
         tokenizer: PreTrainedTokenizerBase,
         schedule: RoundSchedule,
         settings: TrainConfig,
+        context: int,
         unused_ids: list[int],
         **arguments: Any,
     ) -> None:
-        self.schedule, self.settings, self.tokenizer = schedule, settings, tokenizer
+        self.schedule, self.settings, self.context, self.tokenizer = schedule, settings, context, tokenizer
         self.response_tokens: list[int] = []
         self.sampling_seconds = 0.0
         super().__init__(processing_class=tokenizer, **arguments)
+        self.longest_response: int = arguments["args"].max_completion_length
         if unused_ids:
             self.generation_config.suppress_tokens = unused_ids
 
@@ -145,11 +150,17 @@ class OnPolicyTrainer(DistillationTrainer):
         """Return the prompts as every other stage tokenises them."""
         return [ids.tolist() for ids in encode_prompts(self.tokenizer, prompts)], None, {}
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """Sample, and count: the batch of one optimizer step is sampled at once."""
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Sample, and count: the batch of one optimizer step is sampled at once.
+
+        TRL gives every response of a batch one limit, so what lies beyond the context is cut off.
+        """
         started = time.perf_counter()
         sample: Callable[..., list[list[int]]] = super()._generate_single_turn
-        responses = sample(*args, **kwargs)
+        left = [self.context - len(prompt) for prompt in prompt_ids]
+        self.generation_config.max_new_tokens = min(self.longest_response, max(left))
+        sampled = sample(prompt_ids, *args, **kwargs)
+        responses = [response[:room] for response, room in zip(sampled, left, strict=True)]
         self.sampling_seconds += time.perf_counter() - started
         self.response_tokens.append(sum(map(len, responses)))
         return responses

@@ -56,8 +56,12 @@ def is_text(answer: str) -> bool:
 
 
 def verification_of_row(answer: str | None, verifier: Verifier | None) -> str | None:
-    """Return the `verification` of a prompt with ``answer``; None if there is nothing to check against."""
-    if answer is None or verifier is None:
+    """Return the `verification` of a prompt with ``answer``; None if there is nothing to check against.
+
+    >>> verification_of_row("42", "exact"), verification_of_row(" ", "exact")
+    ('{"type": "exact"}', None)
+    """
+    if answer is None or verifier is None or not final_answer(answer, answer):
         return None
     return json.dumps({"type": verifier})
 

@@ -50,6 +50,9 @@ def verify(prompts: pa.Table, responses: Sequence[str]) -> NDArray[np.float64]:
         if answer is None:
             continue
         reference = final_answer(answer, answer)
+        if not reference:
+            # Else whoever says nothing would be right.
+            continue
         equal = final_answer(response, reference) == reference
         if kind == "exact":
             scores[row] = float(equal)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.compute as pc
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from flows.compare import npd_compare
 from flows.comparison_progress import RunsDisplay, listening_to_runs
 from flows.terminal import Terminal
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
-from schemas.config import load_comparison, method_config
+from schemas.config import continuation_config, load_comparison, method_config
 from schemas.errors import ConfigError, StageError
 from schemas.rl_tables import RL_ROLLOUTS
 from schemas.run_store import RunStore
@@ -140,6 +141,10 @@ def test_a_comparison_is_made_resumed_and_changed(
     assert set(rollouts.column("prompt_id").to_pylist()) <= set(train)
     assert learned.finished(RL).inputs == learned.finished(StageKey("prompts")).outputs
     assert (folder / "comparison.md").read_text(encoding="utf-8").startswith("# tiny")
+    # Prefect's UI shows the report's figures, too.
+    found = httpx.post(f"{shared_server}/artifacts/filter", json={"artifacts": {"key": {"like_": "tiny-%"}}}).json()
+    images = {artifact["key"] for artifact in found if artifact["type"] == "image"}
+    assert images == {f"tiny-figure-{key}" for key in ("time", "bars-accuracy", "bars-rl", "bars-kl")}
 
     # One run's samples are taken over by others that would draw the same: their manifests are then the same.
     stores = [RunStore(folder / "npd" / f"lr={lr}" / "seed-0") for lr in ("0.001", "0.0001")]
@@ -215,6 +220,15 @@ def test_paths_in_a_methods_settings_start_at_the_comparisons_file(tmp_path: Pat
     comparison, base = load_comparison(path)
     config = method_config(comparison, base, "other", folder=tmp_path, rate=1e-3, seed=0, student="/student")
     assert (config.teacher.model, config.student.model) == (str(tmp_path / "it"), "/student")
+
+
+def test_students_after_rl_answer_as_those_before_unless_it_is_said(tmp_path: Path) -> None:
+    sampled = {"evaluate.temperature": 0.7, "evaluate.samples_per_prompt": 3, "generate.max_new_tokens": 5}
+    for own, expected in ((None, (0.7, 3, 5)), ({"temperature": 0.2}, (0.2, 1, None))):
+        path = write_comparison(tmp_path, set={"rounds": 1} | sampled, rl=CONTINUED | {"evaluate": own})
+        comparison, base = load_comparison(path)
+        found = continuation_config(comparison, base, "npd", seed=0, run="run").evaluate
+        assert (found.temperature, found.samples_per_prompt, found.max_new_tokens) == expected
 
 
 def test_only_brings_what_a_method_needs(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, PROMPTS, TRAIN_METRICS, score_schema
 from tasks.graph import MODELS, loop
+from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.sources import resolved_models
 from tasks.stage import execute
@@ -138,6 +139,45 @@ def test_on_policy_training_asks_the_train_prompts_alone_and_repeats_byte_for_by
     assert sorted(asked) == sorted(2 * [name for name, split in splits.items() if split == "train"])
     store.supersede(StageKey("train", 0))
     assert execute(store, config, StageKey("train", 0)).outputs == once.outputs
+
+
+def test_on_policy_training_samples_no_further_than_the_context(
+    tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a", "b b b", "c c", "d")
+    asked = [[{"role": "user", "content": name}] for name in names]
+    # The longest leaves room for two tokens, no other for all that may be sampled.
+    context = max(map(len, encode_prompts(load_tokenizer(str(student_dir)), asked))) + 2
+    model = save_model(tmp_path / "model", make_model(seed=2, layers=1, context=context))
+    config = make_config(
+        tmp_path,
+        teacher={"model": str(model)},
+        student={"model": str(model)},
+        rounds=1,
+        generate={"max_new_tokens": 24},
+        train={
+            "on_policy": {"prompts_per_step": 4},
+            "steps_per_round": 1,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+    )
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table(dict.fromkeys(names, "train"))])
+    execute(store, config, MODELS)
+    sampled: list[int] = []
+    generate = OnPolicyTrainer._generate_single_turn
+
+    def listen(trainer: OnPolicyTrainer, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        responses = generate(trainer, prompt_ids, *args, **kwargs)
+        sampled.extend(len(prompt) + len(response) for prompt, response in zip(prompt_ids, responses, strict=True))
+        return responses
+
+    monkeypatch.setattr(OnPolicyTrainer, "_generate_single_turn", listen)
+    manifest = execute(store, config, StageKey("train", 0))
+    assert len(sampled) == 4
+    assert max(sampled) == context
+    assert manifest.counters["tokens"] == sum(sampled)
 
 
 @pytest.mark.parametrize(("beta", "rows", "tied"), [(0.0, 259, True), (1.0, 259, True), (0.0, 264, False)])

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,44 @@ def test_no_prompt_is_in_both_splits_whatever_the_sources(tmp_path: Path) -> Non
         assert len(train) + len(held_out(rows)) == len(rows) == min(len(set(texts)), limit or 100)
         assert (len(held_out(rows)), len(train)) == (size, manifest.counters["train"])
         assert manifest.counters["duplicates"] == len(texts) - len(set(texts))
+
+
+def test_a_prompt_in_the_words_of_a_held_out_one_is_not_trained_on(tmp_path: Path) -> None:
+    def variants(number: int) -> list[dict[str, Any]]:
+        say = {"role": "user", "content": f"Say  ＡB {number}!"}
+        return [
+            {"prompt": f"Say AB {number}!"},
+            {"prompt": f"\n say\tab {number}! "},
+            {"messages": [say]},
+            {"prompt": f"SAY AB {number}!"},
+        ]
+
+    path = write_jsonl(tmp_path / "a.jsonl", [row for number in range(12) for row in variants(number)])
+    rows, manifest = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], held_out=5))
+    asked: dict[str, set[int]] = {"train": set(), "held_out": set()}
+    for row in rows:
+        asked[row["split"]].add((row["source_row"] - 1) // 4)
+    assert len(held_out(rows)) == 5
+    assert asked["train"]
+    assert not asked["train"] & asked["held_out"]
+    # None but those are left out, and variants of what is trained on are no harm.
+    left = 48 - 4 * len(asked["held_out"])
+    assert manifest.counters["train"] == left == sum(row["split"] == "train" for row in rows)
+    assert manifest.counters["like_held_out"] == 48 - 5 - left
+
+
+def test_another_system_message_makes_another_prompt(tmp_path: Path) -> None:
+    text = {"role": "user", "content": "The house is red."}
+    told = [{"role": "system", "content": f"Translate into {language}."} for language in ("French", "Dutch", "Thai")]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [system, text]} for system in told])
+    _, manifest = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], held_out=1))
+    assert (manifest.counters["train"], manifest.counters["like_held_out"]) == (2, 0)
+
+
+def test_variants_of_held_out_prompts_alone_are_nothing_to_train_on(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Say it."}, {"prompt": "say it."}])
+    with pytest.raises(PromptError, match=r"prompts\.held_out: .* in the same words, .*; lower it or add prompts"):
+        run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], held_out=1))
 
 
 def test_held_out_that_leaves_nothing_to_train_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the report counts, against counts made the plain way from the same tables."""
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -17,6 +18,7 @@ from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, score_schema
+from tasks.comparison.intervals import Interval
 from tasks.report import run_report, write_report
 from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
 from tasks.report.drawing import Scale, around
@@ -188,12 +190,32 @@ def test_metrics_are_of_a_model_and_finite() -> None:
 def test_the_report_says_what_cannot_be_told_from_noise() -> None:
     first, last = Metric("accuracy", "student", -1, 0.5, 0.03, 90), Metric("accuracy", "student", 1, 0.52, 0.04, 90)
     assert told_apart(first, last) == pytest.approx(1.96 * 0.05)
-    said = noise_text("accuracy", [first, last])
+    said = noise_text([first, last])
     assert "within noise" in said
-    assert "Differences below 9.8 points cannot be told from noise" in said
+    assert "Differences below 9.8 points cannot be told from noise here (unpaired, at 95 %)" in said
     assert "2 points cannot" in said
     sure = Metric("accuracy", "student", 1, 0.6, 0.001, 90)
-    assert "beyond noise" in noise_text("accuracy", [Metric("accuracy", "student", 0, 0.5, 0.001, 90), sure])
+    assert "beyond noise" in noise_text([Metric("accuracy", "student", 0, 0.5, 0.001, 90), sure])
+    # Where both models fail at the same prompts, less is noise.
+    said = noise_text([first, last], Interval(0.02, 0.005, 0.035))
+    assert "beyond noise. Differences below 1.5 points cannot be told from noise here (prompt by prompt" in said
+    assert "2 points cannot" not in said
+    # A benchmark without a standard error says nothing of noise.
+    unknown = [Metric("lm_eval/bleu", "student", index, 0.1 * index, 0.0, 90) for index in (0, 1)]
+    assert noise_text(unknown) == "Change over the rounds +0.1000; how much is noise is not known."
+
+
+def test_a_runs_accuracy_is_compared_prompt_by_prompt(figures: RunFigures) -> None:
+    change = figures.accuracy_change
+    assert change is not None
+    accuracies = [metric.value for metric in figures.metrics if (metric.name, metric.model) == ("accuracy", "student")]
+    assert change.mean == pytest.approx(accuracies[-1] - accuracies[0], abs=1 / 500)
+    # What was right stays right: a share of the prompts changed.
+    half = 1.9647 * math.sqrt(change.mean * (1 - change.mean) / 499)
+    assert (change.high - change.low) / 2 == pytest.approx(half, rel=1e-3)
+    figure = next(f for s in sections_of(figures) for f in s.figures if f.key == "metric-accuracy")
+    assert "beyond noise" in figure.caption
+    assert "prompt by prompt" in figure.caption
 
 
 def test_levels_of_one_height_have_names_of_their_own_height(figures: RunFigures) -> None:
@@ -346,12 +368,14 @@ def test_a_comparison_holds_every_method_against_every_baseline() -> None:
         method("SFT", 0.5, 60.0, "baseline", accuracy_low=0.45, accuracy_high=0.55),
         method("On-policy", 0.8, 800.0, "baseline"),
         method("NPD", 0.79, 80.0, "npd", kl_teacher_student=0.4, kl_stderr=0.01, rl_accuracy=0.9),
-        method("no <filter>", 0.7, 85.0, "ablation"),
+        method("no <filter>", 0.7, 85.0, "ablation", difference=0.09, difference_low=-0.01, difference_high=0.19),
     )
     header, rows = comparison_rows(table)
     assert len(header) == len(rows[0])
     assert rows[3][-2:] == ["+29.0, ×1.3", "-1.0, ×0.1"]
     assert rows[1][2] == "0.45 to 0.55"
+    # What others have less than NPD, and whether that is noise.
+    assert [row[3] for row in rows] == ["", "", "", "", "+9.0 (-1.0 to +19.0)"]
     keys = [figure.key for figure in comparison_figures(table)]
     assert keys == ["time", "bars-accuracy", "bars-rl", "bars-kl"]
     page = comparison_html(table, "a <title>")

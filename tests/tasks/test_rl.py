@@ -1,6 +1,7 @@
 """RL runs on tiny models: what they write, what they never learn from, and that they repeat and resume."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_model, load_tokenizer
 from tasks.language_model.weights import read_tensors
 from tasks.rl.graph import BASELINE, EVALUATE, RL
-from tasks.rl.grpo import check_engine
+from tasks.rl.grpo import check_engine, trainer_arguments
 from tasks.rl.held_out import sampling_of
 from tasks.rl.reward import VerifiedReward, verifiable
 from tasks.rl.start import source_run
-from tasks.rl.trainer import prompt_order
+from tasks.rl.trainer import VerifiedGRPOTrainer, prompt_order
+from tasks.rollout.prompts import encode_messages
 from tasks.stage import execute
 from tests.faults.object_server import ObjectServer
 from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, run_rl, source_store
@@ -312,6 +314,35 @@ def test_vllm_samples_on_the_first_gpu_alone() -> None:
     check_engine(GRPOConfig(), torch.device("cuda:1"))
     with pytest.raises(ConfigError, match="`device: cuda:1` is another: set `device: null`"):
         check_engine(GRPOConfig(engine="vllm"), torch.device("cuda:1"))
+
+
+def test_vllm_draws_from_the_seed_of_the_run(
+    tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        """As vLLM in TRL's process: it seeds all of it anew, with what TRL says, which is always 0."""
+
+        def __init__(self, **settings: Any) -> None:
+            torch.manual_seed(0)
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    tokenizer, prompts = load_tokenizer(student_dir), checked_prompts()
+
+    def drawn(seed: int) -> float:
+        config = parse_as(RLConfig, rl_values(tmp_path, tmp_path, engine="vllm") | {"seed": seed})
+        VerifiedGRPOTrainer(
+            model=load_model(student_dir, device="cpu"),
+            args=trainer_arguments(config, tmp_path, torch.device("cpu"), 20, []),
+            tokenizer=tokenizer,
+            reward=VerifiedReward(prompts, config.grpo.num_generations, [], 0.0),
+            tokens=encode_messages(tokenizer, prompts.column("messages")),
+            order=prompt_order(prompts.num_rows, 12, seed),
+            on_steps=lambda done, total: None,
+            checkpoint_folder=lambda step: nullcontext(tmp_path),
+        )
+        return float(torch.rand(()))
+
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_a_damaged_export_is_no_start(tmp_path: Path, student_dir: Path) -> None:

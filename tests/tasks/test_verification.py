@@ -86,6 +86,8 @@ def test_math_compares_what_texts_mean() -> None:
 def test_what_cannot_be_checked_is_nan() -> None:
     prose = "The sea is wide and blue. " * 20
     unchecked = [*scores(None, [("42", "42")]), *scores("exact", [(None, "42")]), *scores("math", [(prose, prose)])]
+    # An answer without a word: whoever says nothing would be right.
+    unchecked += [*scores("exact", [("", ""), ("so\n#### ", "")]), *scores("math", [(" ", ""), ("", "42")])]
     assert np.isnan(unchecked).all()
     assert scores("math", []) == []
 
