@@ -1,10 +1,7 @@
 """What one run of a method came to, read from its tables and manifests."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.config import ComparisonConfig, RunConfig
-from schemas.manifest import Manifest
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import (
@@ -67,7 +63,7 @@ class Outcome:
         kl_teacher_student: Held-out KL(teacher || student), nats per token.
         kl_stderr: Its standard error over prompts.
         policy_kl: Policy KL after the last step, nats per token; None if not measured.
-        seconds: Wall-clock time of the stages in COUNTED, see ``wall_clock``.
+        seconds: Wall-clock time of the stages in COUNTED.
         generated_tokens: Response tokens sampled, by whatever model.
         steps: Optimizer steps.
     """
@@ -146,8 +142,7 @@ def read_outcome(store: RunStore, config: RunConfig) -> Outcome:
         ArtifactError: a stage has not finished, or a table is damaged.
     """
     keys = method_stages(config)
-    manifests = {key: store.finished(key) for key in keys}
-    counters = {key: manifest.counters for key, manifest in manifests.items()}
+    counters = {key: store.finished(key).counters for key in keys}
     last = StageKey("evaluate", config.rounds - 1)
     kl = read_kl(store, last, "student")
     value, stderr = (float("nan"), float("nan")) if kl is None else kl
@@ -156,7 +151,7 @@ def read_outcome(store: RunStore, config: RunConfig) -> Outcome:
         kl_teacher_student=value,
         kl_stderr=stderr,
         policy_kl=_last_policy_kl(store, config),
-        seconds=wall_clock(config, [manifests[key] for key in keys if key.stage in counted(config)]),
+        seconds=sum(counters[key]["seconds"] for key in keys if key.stage in counted(config)),
         generated_tokens=sum(_generated(key, counters[key], config) for key in keys),
         steps=int(counters[StageKey("train", config.rounds - 1)]["policy_step"]),
     )
@@ -168,27 +163,6 @@ def counted(config: RunConfig) -> tuple[str, ...]:
     if config.train.kd_weight == 0 and unfiltered:
         return tuple(stage for stage in COUNTED if stage != "score")
     return COUNTED
-
-
-def wall_clock(config: RunConfig, manifests: Sequence[Manifest]) -> float:
-    """Return the seconds that stages took: their sum, less what two of them ran side by side (`overlap`).
-
-    >>> def stage(second: int) -> Manifest:
-    ...     times = {"started": f"2026-01-01T00:00:0{second}.000+00:00", "finished": "2026-01-01T00:00:08.000+00:00"}
-    ...     return Manifest.model_construct(counters={"seconds": 8.0 - second}, **times)
-    >>> config = RunConfig.model_construct(overlap=True)
-    >>> wall_clock(config, [stage(2), stage(5)])
-    6.0
-    """
-    seconds = float(sum(manifest.counters["seconds"] for manifest in manifests))
-    if not config.overlap:
-        # What was taken over from another run may have been made at any time.
-        return seconds
-    spans = [
-        (datetime.fromisoformat(each.started).timestamp(), datetime.fromisoformat(each.finished).timestamp())
-        for each in manifests
-    ]
-    return seconds - sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in combinations(spans, 2))
 
 
 def _generated(key: StageKey, counters: dict[str, Any], config: RunConfig) -> int:

@@ -356,14 +356,3 @@ def test_a_methods_time_is_that_of_the_stages_it_needs(
 ) -> None:
     store = finished_run(tmp_path, train={"kd_weight": kd_weight}, filter=bounds)
     assert read_outcome(store, store.config).seconds == seconds
-
-
-@pytest.mark.parametrize(("overlap", "less"), [(True, 30), (False, 0)])
-def test_stages_that_ran_side_by_side_are_one_time(tmp_path: Path, overlap: bool, less: int) -> None:
-    store = finished_run(tmp_path, overlap=overlap)
-    # Round 1 was sampled and scored while round 0 trained.
-    spans = {StageKey("train", 0): (0, 50), StageKey("generate", 1): (10, 25), StageKey("score", 1): (25, 40)}
-    for key, ends in spans.items():
-        started, finished = (f"2026-01-01T00:00:{second:02d}.000+00:00" for second in ends)
-        store.finish(key, store.finished(key).model_copy(update={"started": started, "finished": finished}))
-    assert read_outcome(store, store.config).seconds == pytest.approx(3_333_330_000 - less, abs=0.1)
