@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 
 from flows.comparison_progress import current_runs_listener
 from flows.comparison_worker import Worker, lenders, stands
-from flows.process import available_cores, cancelled_by_errors
+from flows.process import cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
@@ -56,6 +56,7 @@ from tasks.comparison.table import (
     comparison_table,
     runs_table,
 )
+from tasks.cores import available_cores
 from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_html
