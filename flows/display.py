@@ -77,7 +77,6 @@ class LiveDisplay:
             console=console,
             transient=True,
         )
-        self._console = console
         self._tasks: dict[StageKey, TaskID] = {}
         self._rates: dict[StageKey, Rate] = {}
 
