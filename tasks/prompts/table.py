@@ -1,8 +1,8 @@
 """All sources become the prompts table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from schemas.tables import PROMPTS
 from schemas.untrusted_text import readable
 from tasks.prompts.messages import RowProblem, prompt_id, row_answer, row_messages
 from tasks.prompts.sources import SourceRows, open_sources
-from tasks.prompts.split import draw_splits, ids_of
+from tasks.prompts.split import Ids, draw_splits, ids_of
 from tasks.stage import Progress, StageJob
 
 BATCH_ROWS = 4096
@@ -60,48 +60,67 @@ def prompts_tables(
     Raises:
         PromptError: a source cannot be read, has rows that cannot be used, or nothing is left to train on.
     """
-    sources = open_sources(config.sources)
-    total = sum(source.total for source in sources)
-    progress(0, total, "prompts")
-    ids: list[NDArray[np.uint64]] = []
+    path = scratch / "rows.arrows"
+    read = _read_all(open_sources(config.sources), path, progress)
+    distinct, first = np.unique(read.ids, return_index=True)
+    first.sort()
+    taken, held_out = draw_splits(read.ids[first], seed=seed, held_out=config.held_out, limit=config.limit)
+    # Of each row: left out, train or held-out.
+    place = np.zeros(read.ids.size, np.int8)
+    place[first] = taken.astype(np.int8) + held_out
+    counters = {
+        "rows": read.ids.size,
+        "duplicates": read.ids.size - distinct.size,
+        "left_out_by_limit": int(distinct.size - taken.sum()),
+        "held_out": int(held_out.sum()),
+        "train": int(taken.sum() - held_out.sum()),
+        "not_verifiable": int(np.count_nonzero(place) - read.verifiable[place > 0].sum()),
+        "sources": read.counts,
+    }
+    return _parts(path, place), counters
+
+
+class _Read(NamedTuple):
+    """What is held of the rows that were read, in their order.
+
+    Args:
+        ids: uint64 [rows], as ``ids_of`` gives them.
+        verifiable: bool [rows]; whether a response can be checked.
+        counts: Rows by source.
+    """
+
+    ids: Ids
+    verifiable: NDArray[np.bool_]
+    counts: dict[str, int]
+
+
+def _read_all(sources: Sequence[SourceRows], path: Path, progress: Progress) -> _Read:
+    """Write the prompts of all sources to ``path``, an Arrow stream of schema _READ."""
+    total, done = sum(source.total for source in sources), 0
+    ids: list[Ids] = []
     verifiable: list[NDArray[np.bool_]] = []
     counts: dict[str, int] = {}
-    done = 0
 
     def report(rows: int) -> None:
         progress(done + rows, total, "prompts")
 
-    path = scratch / "rows.arrows"
+    report(0)
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _READ, options=options) as writer:
+
+        def keep(batch: pa.RecordBatch) -> None:
+            ids.append(ids_of(batch.column("prompt_id").to_pylist()))
+            verifiable.append(batch.column("verification").is_valid().to_numpy(zero_copy_only=False))
+            writer.write_batch(batch)
+
         for source in sources:
-
-            def keep(batch: pa.RecordBatch) -> None:
-                ids.append(ids_of(batch.column("prompt_id").to_pylist()))
-                verifiable.append(batch.column("verification").is_valid().to_numpy(zero_copy_only=False))
-                writer.write_batch(batch)
-
-            read = _read_source(source, keep, report)
-            counts[source.label] = counts.get(source.label, 0) + read
+            rows = _read_source(source, keep, report)
+            counts[source.label] = counts.get(source.label, 0) + rows
             done += source.total
             report(0)
-    rows = np.concatenate([np.empty(0, np.uint64), *ids])
-    distinct, first = np.unique(rows, return_index=True)
-    first.sort()
-    taken, held_out = draw_splits(rows[first], seed=seed, held_out=config.held_out, limit=config.limit)
-    # Of each row: left out, train or held-out.
-    place = np.zeros(rows.size, np.int8)
-    place[first] = taken.astype(np.int8) + held_out
-    counters = {
-        "rows": rows.size,
-        "duplicates": rows.size - distinct.size,
-        "left_out_by_limit": int(distinct.size - taken.sum()),
-        "held_out": int(held_out.sum()),
-        "train": int(taken.sum() - held_out.sum()),
-        "not_verifiable": int(np.count_nonzero(place) - np.concatenate(verifiable)[place > 0].sum()),
-        "sources": counts,
-    }
-    return _parts(path, place), counters
+    return _Read(
+        np.concatenate([np.empty(0, np.uint64), *ids]), np.concatenate([np.empty(0, np.bool_), *verifiable]), counts
+    )
 
 
 def _parts(path: Path, place: NDArray[np.int8]) -> Iterator[pa.Table]:
