@@ -5,23 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from flows.summary import TextTable, display_place, evaluation_metrics, metric_text
+from flows.summary import METRIC_TITLES, TextTable, display_place, evaluation_metrics, metric_text
 from schemas.config import RLConfig
 from schemas.rl_tables import RL_METRICS
 from schemas.run_store import REPORT_NAME, RunStore
-from schemas.tables import METRICS_FILE
+from schemas.tables import METRICS_FILE, RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.evaluation import Metric
 from tasks.report.text import duration_text, markdown_table
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.stage import standing
 
-_TITLES = {
-    "accuracy": "accuracy",
-    "response_tokens": "response tokens",
-    "truncation_rate": "truncated",
-    "repetition": "repetition",
-}
 CURVE_POINTS = 12
 """Rows of the reward curve at most; each is a mean over as many steps as the others."""
 
@@ -108,8 +102,9 @@ def _curve(store: RunStore) -> list[CurvePoint]:
 def accuracy_table(summary: RLSummary) -> TextTable:
     """Return the held-out metrics before and after, as text."""
     models = [("before", summary.before), ("after", summary.after)]
-    rows = [[label, *(metric_text(found.get(name)) for name in _TITLES)] for label, found in models if found]
-    return "Held-out prompts: mean ± standard error over prompts", ["model", *_TITLES.values()], rows
+    rows = [[label, *(metric_text(found.get(name)) for name in RESPONSE_METRICS)] for label, found in models if found]
+    titles = ["model", *(METRIC_TITLES[name] for name in RESPONSE_METRICS)]
+    return "Held-out prompts: mean ± standard error over prompts", titles, rows
 
 
 def curve_table(summary: RLSummary) -> TextTable:

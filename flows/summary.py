@@ -248,8 +248,8 @@ def samples_table(summary: RunSummary) -> TextTable:
     return "Samples, their tokens, and time", ["round", "tokens", "kept", "dropped", "why", "time"], rows
 
 
-def files_table(summary: RunSummary) -> list[tuple[str, str]]:
-    """Return what lies where: description and path."""
+def run_files(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return what lies where: description and place."""
     files = [("student", summary.student), ("report", summary.report)]
     return [
         *((what, path) for what, path in files if path is not None),
@@ -278,5 +278,5 @@ def summary_markdown(summary: RunSummary) -> str:
     for title, header, rows in (*held_out_tables(summary), samples_table(summary)):
         lines += ["", f"## {escape_markdown(title)}", "", *markdown_table(header, rows)]
     lines += ["", f"Prompts, models, reference and baseline: {duration_text(sum(summary.seconds.values()))}.", ""]
-    lines += [f"- {what}: {code_markdown(path)}" for what, path in files_table(summary)]
+    lines += [f"- {what}: {code_markdown(path)}" for what, path in run_files(summary)]
     return "\n".join(lines) + "\n"
