@@ -13,7 +13,7 @@ from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.evaluate.resolution import TARGET
 from tasks.graph import BASELINE
 from tasks.report.evaluation import Metric, read_metrics
-from tasks.report.ledger import KEPT
+from tasks.report.ledger import KEPT, by_frequency
 from tasks.report.text import duration_text, markdown_table
 from tasks.stage import standing
 
@@ -157,7 +157,7 @@ def _reasons(store: RunStore, index: int) -> dict[str, int]:
     for shard in store.iterate_table(StageKey("filter", index), FILTER, ["reason"]):
         for row in shard.column("reason").value_counts().to_pylist():
             counts[row["values"]] = counts.get(row["values"], 0) + row["counts"]
-    return dict(sorted(counts.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
+    return by_frequency(counts)
 
 
 def _seconds(manifest: Manifest) -> float:

@@ -20,6 +20,15 @@ IFD = Grid(0.0, 8.0, 400)
 KEPT = "kept"
 
 
+def by_frequency(reasons: dict[str, int]) -> dict[str, int]:
+    """Return counts by reason, ``kept`` first, then the most frequent.
+
+    >>> list(by_frequency({"empty": 1, "too_long": 2, "kept": 1}))
+    ['kept', 'too_long', 'empty']
+    """
+    return dict(sorted(reasons.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
+
+
 @dataclass(frozen=True)
 class Ledger:
     """A round's samples.
@@ -53,7 +62,7 @@ class Ledger:
         totals: dict[str, int] = {}
         for (reason, _), count in self.fates.items():
             totals[reason] = totals.get(reason, 0) + count
-        return dict(sorted(totals.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
+        return by_frequency(totals)
 
     def zone(self, zone: str) -> int:
         """Return the samples of a zone."""
