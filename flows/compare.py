@@ -140,6 +140,7 @@ class Work:
         continued: Scores of students after GRPO, by the run they come from.
         failures: What went wrong in the others, by label.
         rates: Learning rate of each method that has one.
+        validation: Held-out prompts that learning rates are chosen on, once the base has run.
         prompts_per_step: Of on-policy training, once NPD has run where that is its measure; None: as a method sets it.
     """
 
@@ -153,6 +154,7 @@ class Work:
     continued: dict[MethodRun, Scores] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    validation: frozenset[str] = frozenset()
     prompts_per_step: int | None = None
 
     def __post_init__(self) -> None:
