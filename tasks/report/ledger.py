@@ -94,6 +94,19 @@ def read_ledger(store: RunStore, index: int) -> Ledger:
     return Ledger(index, samples, low, high, counts, fates, lag)
 
 
+def read_reasons(store: RunStore, index: int) -> dict[str, int]:
+    """Return the samples of round ``index`` by reason, ``kept`` first, then the most frequent; its filter has finished.
+
+    Raises:
+        ArtifactError: the ledger is damaged.
+    """
+    counts: dict[str, int] = {}
+    for shard in store.iterate_table(StageKey("filter", index), FILTER, ["reason"]):
+        for row in shard.column("reason").value_counts().to_pylist():
+            counts[row["values"]] = counts.get(row["values"], 0) + row["counts"]
+    return by_frequency(counts)
+
+
 def read_ifd(store: RunStore, config: RunConfig, index: int) -> Counts:
     """Count round ``index``'s samples by both models' IFD, int64 [student bins, teacher bins] of IFD.
 
