@@ -1,7 +1,7 @@
 """Benchmarks, one command each: `python -m benchmarks.NAME --help`. BENCHMARKS.md holds the last honest results.
 
-A benchmark is a module with `measure(arguments) -> list[Measurement]` and four lines that hand it to
-`benchmarks.report.main`. What it needs:
+A benchmark is a module with `measure(arguments)`, which returns the rows of its result and notes on them, and
+`parser()`; its last lines hand both to `benchmarks.report.main`. What it needs:
 
 - `benchmarks.measure`: run sides alternately (`alternate`, or `alternate_in_children` where peak memory on a CPU
   matters), then ratios pair by pair (`ratios`), each result a `Measurement` beside its `Bar`.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Measurement
-from flows.process import available_cores
 from schemas.provenance import package_versions
+from tasks.cores import available_cores
 
 
 class BenchmarkParser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 
 from flows.comparison_progress import current_runs_listener
 from flows.comparison_worker import Worker, lenders, stands
-from flows.process import available_cores, cancelled_by_errors
+from flows.process import cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
@@ -56,6 +56,7 @@ from tasks.comparison.table import (
     comparison_table,
     runs_table,
 )
+from tasks.cores import available_cores
 from tasks.graph import BASELINE, initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_figures, comparison_html
@@ -140,6 +141,7 @@ class Work:
         continued: Scores of students after GRPO, by the run they come from.
         failures: What went wrong in the others, by label.
         rates: Learning rate of each method that has one.
+        validation: Held-out prompts that learning rates are chosen on, once the base has run.
         prompts_per_step: Of on-policy training, once NPD has run where that is its measure; None: as a method sets it.
     """
 
@@ -153,6 +155,7 @@ class Work:
     continued: dict[MethodRun, Scores] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    validation: frozenset[str] = frozenset()
     prompts_per_step: int | None = None
 
     def __post_init__(self) -> None:

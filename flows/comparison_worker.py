@@ -60,7 +60,9 @@ class Worker:
             except NPDError as error:
                 if self.listener is not None:
                     self.listener.failed(label, str(error))
-                raise type(error)(f"{error} (log: {store.log(RUN)})") from None
+                log = str(store.log(RUN))
+                # An error that the stage did not expect names it already.
+                raise type(error)(str(error) if log in str(error) else f"{error} (log: {log})") from None
             if self.listener is not None:
                 self.listener.finished(label, up_to_date=False)
 

@@ -18,8 +18,8 @@ from flows.summary import (
     RunSummary,
     TextTable,
     display_place,
-    files_table,
     held_out_tables,
+    run_files,
     samples_table,
 )
 from schemas.manifest import Manifest
@@ -77,7 +77,6 @@ class LiveDisplay:
             console=console,
             transient=True,
         )
-        self._console = console
         self._tasks: dict[StageKey, TaskID] = {}
         self._rates: dict[StageKey, Rate] = {}
 
@@ -174,7 +173,7 @@ def make_table(title: str, titles: list[str], numeric: Collection[str] = ()) -> 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Print the tables of rounds and where the files are."""
     _print_tables(console, (*held_out_tables(summary), samples_table(summary)))
-    print_pairs(console, files_table(summary))
+    print_pairs(console, run_files(summary))
 
 
 def print_rl_summary(console: Console, summary: RLSummary) -> None:

@@ -20,6 +20,7 @@ from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
+from tasks.cores import available_cores
 from tasks.graph import TRAINING_STAGES, samples
 from tasks.process import Job, out_of_memory_hint
 from tasks.stage import Progress, no_progress
@@ -56,11 +57,6 @@ def cancelled_by_errors() -> Iterator[None]:
         except BaseException:
             cancelled.set()
             raise
-
-
-def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_of(config: RunSettings, key: StageKey) -> int | None:

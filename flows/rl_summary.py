@@ -3,39 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from flows.summary import TextTable, display_place, evaluation_metrics, metric_text
+from flows.summary import METRIC_TITLES, TextTable, display_place, evaluation_metrics, metric_text
 from schemas.config import RLConfig
-from schemas.rl_tables import RL_METRICS
 from schemas.run_store import REPORT_NAME, RunStore
-from schemas.tables import METRICS_FILE
+from schemas.tables import RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.evaluation import Metric
+from tasks.report.rl_figures import CurvePoint, read_curve
 from tasks.report.text import duration_text, markdown_table
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.stage import standing
-
-_TITLES = {
-    "accuracy": "accuracy",
-    "response_tokens": "response tokens",
-    "truncation_rate": "truncated",
-    "repetition": "repetition",
-}
-CURVE_POINTS = 12
-"""Rows of the reward curve at most; each is a mean over as many steps as the others."""
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Means over the steps from ``first`` to ``last``; None where no response was sampled in them."""
-
-    first: int
-    last: int
-    score: float | None
-    reward: float | None
-    response_tokens: float | None
-    entropy: float | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +55,7 @@ def summarize_rl(store: RunStore, config: RLConfig) -> RLSummary:
         folder=display_place(store),
         before=evaluation_metrics(store, BASELINE)["start"] if BASELINE in manifests else {},
         after=evaluation_metrics(store, EVALUATE)["rl"] if EVALUATE in manifests else {},
-        curve=[] if trained is None else _curve(store),
+        curve=[] if trained is None else read_curve(store),
         tokens=0 if trained is None else int(trained.counters["tokens"]),
         seconds={key.stage: float(manifest.counters["seconds"]) for key, manifest in manifests.items()},
         model=None if trained is None else f"{display_place(store)}/{RL.folder}/model",
@@ -86,30 +63,12 @@ def summarize_rl(store: RunStore, config: RLConfig) -> RLSummary:
     )
 
 
-def _curve(store: RunStore) -> list[CurvePoint]:
-    table = store.read_part(store.path(RL, METRICS_FILE), RL_METRICS)
-    columns = {
-        name: table.column(name).to_numpy(zero_copy_only=False).astype(float)
-        for name in ("score", "reward", "response_tokens", "entropy")
-    }
-    parts = np.array_split(np.arange(table.num_rows), min(CURVE_POINTS, table.num_rows))
-    steps = table.column("step").to_numpy()
-
-    def mean(name: str, part: Any) -> float | None:
-        values = columns[name][part]
-        return None if np.isnan(values).all() else float(np.nanmean(values))
-
-    return [
-        CurvePoint(int(steps[part[0]]), int(steps[part[-1]]), **{name: mean(name, part) for name in columns})
-        for part in parts
-    ]
-
-
 def accuracy_table(summary: RLSummary) -> TextTable:
     """Return the held-out metrics before and after, as text."""
     models = [("before", summary.before), ("after", summary.after)]
-    rows = [[label, *(metric_text(found.get(name)) for name in _TITLES)] for label, found in models if found]
-    return "Held-out prompts: mean ± standard error over prompts", ["model", *_TITLES.values()], rows
+    rows = [[label, *(metric_text(found.get(name)) for name in RESPONSE_METRICS)] for label, found in models if found]
+    titles = ["model", *(METRIC_TITLES[name] for name in RESPONSE_METRICS)]
+    return "Held-out prompts: mean ± standard error over prompts", titles, rows
 
 
 def curve_table(summary: RLSummary) -> TextTable:

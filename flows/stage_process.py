@@ -168,10 +168,11 @@ class StageProcess:
 
 @lru_cache(maxsize=1)
 def _servers(owner: int) -> list[ForkServer]:
+    """Return the list that holds the server of process ``owner``; a fork of it has a list of its own."""
     return []
 
 
-def start_process(events: int, log: int) -> "StageProcess":
+def start_process(events: int, log: int) -> StageProcess:
     """Start a process from this process's server; see ``ForkServer.start``. A dead server is replaced once."""
     try:
         return fork_server().start(events, log)

@@ -8,12 +8,12 @@ from schemas.config import RunConfig
 from schemas.manifest import Manifest
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import FILTER, RESPONSE_METRICS
+from schemas.tables import RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown, one_line
 from tasks.evaluate.resolution import TARGET
 from tasks.graph import BASELINE
 from tasks.report.evaluation import Metric, read_metrics
-from tasks.report.ledger import KEPT
+from tasks.report.ledger import KEPT, read_reasons
 from tasks.report.text import duration_text, markdown_table
 from tasks.stage import standing
 
@@ -121,7 +121,7 @@ def _round(store: RunStore, config: RunConfig, manifests: dict[StageKey, Manifes
         round=index,
         label=round_label(config, index),
         metrics=evaluation_metrics(store, StageKey("evaluate", index))["student"] if "evaluate" in own else {},
-        reasons=_reasons(store, index) if "filter" in own else {},
+        reasons=read_reasons(store, index) if "filter" in own else {},
         tokens={stage: int(m.counters["tokens"]) for stage, m in own.items() if "tokens" in m.counters},
         seconds={stage: _seconds(manifest) for stage, manifest in own.items()},
     )
@@ -150,14 +150,6 @@ def _resolution(evaluations: list[Manifest]) -> str:
     difference, prompts, needed = max(told)
     text = f"{prompts:,} verified held-out prompts tell differences in accuracy from {100 * difference:.1f} points on"
     return text if difference <= TARGET else f"{text}; {100 * TARGET:.0f} points take about {needed:,}"
-
-
-def _reasons(store: RunStore, index: int) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for shard in store.iterate_table(StageKey("filter", index), FILTER, ["reason"]):
-        for row in shard.column("reason").value_counts().to_pylist():
-            counts[row["values"]] = counts.get(row["values"], 0) + row["counts"]
-    return dict(sorted(counts.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
 
 
 def _seconds(manifest: Manifest) -> float:
@@ -248,8 +240,8 @@ def samples_table(summary: RunSummary) -> TextTable:
     return "Samples, their tokens, and time", ["round", "tokens", "kept", "dropped", "why", "time"], rows
 
 
-def files_table(summary: RunSummary) -> list[tuple[str, str]]:
-    """Return what lies where: description and path."""
+def run_files(summary: RunSummary) -> list[tuple[str, str]]:
+    """Return what lies where: description and place."""
     files = [("student", summary.student), ("report", summary.report)]
     return [
         *((what, path) for what, path in files if path is not None),
@@ -278,5 +270,5 @@ def summary_markdown(summary: RunSummary) -> str:
     for title, header, rows in (*held_out_tables(summary), samples_table(summary)):
         lines += ["", f"## {escape_markdown(title)}", "", *markdown_table(header, rows)]
     lines += ["", f"Prompts, models, reference and baseline: {duration_text(sum(summary.seconds.values()))}.", ""]
-    lines += [f"- {what}: {code_markdown(path)}" for what, path in files_table(summary)]
+    lines += [f"- {what}: {code_markdown(path)}" for what, path in run_files(summary)]
     return "\n".join(lines) + "\n"

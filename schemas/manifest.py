@@ -139,10 +139,8 @@ def _broken(data: bytes, kind: type[Record]) -> str:
         found = json.loads(data)
     except (ValueError, RecursionError):
         return "not valid JSON"
-    version, expected = (
-        found.get("schema_version") if isinstance(found, dict) else None,
-        kind.model_fields["schema_version"].default,
-    )
+    version = found.get("schema_version") if isinstance(found, dict) else None
+    expected = kind.model_fields["schema_version"].default
     if version != expected and isinstance(version, int) and 0 <= version < 10**6:
         return f"schema_version: written by another version of this software (v{version}, this one reads v{expected})"
     return "checksum: its bytes are not those that were written"

@@ -71,7 +71,6 @@ def _write_samples(job: StageJob, policy: ModelRef, tokenizer: "PreTrainedTokeni
         policy_version=policy.version,
         policy_step=policy.step,
         round=job.round,
-        prefix=f"r{job.round:03d}",
         samples_per_prompt=config.samples_per_prompt,
     )
     # Servers have their own machines: there is nothing to spread here.
@@ -94,12 +93,5 @@ def _write_answers(job: StageJob, student: ModelRef, tokenizer: "PreTrainedToken
 
     ends = tuple(end_ids(tokenizer, student.path))
     asked, respond = answered(job, tokenizer, context, ends, "generate.policy")
-    group = Group(
-        prompts=asked,
-        respond=respond,
-        policy_version=ANSWERS_VERSION,
-        policy_step=0,
-        round=job.round,
-        prefix=f"r{job.round:03d}",
-    )
+    group = Group(prompts=asked, respond=respond, policy_version=ANSWERS_VERSION, policy_step=0, round=job.round)
     write_shards(job, [group], written_here(job, tokenizer))

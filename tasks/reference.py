@@ -65,11 +65,4 @@ def run(job: StageJob) -> None:
 def _group(asked: "Asked", respond: "Respond", version: str) -> "Group":
     from tasks.rollout.shards import Group
 
-    return Group(
-        prompts=asked,
-        respond=respond,
-        policy_version=version,
-        policy_step=0,
-        round=WARMUP,
-        prefix="ref",
-    )
+    return Group(prompts=asked, respond=respond, policy_version=version, policy_step=0, round=WARMUP)

@@ -13,6 +13,7 @@ from schemas.config.load import apply_overrides, load_config, parse_config, pars
 from schemas.config.models import StudentConfig
 from schemas.config.rl import GRPOConfig, RLConfig, RLEvaluateConfig
 from schemas.config.run import RunConfig
+from schemas.config.settings import FOLDER_NAME
 from schemas.errors import ConfigError
 from schemas.object_store import is_url
 from schemas.untrusted_text import readable
@@ -21,8 +22,6 @@ Settings = dict[str, Any]
 
 BASE = "base"
 """Folder of the run that all methods start from."""
-
-_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
 
 
 class MethodConfig(Section):
@@ -70,7 +69,7 @@ class ComparisonRLConfig(Section):
 class ComparisonConfig(Section):
     """Methods against each other: one warmed-up student, the same prompts, steps, tokens and search for a rate."""
 
-    name: str = Field(pattern=_NAME, max_length=100)
+    name: str = Field(pattern=FOLDER_NAME, max_length=100)
     """Folder of the comparison under `root`. Running the same name again resumes it."""
 
     root: str = Field(default="runs", min_length=1)
@@ -122,7 +121,7 @@ class ComparisonConfig(Section):
         if len(npd) != 1:
             raise ValueError(f"one of `methods` has `role: npd`, found {', '.join(npd) or 'none'}")
         for name, method in self.methods.items():
-            if name == BASE or not re.match(_NAME, name):
+            if name == BASE or not re.fullmatch(FOLDER_NAME, name):
                 raise ValueError(f"`methods.{name}`: a method's name is a folder's, and not `{BASE}`")
             other = method.rate_of
             if other is not None and (other not in self.methods or self.methods[other].rate_of is not None):

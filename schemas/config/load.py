@@ -107,7 +107,7 @@ def parse_section(values: dict[str, Any], kind: type[S], origin: str) -> S:
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise _config_error(
-            origin, [_explain(detail, kind) for detail in details[: _MOST_PROBLEMS + 1]], len(details)
+            origin, [_explain(detail, kind) for detail in details[:_MOST_PROBLEMS]], len(details)
         ) from None
 
 
@@ -141,7 +141,8 @@ def with_values(values: dict[str, Any], changes: dict[str, Any], origin: str) ->
     """Return ``values`` with each ``a.b: value`` of ``changes`` set.
 
     Raises:
-        ConfigError: a key reaches into a plain value, or a mapping would replace a section; begins with ``origin``.
+        ConfigError: a key reaches into a plain value, or a mapping would replace a section at the config's top; begins
+            with ``origin``.
     """
     result: dict[str, Any] = _copied(values)
     for key, value in changes.items():

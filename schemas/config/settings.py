@@ -9,13 +9,14 @@ from schemas.config.base import PLACEMENT, Section
 from schemas.config.secrets import secret_keys
 from schemas.untrusted_text import one_line
 
+FOLDER_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"
+"""What a name that becomes a folder's may be."""
+
 
 class RunSettings(Section):
     """The config of any kind of run."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$", max_length=100, json_schema_extra=PLACEMENT
-    )
+    name: str = Field(pattern=FOLDER_NAME, max_length=100, json_schema_extra=PLACEMENT)
     """Folder of the run under `root`. Running the same name again resumes it."""
 
     root: str = Field(default="runs", min_length=1, json_schema_extra=PLACEMENT)

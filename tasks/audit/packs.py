@@ -50,7 +50,8 @@ def check_packs(audit: Audit, key: StageKey) -> None:
             part = table.slice(low, _BINS)
             count = int(pc.sum(pc.list_value_length(part.column("sample_ids"))).as_py() or 0)
             packed = _Packed.of(name, low, part, rows[start : start + count])
-            _check_tokens(audit, source, packed, part, index)
+            if _check_lengths(audit, packed, part, index):
+                _check_tokens(audit, source, packed, part, index)
             start += count
             tokens += packed.tokens.values.size
             labelled += int(np.count_nonzero(packed.labels != IGNORE_LABEL))
@@ -131,8 +132,8 @@ class _Packed:
         )
 
 
-def _check_tokens(audit: Audit, source: StageKey, packed: _Packed, part: pa.Table, index: RolloutIndex) -> None:
-    """Check the sequences of a few bins: their lengths, then every token, label and target."""
+def _check_lengths(audit: Audit, packed: _Packed, part: pa.Table, index: RolloutIndex) -> bool:
+    """Check the lengths of the sequences of a few bins; say whether all are known, whole and fit."""
     packs = part.column("pack_id")
     filled = np.bincount(packed.bin_of, packed.lengths, len(packs)).astype(np.int64)
     capacity = audit.config.pack.max_tokens
@@ -144,20 +145,24 @@ def _check_tokens(audit: Audit, source: StageKey, packed: _Packed, part: pa.Tabl
         (filled == packed.tokens.lengths) & (filled <= capacity),
         lambda i: f"add up to {filled[i]}, for {packed.tokens.lengths[i]} tokens in a bin of at most {capacity}",
     )
-    known = packed.rows >= 0
-    prompts, responses = index.prompt_tokens[packed.rows], index.response_tokens[packed.rows]
-    whole = (packed.lengths == prompts + responses) & (packed.lengths > 0)
-    if not fits or not known.all():
-        return
+    if not fits or (packed.rows < 0).any():
+        return False
+    tokens = index.prompt_tokens[packed.rows] + index.response_tokens[packed.rows]
+    whole = (packed.lengths == tokens) & (packed.lengths > 0)
     if not whole.all():
         at = int(np.argmin(whole))
         audit.broken(
             packed.name,
             f"row {packed.first_bin + packed.bin_of[at]}, sample {index.sample_ids[int(packed.rows[at])].as_py()}, "
-            f"`seq_lengths`: {packed.lengths[at]}, prompt and response have {prompts[at] + responses[at]} tokens",
+            f"`seq_lengths`: {packed.lengths[at]}, prompt and response have {tokens[at]} tokens",
             int(np.count_nonzero(~whole)) - 1,
         )
-        return
+    return bool(whole.all())
+
+
+def _check_tokens(audit: Audit, source: StageKey, packed: _Packed, part: pa.Table, index: RolloutIndex) -> None:
+    """Check every token, label and target of the sequences of a few bins, whose lengths hold."""
+    prompts, responses = index.prompt_tokens[packed.rows], index.response_tokens[packed.rows]
     offsets = np.concatenate([[0], np.cumsum(packed.lengths)])
     is_response = np.arange(offsets[-1]) - np.repeat(offsets[:-1], packed.lengths) >= np.repeat(prompts, packed.lengths)
     digest = row_digests(packed.tokens.values, offsets, TOKENS)

@@ -118,16 +118,12 @@ def check_rollouts(audit: Audit, key: StageKey) -> None:
     sampler = sampling_policy(audit.config, key.round) if own and key.round is not None else MODELS
     if key.round is not None and not audit.needs(key, sampler):
         return
-    try:
-        teacher = resolved_models(audit.store).teacher_version
-    except (TypeError, ValueError):
-        audit.broken(f"{MODELS.folder}/models.json", "is not what stage `models` writes")
-        return
     if own:
         expected_version = recorded_version(audit.manifests[sampler], sampler)
+    elif key.round is not None and audit.config.generate.policy == "answers":
+        expected_version = ANSWERS_VERSION
     else:
-        answers = key.round is not None and audit.config.generate.policy == "answers"
-        expected_version = ANSWERS_VERSION if answers else teacher
+        expected_version = resolved_models(audit.store).teacher_version
     step = policy_steps(audit, sampler)
     parts = [
         _check_shard(audit, key, name, table, expected_version, step) for name, _, table in shards(audit, key, _COLUMNS)
@@ -142,6 +138,7 @@ def check_rollouts(audit: Audit, key: StageKey) -> None:
 def _check_shard(
     audit: Audit, key: StageKey, name: str, table: pa.Table, version: str, step: int | None
 ) -> RolloutIndex:
+    """Check a shard's ids, seeds and sampler row by row, then its tokens; return what is remembered of its rows."""
     assert audit.prompts is not None
     ids, prompt_ids = table.column("sample_id"), table.column("prompt_id")
     number = WARMUP if key.round is None else key.round
@@ -176,7 +173,12 @@ def _check_shard(
         for prompt, index in zip(prompt_ids.to_pylist(), table.column("sample_index").to_pylist(), strict=True)
     ]
     expect("seed", table.column("seed").to_numpy() == np.array(seeds, np.int64), "not what the run's seed gives")
+    return _check_tokens(audit, key, name, table, held_out)
 
+
+def _check_tokens(audit: Audit, key: StageKey, name: str, table: pa.Table, held_out: NDArray[np.bool_]) -> RolloutIndex:
+    """Check a shard's log-probabilities, and return what is remembered of its rows; ``held_out``: of each prompt."""
+    ids = table.column("sample_id")
     prompts, responses, sampled = (
         Ragged.from_arrow(table.column(c)) for c in ("prompt_ids", "response_ids", "sampled_logprobs")
     )
@@ -256,6 +258,6 @@ def require_models(audit: Audit, key: StageKey) -> None:
     if key == MODELS:
         try:
             resolved_models(audit.store)
-        except (ArtifactError, TypeError, ValueError, OSError):
+        except (ArtifactError, OSError):
             audit.broken(f"{key.folder}/models.json", "is not what stage `models` writes")
             audit.sound.discard(key)

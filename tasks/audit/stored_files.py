@@ -59,11 +59,11 @@ class StoredFiles:
         """Return a small file's bytes.
 
         Raises:
-            ArtifactError: it is not there.
+            ArtifactError: it is not there, or cannot be read.
         """
-        data = self._objects.read(name) if self._objects is not None else (self._store.folder / name).read_bytes()
+        data = self._store.read(name)
         if data is None:
-            raise ArtifactError(f"{self._store.url}/{name}: missing")
+            raise ArtifactError(f"{name}: missing")
         return data
 
     def hash(self, name: str) -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import ComparisonConfig
 from schemas.untrusted_text import escape_markdown
-from tasks.comparison.intervals import Interval, crossed_interval
+from tasks.comparison.intervals import Float64, Interval, crossed_interval
 from tasks.comparison.outcome import Outcome, Scores
 
 Row = dict[str, Any]
@@ -71,8 +71,8 @@ def best_rate(outcomes: Mapping[float, Outcome], validation: frozenset[str]) -> 
     return max(outcomes, key=merit)
 
 
-def test_scores(scores: Mapping[int, Scores], validation: frozenset[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the prompts outside ``validation`` that every seed has, and the scores [seeds, prompts] on them."""
+def scores_on_test(scores: Mapping[int, Scores], validation: frozenset[str]) -> tuple[tuple[str, ...], Float64]:
+    """Return the prompts outside ``validation`` that every seed has, and their scores, float64 [seeds, prompts]."""
     shared = frozenset.intersection(*(frozenset(of_seed.prompt_ids) for of_seed in scores.values())) - validation
     parts = [scores[seed].of(shared) for seed in sorted(scores)]
     return parts[0].prompt_ids, np.stack([part.values for part in parts])
@@ -84,7 +84,7 @@ def difference(npd: Mapping[int, Outcome], other: Mapping[int, Outcome], validat
     if not seeds:
         return None
     (left_ids, left), (right_ids, right) = (
-        test_scores({s: o[s].scores for s in seeds}, validation) for o in (npd, other)
+        scores_on_test({s: o[s].scores for s in seeds}, validation) for o in (npd, other)
     )
     if left_ids != right_ids or not left_ids:
         return None
@@ -160,7 +160,7 @@ def _landmark_row(landmark: Landmark, validation: frozenset[str]) -> Row:
 
 def _method_row(runs: MethodRuns, validation: frozenset[str]) -> Row:
     outcomes = list(runs.chosen.values())
-    prompt_ids, values = test_scores({seed: o.scores for seed, o in runs.chosen.items()}, validation)
+    prompt_ids, values = scores_on_test({seed: o.scores for seed, o in runs.chosen.items()}, validation)
     seconds = [o.seconds for o in outcomes]
     kls = [o.kl_teacher_student for o in outcomes]
     policy_kls = [o.policy_kl for o in outcomes if o.policy_kl is not None]
@@ -182,7 +182,7 @@ def _method_row(runs: MethodRuns, validation: frozenset[str]) -> Row:
     if prompt_ids:
         row |= _named(crossed_interval(values, share=True), "accuracy")
     if runs.continued:
-        prompt_ids, values = test_scores(runs.continued, validation)
+        prompt_ids, values = scores_on_test(runs.continued, validation)
         row |= _named(crossed_interval(values, share=True), "rl_accuracy", "rl") if prompt_ids else {}
     return row
 

@@ -122,7 +122,6 @@ def own_responses(
         policy_version=model.version,
         policy_step=model.step,
         round=WARMUP,
-        prefix=name,
         samples_per_prompt=sampling.samples_per_prompt,
     )
     count, step = asked.count, sampling.engine.shard_prompts

@@ -1,8 +1,8 @@
 """All sources become the prompts table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -63,74 +63,83 @@ def prompts_tables(
     Raises:
         PromptError: a source cannot be read, has rows that cannot be used, or nothing is left to train on.
     """
-    sources = open_sources(config.sources)
-    total = sum(source.total for source in sources)
-    progress(0, total, "prompts")
-    ids: list[Ids] = []
-    wordings: list[Ids] = []
-    verifiable: list[NDArray[np.bool_]] = []
-    counts: dict[str, int] = {}
-    done = 0
-
-    def report(rows: int) -> None:
-        progress(done + rows, total, "prompts")
-
     path = scratch / "rows.arrows"
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _READ, options=options) as writer:
-        for source in sources:
-
-            def keep(batch: pa.RecordBatch, asked: Ids) -> None:
-                ids.append(ids_of(batch.column("prompt_id").to_pylist()))
-                wordings.append(asked)
-                verifiable.append(batch.column("verification").is_valid().to_numpy(zero_copy_only=False))
-                writer.write_batch(batch)
-
-            read = _read_source(source, keep, report)
-            counts[source.label] = counts.get(source.label, 0) + read
-            done += source.total
-            report(0)
-    rows = np.concatenate([np.empty(0, np.uint64), *ids])
-    distinct, first = np.unique(rows, return_index=True)
+    read = _read_all(open_sources(config.sources), path, progress)
+    distinct, first = np.unique(read.ids, return_index=True)
     first.sort()
-    taken, held_out = draw_splits(rows[first], seed=seed, held_out=config.held_out, limit=config.limit)
-    # Of each row: left out, train or held-out.
-    place = np.zeros(rows.size, np.int8)
+    taken, held_out = draw_splits(read.ids[first], seed=seed, held_out=config.held_out, limit=config.limit)
+    # Of each row: 0 left out, 1 train, 2 held-out.
+    place = np.zeros(read.ids.size, np.int8)
     place[first] = taken.astype(np.int8) + held_out
-    alike = _leave_out_alike(place, wordings)
+    alike = (place == 1) & np.isin(read.wordings, read.wordings[place == 2])
+    place[alike] = 0
     if not (place == 1).any():
         raise PromptError(
-            f"prompts.held_out: all of the {alike} other prompts ask what a held-out one asks, in the same "
+            f"prompts.held_out: all of the {alike.sum()} other prompts ask what a held-out one asks, in the same "
             "words, which leaves nothing to train on; lower it or add prompts"
         )
     counters = {
-        "rows": rows.size,
-        "duplicates": rows.size - distinct.size,
+        "rows": read.ids.size,
+        "duplicates": read.ids.size - distinct.size,
         "left_out_by_limit": int(distinct.size - taken.sum()),
-        "like_held_out": alike,
+        "like_held_out": int(alike.sum()),
         "held_out": int(held_out.sum()),
         "train": int(np.count_nonzero(place == 1)),
-        "not_verifiable": int(np.count_nonzero(place) - np.concatenate(verifiable)[place > 0].sum()),
-        "sources": counts,
+        "not_verifiable": int(np.count_nonzero(place) - read.verifiable[place > 0].sum()),
+        "sources": read.counts,
     }
     return _parts(path, place), counters
 
 
-def _leave_out_alike(place: NDArray[np.int8], wordings: list[Ids]) -> int:
-    """Take train rows that ask what a held-out row asks out of ``place``; return how many.
+class _Read(NamedTuple):
+    """What is held of the rows that were read, in their order.
 
     Args:
-        place: Of each row: 0 left out, 1 train, 2 held-out.
-        wordings: ``wording_id`` of each row, in arrays of some rows.
+        ids: uint64 [rows], as ``ids_of`` gives them.
+        wordings: ``wording_id`` of each row, likewise.
+        verifiable: bool [rows]; whether a response can be checked.
+        counts: Rows by source.
     """
-    parts = np.split(place, np.cumsum([asked.size for asked in wordings])[:-1])
-    held_out = np.unique(np.concatenate([asked[of == 2] for asked, of in zip(wordings, parts, strict=True)]))
-    left_out = 0
-    for asked, of in zip(wordings, parts, strict=True):
-        alike = (of == 1) & np.isin(asked, held_out)
-        of[alike] = 0
-        left_out += int(alike.sum())
-    return left_out
+
+    ids: Ids
+    wordings: Ids
+    verifiable: NDArray[np.bool_]
+    counts: dict[str, int]
+
+
+def _read_all(sources: Sequence[SourceRows], path: Path, progress: Progress) -> _Read:
+    """Write the prompts of all sources to ``path``, an Arrow stream of schema _READ."""
+    total, done = sum(source.total for source in sources), 0
+    ids: list[Ids] = []
+    wordings: list[Ids] = []
+    verifiable: list[NDArray[np.bool_]] = []
+    counts: dict[str, int] = {}
+
+    def report(rows: int) -> None:
+        progress(done + rows, total, "prompts")
+
+    report(0)
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _READ, options=options) as writer:
+
+        def keep(batch: pa.RecordBatch, asked: Ids) -> None:
+            ids.append(ids_of(batch.column("prompt_id").to_pylist()))
+            wordings.append(asked)
+            verifiable.append(batch.column("verification").is_valid().to_numpy(zero_copy_only=False))
+            writer.write_batch(batch)
+
+        for source in sources:
+            rows = _read_source(source, keep, report)
+            counts[source.label] = counts.get(source.label, 0) + rows
+            done += source.total
+            report(0)
+    nothing = np.empty(0, np.uint64)
+    return _Read(
+        np.concatenate([nothing, *ids]),
+        np.concatenate([nothing, *wordings]),
+        np.concatenate([np.empty(0, np.bool_), *verifiable]),
+        counts,
+    )
 
 
 def _parts(path: Path, place: NDArray[np.int8]) -> Iterator[pa.Table]:

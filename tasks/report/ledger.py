@@ -20,6 +20,15 @@ IFD = Grid(0.0, 8.0, 400)
 KEPT = "kept"
 
 
+def by_frequency(reasons: dict[str, int]) -> dict[str, int]:
+    """Return counts by reason, ``kept`` first, then the most frequent.
+
+    >>> list(by_frequency({"empty": 1, "too_long": 2, "kept": 1}))
+    ['kept', 'too_long', 'empty']
+    """
+    return dict(sorted(reasons.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
+
+
 @dataclass(frozen=True)
 class Ledger:
     """A round's samples.
@@ -53,7 +62,7 @@ class Ledger:
         totals: dict[str, int] = {}
         for (reason, _), count in self.fates.items():
             totals[reason] = totals.get(reason, 0) + count
-        return dict(sorted(totals.items(), key=lambda entry: (entry[0] != KEPT, -entry[1], entry[0])))
+        return by_frequency(totals)
 
     def zone(self, zone: str) -> int:
         """Return the samples of a zone."""
@@ -83,6 +92,19 @@ def read_ledger(store: RunStore, index: int) -> Ledger:
             values = of_zone.column("delta_ifd").to_numpy().astype(np.float64)
             counts[place] += DELTA_IFD.count(values[np.isfinite(values)])
     return Ledger(index, samples, low, high, counts, fates, lag)
+
+
+def read_reasons(store: RunStore, index: int) -> dict[str, int]:
+    """Return the samples of round ``index`` by reason, ``kept`` first, then the most frequent; its filter has finished.
+
+    Raises:
+        ArtifactError: the ledger is damaged.
+    """
+    counts: dict[str, int] = {}
+    for shard in store.iterate_table(StageKey("filter", index), FILTER, ["reason"]):
+        for row in shard.column("reason").value_counts().to_pylist():
+            counts[row["values"]] = counts.get(row["values"], 0) + row["counts"]
+    return by_frequency(counts)
 
 
 def read_ifd(store: RunStore, config: RunConfig, index: int) -> Counts:

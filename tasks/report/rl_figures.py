@@ -31,6 +31,9 @@ SHOWN_ANSWERS = 3
 SHOWN_PROMPTS = 2
 """Train prompts shown of the first step, and of the last."""
 
+CURVE_POINTS = 12
+"""Rows of the reward curve at most; each is a mean over as many steps as the others."""
+
 RIGHT = 0.5
 """Share of a prompt's responses with score 1, as metric `accuracy` counts, from which the prompt counts as right."""
 
@@ -81,6 +84,18 @@ class Answers:
     became_wrong: pa.Array
     stayed_right: pa.Array
     stayed_wrong: pa.Array
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over the steps from ``first`` to ``last``; None where no response was sampled in them."""
+
+    first: int
+    last: int
+    score: float | None
+    reward: float | None
+    response_tokens: float | None
+    entropy: float | None
 
 
 @dataclass(frozen=True)
@@ -138,6 +153,30 @@ def _curves(store: RunStore) -> dict[str, Values]:
     table = store.read_part(store.path(RL, METRICS_FILE), RL_METRICS)
     means = [name for name in table.column_names if name not in ("step", "learning_rate")]
     return thinned(table, means, np.ones(table.num_rows))
+
+
+def read_curve(store: RunStore) -> list[CurvePoint]:
+    """Return what training came to, in CURVE_POINTS points at most; stage `rl` has finished.
+
+    Raises:
+        ArtifactError: the metrics table is damaged.
+    """
+    table = store.read_part(store.path(RL, METRICS_FILE), RL_METRICS)
+    columns = {
+        name: table.column(name).to_numpy(zero_copy_only=False).astype(float)
+        for name in ("score", "reward", "response_tokens", "entropy")
+    }
+    parts = np.array_split(np.arange(table.num_rows), min(CURVE_POINTS, table.num_rows))
+    steps = table.column("step").to_numpy()
+
+    def mean(name: str, part: Any) -> float | None:
+        values = columns[name][part]
+        return None if np.isnan(values).all() else float(np.nanmean(values))
+
+    return [
+        CurvePoint(int(steps[part[0]]), int(steps[part[-1]]), **{name: mean(name, part) for name in columns})
+        for part in parts
+    ]
 
 
 def read_answers(store: RunStore) -> Answers:

@@ -47,7 +47,6 @@ class ShardSampler:
             policy_version=policy.version,
             policy_step=policy.step,
             round=job.round,
-            prefix=f"r{job.round:03d}",
         )
 
     def __call__(self, shard: Shard) -> Sampled:

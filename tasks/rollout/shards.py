@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from schemas.stage_key import WARMUP
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
 from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
@@ -72,8 +73,7 @@ class Group:
         respond: Answers shards of them.
         policy_version: Hash of the weights that answer; "answers" where nothing is sampled.
         policy_step: Optimizer steps these weights have had.
-        round: Round the samples are for.
-        prefix: Begins every sample's id.
+        round: Round the samples are for; WARMUP for references.
         samples_per_prompt: Responses for each.
     """
 
@@ -82,8 +82,12 @@ class Group:
     policy_version: str
     policy_step: int
     round: int
-    prefix: str
     samples_per_prompt: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """Begins every sample's id: unique in the run, whichever process makes it."""
+        return "ref" if self.round == WARMUP else f"r{self.round:03d}"
 
     def shards(self, spans: Sequence[Span], run_seed: int) -> Iterator[Shard]:
         """Return the samples of each span, which come in order; samples of one prompt lie together."""

@@ -56,8 +56,8 @@ class ShardScorer:
 def score_on_ray(
     job: StageJob,
     ray: RayConfig,
-    unlearned: list[Shard],
-    untaught: list[Shard],
+    without_student: list[Shard],
+    unscored: list[Shard],
     on_tokens: TokensDone,
     *,
     check: bool,
@@ -67,8 +67,8 @@ def score_on_ray(
     Args:
         job: The stage.
         ray: The cluster.
-        unlearned: Shards without the student's part.
-        untaught: Shards that the teacher is to score here.
+        without_student: Shards that the student has not scored yet.
+        unscored: Shards without a score table that the teacher is to score here.
         on_tokens: Told the tokens of each shard.
         check: Whether the sampler's log-probabilities are to be checked, beside the first shards.
 
@@ -76,7 +76,7 @@ def score_on_ray(
         NPDError: as ``tasks.ray_actors.Cluster.map``.
     """
     places = {shard.path: place for place, shard in enumerate(plan_shards(job))}
-    by_student: list[int | SamplerCheck] = [places[shard.path] for shard in unlearned]
+    by_student: list[int | SamplerCheck] = [places[shard.path] for shard in without_student]
     if check:
         by_student.insert(0, SamplerCheck())
     with joined(ray) as cluster:
@@ -84,10 +84,10 @@ def score_on_ray(
             on_tokens(tokens)
         if check:
             require_arrived(job.store, job.store.path(job.key, CHECK_NAME))
-        for shard in unlearned:
+        for shard in without_student:
             require_arrived(job.store, shard.student)
-        for tokens in cluster.map(job, partial(ShardScorer, by="teacher"), [places[s.path] for s in untaught]):
+        for tokens in cluster.map(job, partial(ShardScorer, by="teacher"), [places[s.path] for s in unscored]):
             on_tokens(tokens)
-    for shard in untaught:
+    for shard in unscored:
         require_arrived(job.store, shard.path)
     job.counters["actors"] = ray.actors

@@ -29,13 +29,13 @@ def score_round(job: StageJob) -> None:
         raise ModelError(f"score.top_k: {settings.top_k}: teacher and student share {shared} tokens only")
     bare = bare_context(job, student)
     shards = plan_shards(job)
-    untaught = [shard for shard in shards if not shard.path.is_file()]
-    unlearned = [shard for shard in untaught if not shard.student.is_file()]
+    unscored = [shard for shard in shards if not shard.path.is_file()]
+    without_student = [shard for shard in unscored if not shard.student.is_file()]
     checks = store.path(job.key, CHECK_NAME)
     checked = None
-    if untaught and has_sampled_logprobs(job) and settings.check_samples and not checks.is_file():
+    if unscored and has_sampled_logprobs(job) and settings.check_samples and not checks.is_file():
         checked = samples_to_check(job, shards)
-    total = _tokens_to_score(job, untaught, bare) + (checked.tokens if checked is not None else 0)
+    total = _tokens_to_score(job, unscored, bare) + (checked.tokens if checked is not None else 0)
     done = 0
 
     def on_tokens(count: int) -> None:
@@ -44,20 +44,20 @@ def score_round(job: StageJob) -> None:
         job.progress(done, total, "tokens")
 
     # Actors fetch the teacher themselves; one on servers has its own machines.
-    by_actors = untaught if job.config.ray is not None and settings.engine == "transformers" else []
+    by_actors = unscored if job.config.ray is not None and settings.engine == "transformers" else []
     # Before the student's pass, which takes long: a teacher that is not there should be told of first.
-    teacher = teacher_model(store, job.config) if untaught and not by_actors else None
+    teacher = teacher_model(store, job.config) if unscored and not by_actors else None
 
     # The whole round by the student first, so that its memory is free again when the teacher is loaded.
-    if job.config.ray is not None and untaught:
+    if job.config.ray is not None and unscored:
         from tasks.score.on_ray import score_on_ray
 
-        score_on_ray(job, job.config.ray, unlearned, by_actors, on_tokens, check=checked is not None)
-    elif unlearned or checked is not None:
-        _score_by_student(job, student, unlearned, checked, bare, on_tokens)
+        score_on_ray(job, job.config.ray, without_student, by_actors, on_tokens, check=checked is not None)
+    elif without_student or checked is not None:
+        _score_by_student(job, student, without_student, checked, bare, on_tokens)
         free_memory()
     if teacher is not None:
-        _score_by_teacher(job, teacher, untaught, bare, on_tokens)
+        _score_by_teacher(job, teacher, unscored, bare, on_tokens)
         free_memory()
     # The tokens are of this attempt, the stage's seconds of all.
     rate = round(done / (time.perf_counter() - begun), 1)
@@ -88,10 +88,10 @@ def samples_to_check(job: StageJob, shards: list[Shard]) -> Rollouts:
     return read_rows(job, shards, rows)
 
 
-def _tokens_to_score(job: StageJob, untaught: list[Shard], bare: TokenIds) -> int:
+def _tokens_to_score(job: StageJob, unscored: list[Shard], bare: TokenIds) -> int:
     """Count the tokens of both models' passes; check what the sampler left before any model is loaded."""
     total = 0
-    for shard, read in read_shards(job, untaught):
+    for shard, read in read_shards(job, unscored):
         unconditional = len(bare) * shard.rows + len(read.responses.values)
         total += read.tokens + unconditional
         if shard.student.is_file():

@@ -15,6 +15,7 @@ from typing import Any
 
 from schemas.config import LaunchConfig
 from schemas.errors import StageError, error_by_name
+from tasks.cores import available_cores
 from tasks.process import Job, out_of_memory_hint
 from tasks.stage import Progress, StageJob
 
@@ -211,6 +212,4 @@ def _listening() -> Iterator[tuple[socket.socket, str]]:
 def _cores() -> int:
     """Return the CPU cores of this stage: those it was limited to, else the machine's."""
     limit = os.environ.get("OMP_NUM_THREADS")
-    if limit is not None:
-        return int(limit)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cores() if limit is None else int(limit)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
@@ -24,7 +24,7 @@ from tasks.checkpoint import CheckpointContents, write_checkpoint
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
-from tasks.language_model.sources import start_model, teacher_model
+from tasks.language_model.sources import ModelRef, start_model, teacher_model
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.rollout.prompts import encode_messages, of_split
 from tasks.stage import StageJob
@@ -59,19 +59,9 @@ def train_on_policy(job: StageJob) -> None:
             f"{job.key.label}: {len(messages)} train prompts do not fill one step; lower "
             f"`train.on_policy.prompts_per_step` {on_policy.prompts_per_step}"
         )
-    student = load_ref(dataclasses.replace(start, dtype="float32", device=str(device)))
-    teacher = load_ref(dataclasses.replace(teacher_ref, device=str(device)))
+    student, teacher = _load_both(start, teacher_ref, device)
     if settings.liger_kernels:
         fuse_layers(student, device)
-    rows = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    if rows[0] > rows[1]:
-        raise ModelError(
-            f"train.on_policy: the student has {rows[0]} rows of vocabulary and the teacher only {rows[1]}; TRL's "
-            "trainer compares the models row by row"
-        )
-    if rows[0] < rows[1]:
-        # What it has more pads its vocabulary: both have one tokenizer, and the student a row for each of its tokens.
-        teacher.resize_token_embeddings(rows[0])
     schedule = _schedule(settings, len(messages), on_policy)
     with store.scratch_folder(job.key) as scratch:
         trainer = OnPolicyTrainer(
@@ -84,23 +74,20 @@ def train_on_policy(job: StageJob) -> None:
             settings=settings,
             context=context,
             # Rows above are padding of the vocabulary.
-            unused_ids=list(range(min(len(tokenizer), start.shared_vocab), rows[0])),
+            unused_ids=list(
+                range(min(len(tokenizer), start.shared_vocab), student.config.get_text_config().vocab_size)
+            ),
             callbacks=[StepProgress(lambda done, total: job.progress(done, total, "steps"))],
         )
         keep_tensorboard(trainer, job)
         trainer.train()
-    last = store.checkpoint(job.key)
-    store.remove(last)
     # Without times, which nothing but manifests holds: the same run gives the same bytes.
     steps = [
         {name: value for name, value in entry.items() if name != "step_time"}
         for entry in trainer.state.log_history
         if "grad_norm" in entry
     ]
-    with store.writing_folder(last) as folder:
-        contents = CheckpointContents.gather(student, trainer.optimizer, device)
-        state = dataclasses.replace(trainer.state, log_history=steps)
-        write_checkpoint(folder, student, contents, trainer.lr_scheduler, state)
+    _write_last_checkpoint(job, trainer, student, dataclasses.replace(trainer.state, log_history=steps))
     metrics = _metrics_table(steps, trainer.response_tokens, schedule, job.round)
     store.write_table(store.path(job.key, METRICS_FILE), metrics, TRAIN_METRICS)
     job.counters |= {
@@ -227,6 +214,39 @@ def on_policy_arguments(
         else {"do_sample": False},
     )
     return on_device(arguments, device)
+
+
+def _load_both(start: ModelRef, teacher: ModelRef, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Load the student, in float32, and the teacher, with as many rows of vocabulary as the student has.
+
+    Raises:
+        ModelError: the teacher's vocabulary has fewer rows than the student's, and TRL's loss compares them all.
+    """
+    models = (
+        load_ref(dataclasses.replace(start, dtype="float32", device=str(device))),
+        load_ref(dataclasses.replace(teacher, device=str(device))),
+    )
+    own, others = (model.config.get_text_config().vocab_size for model in models)
+    if own > others:
+        raise ModelError(
+            f"train.on_policy: the student has {own} rows of vocabulary and the teacher only {others}; TRL's trainer "
+            "compares the models row by row"
+        )
+    if own < others:
+        # What it has more pads its vocabulary: both have one tokenizer, and the student a row for each of its tokens.
+        models[1].resize_token_embeddings(own)
+    return models
+
+
+def _write_last_checkpoint(
+    job: StageJob, trainer: OnPolicyTrainer, student: PreTrainedModel, state: TrainerState
+) -> None:
+    """Write the checkpoint that export reads, in place of one that an interrupted attempt may have left."""
+    last = job.store.checkpoint(job.key)
+    job.store.remove(last)
+    with job.store.writing_folder(last) as folder:
+        contents = CheckpointContents.gather(student, trainer.optimizer, trainer.args.device)
+        write_checkpoint(folder, student, contents, trainer.lr_scheduler, state)
 
 
 def _messages(job: StageJob, tokenizer: PreTrainedTokenizerBase, context: int) -> list[list[dict[str, str]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from schemas.errors import StageError
+from tasks.cores import available_cores
 
 Kind = Literal["math", "reasoning_gym"]
 
@@ -45,7 +46,7 @@ def scores(kind: Kind, requests: Sequence[dict[str, Any]]) -> list[float]:
     module, package = _PACKAGES[kind]
     if find_spec(module) is None:
         raise StageError(f"answers cannot be checked: the package `{package}` is not installed; pip install {package}")
-    count = max(1, min(len(os.sched_getaffinity(0)), -(-len(requests) // REQUESTS_A_PROCESS)))
+    count = max(1, min(available_cores(), -(-len(requests) // REQUESTS_A_PROCESS)))
     parts = [requests[len(requests) * i // count : len(requests) * (i + 1) // count] for i in range(count)]
     with ThreadPoolExecutor(count) as threads:
         return [score for part in threads.map(lambda part: _part_scores(kind, part), parts) for score in part]

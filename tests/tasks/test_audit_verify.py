@@ -267,6 +267,13 @@ def test_a_manifest_in_the_wrong_folder_is_found(run: Finished) -> None:
     assert "is of stage `round 0 · score`, not of `round 1 · score`" in first_break(run)
 
 
+def test_a_manifest_that_is_a_link_to_nowhere_is_found(run: Finished) -> None:
+    path = run.store.path(StageKey("filter", 1), "manifest.json")
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert first_break(run) == "round=001/stage=filter/manifest.json: missing"
+
+
 def test_a_file_that_no_manifest_names_is_found_and_one_that_is_gone_too(run: Finished) -> None:
     stray = run.store.path(StageKey("pack", 0), "part-00099.parquet")
     shutil.copyfile(run.store.part(StageKey("pack", 0), 0), stray)

@@ -332,7 +332,7 @@ def test_vllm_draws_from_the_seed_of_the_run(
         config = parse_as(RLConfig, rl_values(tmp_path, tmp_path, engine="vllm") | {"seed": seed})
         VerifiedGRPOTrainer(
             model=load_model(student_dir, device="cpu"),
-            args=trainer_arguments(config, tmp_path, torch.device("cpu"), 20, []),
+            args=trainer_arguments(config, tmp_path, "rl", torch.device("cpu"), 20, []),
             tokenizer=tokenizer,
             reward=VerifiedReward(prompts, config.grpo.num_generations, [], 0.0),
             tokens=encode_messages(tokenizer, prompts.column("messages")),

@@ -1,6 +1,7 @@
 """Scores of responses: what is right, what is wrong, and what a hostile response can do."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def test_math_compares_what_texts_mean() -> None:
         ("3", "####"),
     ]
     assert scores("math", right + wrong) == [1.0] * len(right) + [0.0] * len(wrong)
+
+
+def test_answers_are_checked_where_the_system_names_no_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert scores("math", [("1/2", "0.5")]) == [1.0]
 
 
 def test_what_cannot_be_checked_is_nan() -> None:
