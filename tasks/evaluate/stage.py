@@ -19,13 +19,13 @@ from schemas.tables import (
     PROMPTS,
     RESPONSES_FILE,
 )
+from tasks.collector import free_memory
 from tasks.evaluate.agreement import KeptStates, compare_with_teacher, keep_states
 from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
 from tasks.graph import BASELINE
-from tasks.language_model.loading import free_memory
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
