@@ -174,11 +174,14 @@ def held_out_references(job: StageJob) -> tuple[Ragged, Ragged]:
     )
     ids = pa.chunked_array([chunk for column in of_split for chunk in column.chunks], pa.string())
     columns = ["prompt_id", "prompt_ids", "response_ids"]
-    kept = [
-        shard.filter(pc.is_in(shard["prompt_id"], value_set=ids))
-        for shard in store.iterate_table(StageKey("reference"), GENERATE, columns)
-    ]
-    table = pa.concat_tables(kept).combine_chunks()
-    if table.num_rows == 0:
+    kept = []
+    for shard in store.iterate_table(StageKey("reference"), GENERATE, columns):
+        found = shard.filter(pc.is_in(shard["prompt_id"], value_set=ids))
+        if not found.num_rows:
+            # They come first; behind them lie a warm-up's, as many as there are train prompts.
+            break
+        kept.append(found)
+    if not kept:
         raise ArtifactError("reference: no held-out responses to evaluate on; re-run stage `reference`")
+    table = pa.concat_tables(kept).combine_chunks()
     return Ragged.from_arrow(table["prompt_ids"]), Ragged.from_arrow(table["response_ids"])
