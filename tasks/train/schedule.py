@@ -128,14 +128,16 @@ def deal(step: NDArray[np.int64], costs: NDArray[np.float64], ranks: int, filler
         ranks: Processes that train.
         filler: Stands for no pack.
     """
-    micro_steps = math.ceil(len(step) / ranks)
-    dearest_first = np.full(micro_steps * ranks, filler)
-    dearest_first[: len(step)] = step[np.argsort(-costs[step], kind="stable")]
-    dealt = np.empty((micro_steps, ranks), np.int64)
+    shape = math.ceil(len(step) / ranks), ranks
+    order = step[np.argsort(-costs[step], kind="stable")]
+    dearest_first, own_costs = np.full(shape, filler), np.zeros(shape)
+    dearest_first.flat[: len(step)], own_costs.flat[: len(step)] = order, costs[order]
+    dealt = np.empty(shape, np.int64)
     load = np.zeros(ranks)
-    for packs, taken in zip(dearest_first.reshape(micro_steps, ranks), dealt, strict=True):
-        taken[np.argsort(load, kind="stable")] = packs
-        load += np.append(costs, 0.0)[np.minimum(taken, len(costs))]
+    for packs, added, taken in zip(dearest_first, own_costs, dealt, strict=True):
+        least_first = np.argsort(load, kind="stable")
+        taken[least_first] = packs
+        load[least_first] += added
     return dealt
 
 

@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_ranks_wait_little_for_each_other() -> None:
     # Beyond what no dealing could avoid.
     assert np.mean(waits) < 1.1
     assert np.mean(waits_in_order) > 1.25
+
+
+def test_dealing_a_step_does_not_go_through_all_packs() -> None:
+    costs = np.ones(1_000_000)
+    tracemalloc.start()
+    try:
+        deal(np.arange(999_936, 1_000_000), costs, 8, costs.size)
+        assert tracemalloc.get_traced_memory()[1] < costs.nbytes / 100
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_rank_without_a_pack_has_nothing_to_learn() -> None:
