@@ -150,11 +150,19 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self, costs: NDArray[np.float64], packs_per_step: int, seed: int, epochs_before: float, ranks: int = 1
+        self,
+        costs: NDArray[np.float64],
+        packs_per_step: int,
+        seed: int,
+        epochs_before: float,
+        ranks: int = 1,
+        rank: int = 0,
     ) -> None:
-        self.costs, self.packs_per_step, self.seed, self.ranks = costs, packs_per_step, seed, ranks
+        self.costs, self.packs_per_step, self.seed, self.ranks, self.rank = costs, packs_per_step, seed, ranks, rank
         self.first_epoch = math.ceil(epochs_before)
         self.epoch = 0
+        self._own = np.empty(0, np.int64)
+        self._place_of = np.zeros(len(costs) + 1, np.int64)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch within the round."""
@@ -171,7 +179,17 @@ class EpochSampler(Sampler[int]):
         if self.ranks > 1:
             steps = np.split(order, range(self.packs_per_step, len(order), self.packs_per_step))
             order = np.concatenate([deal(step, self.costs, self.ranks, len(order)).reshape(-1) for step in steps])
+        self._own = order[self.rank :: self.ranks]
+        self._place_of[self._own] = np.arange(self._own.size)
         return iter(order.tolist())
+
+    def after(self, pack: int, count: int) -> list[int]:
+        """Return the up to ``count`` packs that this rank takes next after ``pack`` in the epoch at hand."""
+        if pack == len(self.costs):
+            return []
+        place = int(self._place_of[pack]) + 1
+        found: list[int] = self._own[place : place + count].tolist()
+        return [following for following in found if following < len(self.costs)]
 
 
 def cosine_scheduler(

@@ -108,6 +108,19 @@ def test_ranks_share_the_packs_of_a_step(packs: int, packs_per_step: int, ranks:
     assert not dealt.size
 
 
+@pytest.mark.parametrize(("packs", "packs_per_step", "ranks"), [(7, 1, 1), (67, 8, 3), (3, 2, 8)])
+def test_a_rank_knows_which_packs_it_takes_next(packs: int, packs_per_step: int, ranks: int) -> None:
+    costs = np.random.default_rng(packs).lognormal(3, 1, packs)
+    for rank in range(ranks):
+        sampler = EpochSampler(costs, packs_per_step, 3, 0, ranks, rank)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            own = list(sampler)[rank::ranks]
+            for place, pack in enumerate(own):
+                wanted = [] if pack == packs else [next_ for next_ in own[place + 1 : place + 4] if next_ < packs]
+                assert sampler.after(pack, 3) == wanted
+
+
 def test_ranks_wait_little_for_each_other() -> None:
     random = np.random.default_rng(0)
     waits, waits_in_order = [], []
