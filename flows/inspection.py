@@ -55,14 +55,13 @@ def print_stage(console: Console, store: RunStore, key: StageKey, rows: int) -> 
         *((f"output {record.path}", _size(record.rows, record.bytes)) for record in manifest.outputs),
     ]
     print_pairs(console, pairs)
-    shown: set[pa.Schema] = set()
+    tables: dict[tuple[Path, str], Path] = {}
     for path in store.table_files(key):
+        # The first shard of a table speaks for all; in an object store each would have to be downloaded.
+        tables.setdefault((path.parent, path.name.partition("-")[0]), path)
+    for path in tables.values():
         head = read_head(store.fetch(path), rows)
         schema = head.schema.remove_metadata()
-        # Shards of one table share a schema; the first speaks for all.
-        if schema in shown:
-            continue
-        shown.add(schema)
         console.print()
         console.print(Text(one_line(store.relative(path)), style="bold"), soft_wrap=True)
         print_pairs(console, [(f"  {field.name}", str(field.type)) for field in schema])

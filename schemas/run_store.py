@@ -19,7 +19,7 @@ from schemas.manifest import (
     FileRecord,
     Manifest,
     RunRecord,
-    hash_file,
+    hash_files,
     hash_json,
     parse_record,
     record_bytes,
@@ -39,6 +39,7 @@ SUPERSEDED = "superseded"
 
 PARTIAL_NAME = ".partial.json"
 """Holds the fingerprint of a stage at work; nothing reads it once the stage has a manifest."""
+_OTHER_BYTES = "its bytes are not those the manifest recorded"
 
 
 class RunStore(RunFiles):
@@ -180,11 +181,11 @@ class RunStore(RunFiles):
         for record in manifest.outputs:
             path = self.folder / record.path
             size = sizes.get(record.path) if sizes is not None else path.stat().st_size if path.is_file() else None
-            if size is None:
-                return f"{record.path}: missing"
-            if size != record.bytes or (content and sizes is None and hash_file(path) != record.sha256):
-                return f"{record.path}: its bytes are not those the manifest recorded"
-        return None
+            if size != record.bytes:
+                return f"{record.path}: {'missing' if size is None else _OTHER_BYTES}"
+        hashed = manifest.outputs if content and sizes is None else []
+        found = zip(hashed, hash_files([self.folder / record.path for record in hashed]), strict=True)
+        return next((f"{record.path}: {_OTHER_BYTES}" for record, sha256 in found if sha256 != record.sha256), None)
 
     def begin(self, key: StageKey, fingerprint: str) -> None:
         """Make the stage's folder ready.
@@ -227,11 +228,11 @@ class RunStore(RunFiles):
         return [
             FileRecord(
                 path=self.relative(path),
-                sha256=hash_file(path),
+                sha256=sha256,
                 bytes=path.stat().st_size,
                 rows=pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None,
             )
-            for path in files
+            for path, sha256 in zip(files, hash_files(files), strict=True)
         ]
 
     def finish(self, key: StageKey, manifest: Manifest) -> None:

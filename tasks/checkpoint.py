@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from schemas.errors import ArtifactError
-from schemas.manifest import hash_file
+from schemas.manifest import hash_files
 from tasks.language_model.weights import (
     like,
     load_weights,
@@ -140,8 +139,7 @@ def write_checkpoint(
     unsaid: Any = {"save_steps": None}
     dataclasses.replace(state, **unsaid).save_to_json(str(folder / TRAINER_STATE_NAME))
     files = sorted(folder.iterdir())
-    with ThreadPoolExecutor() as pool:
-        hashes = dict(zip((file.name for file in files), pool.map(hash_file, files), strict=True))
+    hashes = dict(zip((file.name for file in files), hash_files(files), strict=True))
     _write_json(folder / _INDEX, {"version": _VERSION, "step": state.global_step, "sha256": hashes})
 
 
@@ -165,10 +163,9 @@ def read_state(folder: Path) -> TrainerState:
     for file in files:
         if not file.is_file():
             raise ArtifactError(f"{file}: missing; {_remedy(folder)}")
-    with ThreadPoolExecutor() as pool:
-        for file, found in zip(files, pool.map(hash_file, files), strict=True):
-            if found != index["sha256"][file.name]:
-                raise ArtifactError(f"{file}: its bytes are not those that were written; {_remedy(folder)}")
+    for file, found in zip(files, hash_files(files), strict=True):
+        if found != index["sha256"][file.name]:
+            raise ArtifactError(f"{file}: its bytes are not those that were written; {_remedy(folder)}")
     state: TrainerState = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     if state.global_step != index["step"]:
         raise ArtifactError(f"{folder / _INDEX}: names another step than {TRAINER_STATE_NAME}; {_remedy(folder)}")

@@ -5,7 +5,6 @@ JSON. Events leave as JSON lines through a file descriptor of their own, so that
 libraries print. Stdin stays open for as long as the parent lives: its end ends this process and everything it started.
 """
 
-import gc
 import importlib
 import json
 import os
@@ -20,6 +19,7 @@ from schemas.config import RunConfig, parse_settings
 from schemas.errors import NPDError, StageError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
+from tasks.collector import free_memory
 from tasks.stage import execute, settle
 
 EVENT_SECONDS = 0.1
@@ -148,7 +148,7 @@ def run_job(events_descriptor: int) -> int:
             else:
                 events.send({"event": "stage", "stage": key.stage, "round": key.round})
                 settle(store, config, key, lenders, events.progress)
-                _free_memory()
+                free_memory()
     except Exception as error:  # the boundary of the process: every error must reach the parent
         # First: a disk that is full takes no traceback either.
         events.send(describe_failure(error, key, job.log))
@@ -156,13 +156,6 @@ def run_job(events_descriptor: int) -> int:
         return 1
     events.send({"event": "done"})
     return 0
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def limit_threads(threads: int) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
 
-TOKENS, LOGPROBS, TARGET_IDS, TARGET_LOGPROBS = (np.uint64(n) << np.uint64(56) for n in (1, 2, 3, 4))
+TOKENS, LOGPROBS, TARGET_IDS, TARGET_LOGPROBS, TEXT = (np.uint64(n) << np.uint64(56) for n in (1, 2, 3, 4, 5))
 """What a value is, mixed into its digest."""
 
 
@@ -48,6 +48,20 @@ def row_digests(values: NDArray[Any], offsets: Int64, kind: np.uint64, first_pla
     total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
     digests: UInt64 = total[offsets[1:]] - total[offsets[:-1]]
     return digests
+
+
+def text_digests(column: pa.ChunkedArray) -> UInt64:
+    """Return a digest of each string of a column without nulls; two that differ share one with chance 2**-64."""
+    return np.concatenate([np.empty(0, np.uint64), *map(_text_digests, column.chunks)])
+
+
+def _text_digests(texts: pa.StringArray) -> UInt64:
+    _, offsets, text = texts.buffers()
+    if not len(texts):
+        return np.empty(0, np.uint64)
+    bounds = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    letters = np.frombuffer(text or b"", np.uint8)[bounds[0] : bounds[-1]]
+    return row_digests(letters, bounds - bounds[0], TEXT)
 
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:

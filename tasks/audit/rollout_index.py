@@ -1,13 +1,14 @@
 """What an audit remembers of a rollout table once its tokens are gone: ids, lengths, and a digest per sample."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-Int64 = NDArray[np.int64]
+from tasks.audit.digests import Int64, UInt64, text_digests
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,25 @@ class PromptIndex:
     ids: pa.ChunkedArray
     held_out: NDArray[np.bool_]
 
+    @cached_property
+    def _sorted(self) -> tuple[UInt64, Int64]:
+        """Digests of all ids, ascending, and the row of each."""
+        digests = text_digests(self.ids)
+        order = np.argsort(digests, kind="stable")
+        return digests[order], order
+
     def rows(self, prompt_ids: pa.ChunkedArray) -> Int64:
-        """Return the row of each id, -1 where there is none; int64."""
-        return locate_rows(prompt_ids, self.ids)
+        """Return the row of each id, -1 where there is none; int64.
+
+        Asked shard by shard: unlike ``locate_rows`` it does not go through all prompts each time.
+        """
+        known, order = self._sorted
+        if not known.size:
+            return np.full(len(prompt_ids), -1, np.int64)
+        wanted = text_digests(prompt_ids)
+        places = np.minimum(np.searchsorted(known, wanted), known.size - 1)
+        rows: Int64 = np.where(known[places] == wanted, order[places], -1)
+        return rows
 
     def in_split(self, prompt_ids: pa.ChunkedArray, *, held_out: bool) -> NDArray[np.bool_]:
         """Say of each id whether it is a prompt of the table, held out or not; bool."""

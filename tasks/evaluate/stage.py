@@ -19,13 +19,13 @@ from schemas.tables import (
     PROMPTS,
     RESPONSES_FILE,
 )
+from tasks.collector import free_memory
 from tasks.evaluate.agreement import KeptStates, compare_with_teacher, keep_states
 from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
 from tasks.graph import BASELINE
-from tasks.language_model.loading import free_memory
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
@@ -174,11 +174,14 @@ def held_out_references(job: StageJob) -> tuple[Ragged, Ragged]:
     )
     ids = pa.chunked_array([chunk for column in of_split for chunk in column.chunks], pa.string())
     columns = ["prompt_id", "prompt_ids", "response_ids"]
-    kept = [
-        shard.filter(pc.is_in(shard["prompt_id"], value_set=ids))
-        for shard in store.iterate_table(StageKey("reference"), GENERATE, columns)
-    ]
-    table = pa.concat_tables(kept).combine_chunks()
-    if table.num_rows == 0:
+    kept = []
+    for shard in store.iterate_table(StageKey("reference"), GENERATE, columns):
+        found = shard.filter(pc.is_in(shard["prompt_id"], value_set=ids))
+        if not found.num_rows:
+            # They come first; behind them lie a warm-up's, as many as there are train prompts.
+            break
+        kept.append(found)
+    if not kept:
         raise ArtifactError("reference: no held-out responses to evaluate on; re-run stage `reference`")
+    table = pa.concat_tables(kept).combine_chunks()
     return Ragged.from_arrow(table["prompt_ids"]), Ragged.from_arrow(table["response_ids"])

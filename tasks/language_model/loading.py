@@ -1,6 +1,5 @@
 """Load tokenizers and causal language models for inference."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -216,10 +215,3 @@ def load_ref(ref: ModelRef, *, packed: bool = False, tensor_parallel: int = 1) -
         spread=ref.spread,
         tensor_parallel=tensor_parallel,
     )
-
-
-def free_memory() -> None:
-    """Give back what models took that nothing refers to any more, to the device too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

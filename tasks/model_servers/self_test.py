@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from schemas.config import ServersConfig
 from schemas.errors import ModelError
 from schemas.untrusted_text import readable
-from tasks.language_model.loading import free_memory, load_ref, load_tokenizer
+from tasks.collector import free_memory
+from tasks.language_model.loading import load_ref, load_tokenizer
 from tasks.language_model.prefill import gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef

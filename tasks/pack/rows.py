@@ -34,7 +34,7 @@ def pack_rows(sequences: pa.Table, bin_offsets: NDArray[np.int64], first_pack_id
         The pack table (schema ``pack_schema``), with targets where ``sequences`` has them.
 
     Raises:
-        ArtifactError: a sample's log-probabilities or targets are not as many as its response tokens.
+        ArtifactError: a sample's targets are not as many as its response tokens.
     """
     prompts, responses = (_chunk(sequences, name) for name in ("prompt_ids", "response_ids"))
     prompt_tokens, response_tokens = (pc.list_value_length(lists).to_numpy() for lists in (prompts, responses))
@@ -60,7 +60,6 @@ def pack_rows(sequences: pa.Table, bin_offsets: NDArray[np.int64], first_pack_id
     }
     if "sampled_logprobs" in sequences.column_names:
         sampled = _chunk(sequences, "sampled_logprobs")
-        _require_one_per_token(sequences, "sampled_logprobs", response_tokens)
         columns["sampled_logprobs"] = _lists(
             token_offsets, _spread(sampled.flatten().to_numpy(), is_response, np.float32("nan"))
         )

@@ -157,10 +157,12 @@ def read_split(store: RunStore, split: str, limit: int | None = None) -> Iterato
     """Read the prompts of one split in order, a file at a time; the first ``limit`` of them."""
     for shard in store.iterate_table(StageKey("prompts"), PROMPTS):
         prompts = of_split(shard, split).slice(0, limit)
-        if limit is not None:
-            limit -= prompts.num_rows
         if prompts.num_rows:
             yield prompts
+        if limit is not None:
+            limit -= prompts.num_rows
+            if not limit:
+                return
 
 
 def of_split(prompts: pa.Table, split: str) -> pa.Table:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 
-from tasks.language_model.loading import free_memory, load_ref
+from tasks.collector import free_memory
+from tasks.language_model.loading import load_ref
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
 from tasks.rollout.slot_cache import fits_slots

@@ -8,9 +8,10 @@ import numpy as np
 
 from schemas.errors import ModelError
 from schemas.tables import SCORE_CHECK
+from tasks.collector import free_memory
 from tasks.language_model.chat import reply_header
 from tasks.language_model.control_tokens import TokenIds
-from tasks.language_model.loading import free_memory, load_tokenizer
+from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import ModelRef, policy_model, resolved_models, teacher_model
 from tasks.language_model.tensor_parallel import load_whole, prefill_model

@@ -128,14 +128,16 @@ def deal(step: NDArray[np.int64], costs: NDArray[np.float64], ranks: int, filler
         ranks: Processes that train.
         filler: Stands for no pack.
     """
-    micro_steps = math.ceil(len(step) / ranks)
-    dearest_first = np.full(micro_steps * ranks, filler)
-    dearest_first[: len(step)] = step[np.argsort(-costs[step], kind="stable")]
-    dealt = np.empty((micro_steps, ranks), np.int64)
+    shape = math.ceil(len(step) / ranks), ranks
+    order = step[np.argsort(-costs[step], kind="stable")]
+    dearest_first, own_costs = np.full(shape, filler), np.zeros(shape)
+    dearest_first.flat[: len(step)], own_costs.flat[: len(step)] = order, costs[order]
+    dealt = np.empty(shape, np.int64)
     load = np.zeros(ranks)
-    for packs, taken in zip(dearest_first.reshape(micro_steps, ranks), dealt, strict=True):
-        taken[np.argsort(load, kind="stable")] = packs
-        load += np.append(costs, 0.0)[np.minimum(taken, len(costs))]
+    for packs, added, taken in zip(dearest_first, own_costs, dealt, strict=True):
+        least_first = np.argsort(load, kind="stable")
+        taken[least_first] = packs
+        load[least_first] += added
     return dealt
 
 
@@ -148,11 +150,19 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self, costs: NDArray[np.float64], packs_per_step: int, seed: int, epochs_before: float, ranks: int = 1
+        self,
+        costs: NDArray[np.float64],
+        packs_per_step: int,
+        seed: int,
+        epochs_before: float,
+        ranks: int = 1,
+        rank: int = 0,
     ) -> None:
-        self.costs, self.packs_per_step, self.seed, self.ranks = costs, packs_per_step, seed, ranks
+        self.costs, self.packs_per_step, self.seed, self.ranks, self.rank = costs, packs_per_step, seed, ranks, rank
         self.first_epoch = math.ceil(epochs_before)
         self.epoch = 0
+        self._own = np.empty(0, np.int64)
+        self._place_of = np.zeros(len(costs) + 1, np.int64)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch within the round."""
@@ -169,7 +179,17 @@ class EpochSampler(Sampler[int]):
         if self.ranks > 1:
             steps = np.split(order, range(self.packs_per_step, len(order), self.packs_per_step))
             order = np.concatenate([deal(step, self.costs, self.ranks, len(order)).reshape(-1) for step in steps])
+        self._own = order[self.rank :: self.ranks]
+        self._place_of[self._own] = np.arange(self._own.size)
         return iter(order.tolist())
+
+    def after(self, pack: int, count: int) -> list[int]:
+        """Return the up to ``count`` packs that this rank takes next after ``pack`` in the epoch at hand."""
+        if pack == len(self.costs):
+            return []
+        place = int(self._place_of[pack]) + 1
+        found: list[int] = self._own[place : place + count].tolist()
+        return [following for following in found if following < len(self.costs)]
 
 
 def cosine_scheduler(

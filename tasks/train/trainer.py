@@ -130,14 +130,17 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             args.seed,
             schedule.epochs_before,
             args.world_size,
+            args.process_index,
         )
+        # As many as an optimizer step takes, which the trainer asks for all at once.
+        following = functools.partial(self.sampler.after, count=args.gradient_accumulation_steps)
         add_distillation_head(model, objective)
         super().__init__(
             model=model,
             args=args,
             # The last row stands for no pack, where a process has none to take.
             train_dataset=Dataset.from_dict({"pack": list(range(len(reader) + 1))}),
-            data_collator=PackCollator(reader),
+            data_collator=PackCollator(reader, following),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[

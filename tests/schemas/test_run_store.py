@@ -1,10 +1,12 @@
 import shutil
+import threading
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from schemas import manifest as manifest_module
 from schemas.errors import ArtifactError, ConfigError, RunNotFoundError
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
@@ -113,6 +115,22 @@ def test_a_stage_is_complete_only_with_manifest_and_whole_files(tmp_path: Path) 
     store.part(KEY, 1).write_bytes(data)
     assert store.first_damage(manifest) == told
     assert store.first_damage(manifest, content=False) is None
+
+
+def test_a_stages_files_are_hashed_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path, make_config(tmp_path))
+    manifest = finish_stage(store, KEY, GENERATE, [rollouts(count) for count in (1, 2, 3)])
+    two, plain = threading.Barrier(2, timeout=30), manifest_module.hash_file
+
+    def hashed(path: Path) -> str:
+        if path.name < "part-00002.parquet":
+            two.wait()
+        return plain(path)
+
+    monkeypatch.setattr(manifest_module, "hash_file", hashed)
+    monkeypatch.setattr(manifest_module, "_HASHED_AT_ONCE", 2)
+    assert store.outputs(KEY) == manifest.outputs
+    assert store.first_damage(manifest) is None
 
 
 def test_begin_keeps_shards_of_the_same_fingerprint_only(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks.audit.digests import LOGPROBS, TOKENS, first_difference, row_digests
+from tasks.audit.digests import LOGPROBS, TOKENS, first_difference, row_digests, text_digests
 
 
 def digests(rows: list[list[int]], first_place: list[int] | None = None) -> list[int]:
@@ -56,3 +56,12 @@ def test_the_first_row_that_differs(
     # Sliced columns count from their own start.
     cut = pa.array([*left[:1], *left], kind).slice(1), pa.array([*right[:1], *right], kind).slice(1)
     assert first_difference(*cut) == row
+
+
+def test_texts_have_the_same_digest_wherever_they_lie_and_others_another() -> None:
+    texts = ["", "a", "ab", "ba", "b", "é", "a\0", "\0", "ab" * 9]
+    digests = text_digests(pa.chunked_array([texts]))
+    assert len(set(digests.tolist())) == len(texts)
+    cut = pa.chunked_array([pa.array(["x", *texts[:4]]).slice(1), pa.array([], pa.string()), texts[4:]])
+    assert text_digests(cut).tolist() == digests.tolist()
+    assert text_digests(pa.chunked_array([], pa.string())).size == 0

@@ -30,12 +30,13 @@ from tasks.evaluate.agreement import compare_with_teacher, keep_states
 from tasks.evaluate.means import grouped_mean, repetition, response_means
 from tasks.evaluate.resolution import detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling
-from tasks.graph import BASELINE, loop
+from tasks.evaluate.stage import held_out_references
+from tasks.graph import BASELINE, REFERENCE, loop
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import result_model
 from tasks.prompts.messages import prompt_id
-from tasks.stage import execute
-from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
+from tasks.stage import StageJob, execute
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table, rollout_table, split_rows
 from tests.test_loop import run_loop, smoke_config
 from tests.tiny_models import make_model
 
@@ -272,6 +273,30 @@ def test_a_split_that_overlaps_is_refused(tmp_path: Path) -> None:
     both = pa.concat_tables([prompts_table({"a": "train", "b": "train"}), prompts_table({"b": "held_out"})])
     with pytest.raises(ArtifactError, match="prompt_id"):
         finish_stage(store, StageKey("prompts"), PROMPTS, [both])
+
+
+def test_a_warm_ups_references_are_not_read(tmp_path: Path) -> None:
+    """There may be millions of them; the held-out ones come first."""
+    config = make_config(tmp_path)
+    store = make_store(tmp_path, config)
+    splits = dict.fromkeys("abc", "train") | dict.fromkeys("xyz", "held_out")
+    finish_stage(store, StageKey("prompts"), PROMPTS, split_rows(prompts_table(splits), 2))
+    names, prompts = ["z", "x", "y", "a", "b", "c"], [[1], [2, 2], [3], [4], [5], [6]]
+    references = rollout_table(prompts, [[9], [8], [7, 7], [6], [5], [4]], prompt_names=names)
+    files = [references.slice(0, 2), references.slice(2, 1), references.slice(3, 1), references.slice(4, 2)]
+    finish_stage(store, REFERENCE, GENERATE, files)
+    store.part(REFERENCE, 3).write_bytes(b"damaged")
+    found = held_out_references(StageJob(store, config, StageKey("evaluate", 0)))
+    assert [[row.tolist() for row in rows.rows()] for rows in found] == [[[1], [2, 2], [3]], [[9], [8], [7, 7]]]
+
+
+def test_references_without_a_held_out_one_are_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table({"a": "train", "x": "held_out"})])
+    finish_stage(store, REFERENCE, GENERATE, [rollout_table([[1]], [[2]], prompt_names=["a"])])
+    with pytest.raises(ArtifactError, match="no held-out responses"):
+        held_out_references(StageJob(store, config, StageKey("evaluate", 0)))
 
 
 def test_models_answer_as_the_config_says(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model.chat import encode_prompts
 from tasks.rollout import prompts
-from tasks.rollout.prompts import Asked, encode_answers, encode_messages
+from tasks.rollout.prompts import Asked, encode_answers, encode_messages, read_split
+from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table, split_rows
 from tests.tiny_models import make_tokenizer
 
 MESSAGES = [[{"role": "user", "content": "Say " + "ha" * index}] for index in range(8)]
@@ -44,3 +48,17 @@ def test_spans_are_the_prompts_of_any_files(rows: int) -> None:
     assert [part.column("prompt_id").to_pylist() for part in asked.spans(spans)] == [
         [f"p{index}" for index in range(*span)] for span in spans
     ]
+
+
+def test_files_behind_the_last_prompt_that_is_wanted_are_not_read(tmp_path: Path) -> None:
+    store, key = make_store(tmp_path, make_config(tmp_path)), StageKey("prompts")
+    splits = {name: "held_out" if name == "b" else "train" for name in "abcdef"}
+    finish_stage(store, key, PROMPTS, split_rows(prompts_table(splits), 2))
+
+    def names(split: str, limit: int | None) -> list[str]:
+        return [name for part in read_split(store, split, limit) for name in part.column("prompt_id").to_pylist()]
+
+    assert names("train", None) == names("train", 9) == ["a", "c", "d", "e", "f"]
+    store.part(key, 2).write_bytes(b"damaged")
+    assert [names("train", limit) for limit in (1, 2, 3)] == [["a"], ["a", "c"], ["a", "c", "d"]]
+    assert names("held_out", 1) == ["b"]

@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,19 @@ def test_ranks_share_the_packs_of_a_step(packs: int, packs_per_step: int, ranks:
     assert not dealt.size
 
 
+@pytest.mark.parametrize(("packs", "packs_per_step", "ranks"), [(7, 1, 1), (67, 8, 3), (3, 2, 8)])
+def test_a_rank_knows_which_packs_it_takes_next(packs: int, packs_per_step: int, ranks: int) -> None:
+    costs = np.random.default_rng(packs).lognormal(3, 1, packs)
+    for rank in range(ranks):
+        sampler = EpochSampler(costs, packs_per_step, 3, 0, ranks, rank)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            own = list(sampler)[rank::ranks]
+            for place, pack in enumerate(own):
+                wanted = [] if pack == packs else [next_ for next_ in own[place + 1 : place + 4] if next_ < packs]
+                assert sampler.after(pack, 3) == wanted
+
+
 def test_ranks_wait_little_for_each_other() -> None:
     random = np.random.default_rng(0)
     waits, waits_in_order = [], []
@@ -118,6 +132,16 @@ def test_ranks_wait_little_for_each_other() -> None:
     # Beyond what no dealing could avoid.
     assert np.mean(waits) < 1.1
     assert np.mean(waits_in_order) > 1.25
+
+
+def test_dealing_a_step_does_not_go_through_all_packs() -> None:
+    costs = np.ones(1_000_000)
+    tracemalloc.start()
+    try:
+        deal(np.arange(999_936, 1_000_000), costs, 8, costs.size)
+        assert tracemalloc.get_traced_memory()[1] < costs.nbytes / 100
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_rank_without_a_pack_has_nothing_to_learn() -> None:
