@@ -54,8 +54,8 @@ def test_every_deployment_has_its_pool_and_no_two_runs_share_a_gpu(server: Serve
     assert set(found) == everywhere | {("npd-round", "ray"), ("npd-stage", "ray")}
     assert all(each["work_pool_name"] == where for (_, where), each in found.items())
     for (_, where), each in found.items():
-        limit = each["global_concurrency_limit"]
-        assert (limit and limit["limit"]) == (None if where == "gpu" else 1)
+        # A flow run under such a limit is ended by a server that was started anew: it has forgotten who holds it.
+        assert each["global_concurrency_limit"] is None
         (step,) = each["pull_steps"]
         folder = step["prefect.deployments.steps.set_working_directory"]["directory"]
         assert folder == (str(CHECKOUT) if where == "local" else "/opt/npd")
