@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from schemas.errors import ArtifactError
 from schemas.local_files import scratch_folder, storage_errors
 from schemas.manifest import FileRecord, hash_file
 from schemas.mirror import FOLDER_MARK
@@ -57,11 +56,11 @@ class StoredFiles:
         """Return a small file's bytes.
 
         Raises:
-            ArtifactError: it is not there.
+            FileNotFoundError: it is not there.
         """
         data = self._objects.read(name) if self._objects is not None else (self._store.folder / name).read_bytes()
         if data is None:
-            raise ArtifactError(f"{self._store.url}/{name}: missing")
+            raise FileNotFoundError(f"{self._store.url}/{name}")
         return data
 
     def hash(self, name: str) -> str:
