@@ -5,6 +5,7 @@ import logging
 import os
 import selectors
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -145,13 +146,15 @@ def _run_job(
 ) -> None:
     log = store.log(log_of)
     log.parent.mkdir(parents=True, exist_ok=True)
+    store.continue_file(log)
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, log.open("ab", buffering=0) as sink:
         try:
             process = start_process(writing, sink.fileno())
         finally:
             os.close(writing)
-        sink.write(f"--- {at_work().label} · process {process.pid} · {now_iso()}\n".encode())
+        where = f"process {process.pid} · {now_iso()} · {socket.gethostname()}"
+        sink.write(f"--- {at_work().label} · {where}\n".encode())
         try:
             final = _converse(process, job, events.fileno(), hear, store.lock.require)
             if final is not None:
