@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from docker.types import HostConfig
 from prefect.client.orchestration import PrefectClient
 from prefect_docker.worker import DockerWorkerJobConfiguration
 
+from flows.stage_tasks import TASKS
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import FinishedRun, write_smoke_config
@@ -60,6 +62,25 @@ def test_every_deployment_has_its_pool_and_no_two_runs_share_a_gpu(server: Serve
         folder = step["prefect.deployments.steps.set_working_directory"]["directory"]
         assert folder == (str(CHECKOUT) if where == "local" else "/opt/npd")
     assert found["npd-round", "ray"]["parameters"]["overrides"] == ["ray.address=auto", "ray.actors=4"]
+
+
+def test_forms_offer_what_there_is_and_the_server_refuses_the_rest(server: Server) -> None:
+    flows = {flow["id"]: flow["name"] for flow in server.find("flows")}
+    forms = {flows[each["flow_id"]]: each for each in server.find("deployments") if each["name"] == "local"}
+    stage = forms["npd-stage"]["parameter_openapi_schema"]["properties"]
+    assert stage["stage"]["enum"] == [*TASKS, "rl"]
+    assert "Which stage" in stage["stage"]["description"]
+    assert all(each["enforce_parameter_schema"] for each in forms.values())
+    for flow, parameters in (
+        ("npd-stage", {"run": "runs/x", "stage": "scoring"}),
+        ("npd-stage", {"run": "runs/x", "stage": "score", "round": -2}),
+        ("npd-compare", {"config": "x.yaml", "workers": 0}),
+    ):
+        deployment = forms[flow]["id"]
+        url = f"{server.api}/deployments/{deployment}/create_flow_run"
+        refused = httpx.post(url, json={"parameters": parameters}, timeout=60)
+        assert refused.status_code == 409, refused.text
+        assert "Validation failed" in refused.text
 
 
 def test_a_gpu_deployment_asks_docker_for_the_image_and_all_gpus(server: Server) -> None:
