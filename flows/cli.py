@@ -59,8 +59,8 @@ def _changes(example: str) -> Any:
     return typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help=f"Change the config: key.sub=value, the value as YAML, for example {example}. May be repeated. "
-        "`npd config` lists every key.",
+        help=f"Change the config: key.sub=value, the value as YAML, for example {example}. A mapping changes the keys "
+        "it names alone. May be repeated. `npd config` lists every key.",
     )
 
 

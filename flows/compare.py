@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 from prefect import flow, get_run_logger, task
@@ -12,6 +12,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
+from pydantic import Field
 
 from flows.comparison_progress import current_runs_listener
 from flows.comparison_worker import Worker, lenders, stands
@@ -70,7 +71,10 @@ def _flow_run_name() -> str:
 
 @flow(name="npd-compare", flow_run_name=_flow_run_name, persist_result=False)
 def npd_compare(
-    config: str, overrides: list[str] | None = None, only: list[str] | None = None, workers: int | None = None
+    config: str,
+    overrides: list[str] | None = None,
+    only: list[str] | None = None,
+    workers: Annotated[int, Field(ge=1)] | None = None,
 ) -> dict[str, Any]:
     """Run a comparison, or continue it where it stopped: runs that are done stay.
 

@@ -1,10 +1,11 @@
 """The flow `npd-stage`: run one stage of one round again."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
+from pydantic import Field, WithJsonSchema
 
 from flows.configs import recorded_config
 from flows.rl import RL_TASKS
@@ -13,6 +14,13 @@ from flows.states import outdated_after, stage_key, upstream_problem
 from schemas.config import RunConfig
 from schemas.errors import ArtifactError
 from schemas.run_store import RunStore
+from schemas.stage_key import WARMUP
+
+STAGE_NAMES = list(dict.fromkeys([*TASKS, *RL_TASKS]))
+
+# What the form of Prefect's UI offers, and its server accepts.
+StageName = Annotated[str, WithJsonSchema({"type": "string", "enum": STAGE_NAMES})]
+RoundIndex = Annotated[int, Field(ge=WARMUP)]
 
 
 def _run_name() -> str:
@@ -22,7 +30,9 @@ def _run_name() -> str:
 
 
 @flow(name="npd-stage", flow_run_name=_run_name, persist_result=False)
-def npd_stage(run: str, stage: str, round: int | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
+def npd_stage(
+    run: str, stage: StageName, round: RoundIndex | None = None, overrides: list[str] | None = None
+) -> dict[str, Any]:
     """Run one stage of a run of any kind again, from its start.
 
     The result there was is kept until `npd gc`. Later stages stay as they are: those that no longer match run again at

@@ -5,6 +5,7 @@ import logging
 import os
 import selectors
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -139,6 +140,7 @@ def _run_job(
     log = store.log(log_of)
     with storage_errors(str(log)):
         log.parent.mkdir(parents=True, exist_ok=True)
+        store.continue_file(log)
         opened = log.open("ab", buffering=0)
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, opened as sink:
@@ -146,9 +148,10 @@ def _run_job(
             process = start_process(writing, sink.fileno())
         finally:
             os.close(writing)
+        where = f"process {process.pid} · {now_iso()} · {socket.gethostname()}"
         try:
             with storage_errors(str(log)):
-                sink.write(f"--- {at_work().label} · process {process.pid} · {now_iso()}\n".encode())
+                sink.write(f"--- {at_work().label} · {where}\n".encode())
             final = _converse(process, job, events.fileno(), hear, store.lock.require)
             if final is not None:
                 process.wait(_EXIT_SECONDS)

@@ -21,6 +21,10 @@ Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 ARTIFACT_SECONDS = 2.0
 """Least time between two updates of a progress artifact."""
 
+ARTIFACT_SHARE = 0.01
+"""Of a stage's time so far: also the least time between two updates. Prefect's server keeps an event of each for a
+week, and a stage may take days."""
+
 AWAY_SECONDS = 30.0
 """How long a server that did not answer is left alone."""
 
@@ -95,7 +99,7 @@ def artifact_key(*parts: str) -> str:
 
 
 class ProgressArtifact:
-    """The progress artifact of one stage's task run; moves at most every ``ARTIFACT_SECONDS``.
+    """The progress artifact of one stage's task run; moves at most every ``ARTIFACT_SECONDS``, in a long stage less.
 
     A server that cannot be reached costs people the sight of the bar, not the run its hours of work: it is asked once
     an update, and then left alone for ``AWAY_SECONDS``.
@@ -106,13 +110,13 @@ class ProgressArtifact:
         self._artifact_key = artifact_key(config.name, key.label, "progress")
         self._artifact: UUID | None = None
         self._rate = Rate()
-        self._last = 0.0
+        self._begun, self._last = time.monotonic(), 0.0
         self._publish(0.0, f"{key.label}: starting")
 
     def progressed(self, done: int, total: int, unit: str) -> None:
         """Move the bar, if it is time to."""
-        rate = self._rate(done, unit)
-        if time.monotonic() - self._last >= ARTIFACT_SECONDS:
+        rate, now = self._rate(done, unit), time.monotonic()
+        if now - self._last >= max(ARTIFACT_SECONDS, ARTIFACT_SHARE * (now - self._begun)):
             percent = 100.0 * min(done, total) / total if total > 0 else 0.0
             self._publish(percent, f"{self._key.label}: {describe(done, total, unit, rate)}")
 

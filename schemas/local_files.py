@@ -1,12 +1,13 @@
 """Writing to a local disk so that a name stands for a whole file or folder, or for nothing."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from schemas.errors import StorageError
@@ -67,8 +68,9 @@ def writing_file(path: Path) -> Iterator[Path]:
     """Give a temporary name to write a file under; it becomes ``path`` when the context ends without an error."""
     temporary = _temporary(path)
     try:
-        yield temporary
-        publish_file(temporary, path)
+        with _at_work(temporary, os.O_CREAT):
+            yield temporary
+            publish_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -80,8 +82,9 @@ def writing_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     temporary.mkdir()
     try:
-        yield temporary
-        publish_folder(temporary, path)
+        with _at_work(temporary):
+            yield temporary
+            publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,7 +96,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     temporary = _temporary(folder / "scratch")
     temporary.mkdir()
     try:
-        yield temporary
+        with _at_work(temporary):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -131,15 +135,55 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Return what a process that died was still writing in ``folder``, or also (``deep``) below it.
+
+    What a living process writes is none: `npd verify` and `npd report` write beside a run that others work on.
+    """
+    found = folder.glob(f"{'**/' if deep else ''}{TEMPORARY}*")
+    return [path for path in sorted(found) if not _is_at_work(path)]
+
+
 def remove_temporaries(folder: Path, *, deep: bool = True) -> None:
-    """Remove what a process that died was still writing in ``folder``, or also (``deep``) below it."""
-    for leftover in list(folder.glob(f"{'**/' if deep else ''}{TEMPORARY}*")):
+    """Remove what ``leftovers`` returns."""
+    for leftover in leftovers(folder, deep=deep):
         remove(leftover)
 
 
 def _temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+@contextmanager
+def _at_work(temporary: Path, flags: int = 0) -> Iterator[None]:
+    """Hold a temporary file or folder; the system lets go when this process ends, however it ends."""
+    descriptor = os.open(temporary, os.O_RDONLY | flags, 0o666)
+    try:
+        # Where a disk has no locks, whoever clears up takes it for a leftover.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_at_work(temporary: Path) -> bool:
+    """Say whether a living process holds a temporary file or folder."""
+    try:
+        # NFS gives a lock that excludes others on no file that cannot be written to.
+        descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _sync(path: Path) -> None:

@@ -44,6 +44,16 @@ class Mirror:
             self.upload(file)
         self.objects.write(self._mark(self._name(path)), b"")
 
+    def continue_file(self, path: Path) -> None:
+        """Let a file that machines append to begin with what lies in the store; what only this one has follows."""
+        there, here = self.objects.read(self._name(path)), path.read_bytes() if path.is_file() else b""
+        if there is None or here.startswith(there):
+            return
+        pairs = zip(there, here, strict=False)
+        shared = next((place for place, (one, other) in enumerate(pairs) if one != other), len(here))
+        with local_files.writing_file(path) as temporary:
+            temporary.write_bytes(there + here[shared:])
+
     def fetch(self, record: FileRecord) -> None:
         """Download what a manifest names, unless the working copy has it.
 

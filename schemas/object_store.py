@@ -4,6 +4,7 @@ Nothing here is a rename: an object appears whole when its upload ends, a folder
 together is complete when the manifest says so.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -86,6 +87,8 @@ class ObjectStore:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"root: {url}: {error}. For s3:// install the extra `s3`") from None
         self._filesystem: Any = filesystem
+        self._conditional = "s3" in filesystem.protocol
+        """Whether the store can be asked to write an object only if it is as it was."""
         self._root = root.rstrip("/")
 
     def read(self, name: str) -> bytes | None:
@@ -107,6 +110,41 @@ class ObjectStore:
         except FileExistsError:
             return False
         return True
+
+    def replace(self, name: str, replaceable: Callable[[bytes], bool], data: bytes) -> bool:
+        """Write an object if what it holds is ``replaceable``; return whether it holds ``data`` now.
+
+        On S3 the write is conditional, so nobody else's can come in between. Other stores have no such call through
+        fsspec, nor has an S3 server that does not know the header: there the bytes are looked at, then written.
+        """
+
+        def replaced() -> bool:
+            # Asked first: bytes that are replaceable afterwards were there then, since nobody writes the same twice.
+            condition = self._unchanged(name)
+            found = self._filesystem.cat_file(self._full(name))
+            # A call whose answer was lost is made again.
+            if found != data and replaceable(found):
+                self._write_if(condition, name, data)
+                return True
+            return bool(found == data)
+
+        try:
+            return self._call("write", name, replaced)
+        except FileNotFoundError:
+            return False
+
+    def _unchanged(self, name: str) -> dict[str, str]:
+        if not self._conditional:
+            return {}
+        return {"IfMatch": self._filesystem.info(self._full(name))["ETag"]}
+
+    def _write_if(self, condition: dict[str, str], name: str, data: bytes) -> None:
+        try:
+            self._filesystem.pipe_file(self._full(name), data, **condition)
+        except OSError as error:
+            # The next try goes without.
+            self._conditional = self._conditional and error.errno != errno.ENOSYS
+            raise
 
     def upload(self, path: Path, name: str) -> None:
         """Write a local file as an object, whole or not at all.

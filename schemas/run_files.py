@@ -85,6 +85,11 @@ class RunFiles:
         if self.mirror is not None:
             self.mirror.upload(path)
 
+    def continue_file(self, path: Path) -> None:
+        """Before more is appended to a file: make it hold what other machines have appended and uploaded."""
+        if self.mirror is not None:
+            self.mirror.continue_file(path)
+
     def read(self, name: str) -> bytes | None:
         """Return the bytes of one small file as it is now, None where there is none.
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -152,7 +152,8 @@ class StoreLease:
     """A lock in an object store: an object that its holder keeps renewing.
 
     A challenger watches it: unchanged for ``LEASE_SECONDS`` it was left by a process that died; at once if that process
-    is known to be gone, which only one of its machine and PID namespace can tell. Clocks are not compared.
+    is known to be gone, which only one of its machine and PID namespace can tell. Clocks are not compared. On S3 nobody
+    renews a lock, or takes it over, that has just become another's (``ObjectStore.replace``).
     """
 
     def __init__(self, objects: ObjectStore, *, lease: float = LEASE_SECONDS, renew: float = RENEW_SECONDS) -> None:
@@ -210,9 +211,8 @@ class StoreLease:
                     break
                 if now != seen:
                     raise _refusal(self._objects.url, now)
-        if self._objects.read(LOCK_NAME) == seen:
-            self._objects.delete(LOCK_NAME)
-        if not self._create():
+        taken = seen is not None and self._replace(lambda found: found == seen)
+        if not taken and not self._create():
             raise _refusal(self._objects.url, self._objects.read(LOCK_NAME) or b"")
 
     def _create(self) -> bool:
@@ -233,12 +233,15 @@ class StoreLease:
                 return
 
     def _write_again(self) -> None:
-        begun = time.monotonic()
-        if not self._is_ours(self._objects.read(LOCK_NAME)):
+        if not self._replace(lambda found: self._is_ours(found) and not self.is_lost()):
             self._lost.set()
-        elif not self.is_lost():
-            self._objects.write(LOCK_NAME, self._text())
-            self._renewed = begun
+
+    def _replace(self, replaceable: Callable[[bytes], bool]) -> bool:
+        begun = time.monotonic()
+        if not self._objects.replace(LOCK_NAME, replaceable, self._text()):
+            return False
+        self._renewed = begun
+        return True
 
     def _text(self) -> bytes:
         return json.dumps(self._holder | {"renewed": time.time_ns()}).encode()

@@ -267,7 +267,7 @@ class RunStore(RunFiles):
         if self.objects is not None:
             return list(self.objects.sizes(SUPERSEDED).items())
         files = [p for p in (self.folder / SUPERSEDED).rglob("*") if p.is_file()]
-        for leftover in self.folder.rglob(f"{local_files.TEMPORARY}*"):
+        for leftover in local_files.leftovers(self.folder):
             files += [leftover] if leftover.is_file() else [p for p in leftover.rglob("*") if p.is_file()]
         return [(self.relative(path), path.stat().st_size) for path in sorted(set(files))]
 

@@ -118,10 +118,10 @@ def _config_error(origin: str, problems: Sequence[str], count: int | None = None
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return ``values`` with each ``a.b=value`` set; values are read as YAML.
+    """Return ``values`` with each ``a.b=value`` set, the value read as YAML; a mapping changes the keys it names alone.
 
-    >>> apply_overrides({"train": {"kd_weight": 0.9}}, ["train.kd_weight=0.5"])
-    {'train': {'kd_weight': 0.5}}
+    >>> apply_overrides({"train": {"kd_weight": 0.9, "loss_chunk": 64}}, ["train={kd_weight: 0.5}"])
+    {'train': {'kd_weight': 0.5, 'loss_chunk': 64}}
 
     Raises:
         ConfigError: an override without `=`, one whose value is not YAML, or one that reaches into a plain value.
@@ -158,7 +158,7 @@ def with_values(values: dict[str, Any], changes: dict[str, Any], origin: str) ->
 
 
 def _put(result: dict[str, Any], key: str, value: Any, shown: str) -> None:
-    """Set one ``a.b`` in place; ``shown`` begins errors."""
+    """Set one ``a.b`` in place, of a mapping its keys; an entry of a list is replaced. ``shown`` begins errors."""
     *parents, last = key.split(".")
     node: Any = result
     for depth, name in enumerate([*parents, last]):
@@ -171,12 +171,18 @@ def _put(result: dict[str, Any], key: str, value: Any, shown: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{shown}: {readable('.'.join(parents[:depth]))} is not a section")
         if depth == len(parents):
-            node[last] = value
+            node[last] = _merged(node.get(last), value)
         elif node.get(name) is None:
             node[name] = {}
             node = node[name]
         else:
             node = node[name]
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {name: _merged(old.get(name), child) for name, child in new.items()}
 
 
 def _copied(value: Any) -> Any:

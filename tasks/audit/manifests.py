@@ -40,6 +40,9 @@ def read_manifests(audit: Audit[Any], files: StoredFiles, sizes: dict[str, int])
             continue
         try:
             manifest = parse_record(files.read(name), name, Manifest)
+        except FileNotFoundError:
+            audit.broken(name, "missing")
+            continue
         except ArtifactError as error:
             audit.broken(name, str(error).removeprefix(f"{name}: "))
             continue
@@ -184,25 +187,13 @@ def check_other_files(audit: Audit[Any], files: StoredFiles, sizes: dict[str, in
     named: set[str] = set()
     for name in manifests:
         folder = name.removesuffix(f"/{MANIFEST_NAME}")
-        named.add(name)
         audit.watch(folder, 0, 0, "files")
         try:
-            manifest = parse_record(files.read(name), name, Manifest)
-        except ArtifactError as error:
-            audit.broken(name, str(error).removeprefix(f"{name}: "))
+            named |= _check_earlier(audit, files, sizes, folder)
+        except FileNotFoundError:
+            # It was listed.
+            audit.report.notes.append(f"{folder}: an earlier result that was deleted (`npd gc`) as it was looked at")
             named |= {other for other in sizes if other.startswith(f"{folder}/")}
-            continue
-        key = StageKey(manifest.stage, manifest.round)
-        for record in manifest.outputs:
-            moved = folder + record.path.removeprefix(key.folder)
-            named.add(moved)
-            if moved not in sizes:
-                audit.broken(moved, "missing from an earlier result that is kept")
-            elif sizes[moved] != record.bytes or files.hash(moved) != record.sha256:
-                audit.broken(moved, "its bytes are not those the manifest of this earlier result recorded (sha256)")
-            audit.report.coverage.files += 1
-            audit.report.coverage.bytes += record.bytes
-        audit.report.notes.append(f"{folder}: an earlier result of `{key.label}`; `npd gc` deletes it")
     of_stages = _keys_of(audit, sizes)
     for name in sizes:
         if name in _OWN or name in named or name.startswith("logs/") or name in of_stages:
@@ -213,3 +204,29 @@ def check_other_files(audit: Audit[Any], files: StoredFiles, sizes: dict[str, in
             audit.broken(name, "lies among earlier results, and no manifest names it")
         else:
             audit.report.notes.append(f"{name}: belongs to no stage, and was not checked")
+
+
+def _check_earlier(audit: Audit[Any], files: StoredFiles, sizes: dict[str, int], folder: str) -> set[str]:
+    """Hash an earlier result, and return the names of the files that its manifest accounts for.
+
+    Raises:
+        FileNotFoundError: a file that was listed is not there any more.
+    """
+    name = f"{folder}/{MANIFEST_NAME}"
+    try:
+        manifest = parse_record(files.read(name), name, Manifest)
+    except ArtifactError as error:
+        audit.broken(name, str(error).removeprefix(f"{name}: "))
+        return {other for other in sizes if other.startswith(f"{folder}/")}
+    key, named = StageKey(manifest.stage, manifest.round), {name}
+    for record in manifest.outputs:
+        moved = folder + record.path.removeprefix(key.folder)
+        named.add(moved)
+        if moved not in sizes:
+            audit.broken(moved, "missing from an earlier result that is kept")
+        elif sizes[moved] != record.bytes or files.hash(moved) != record.sha256:
+            audit.broken(moved, "its bytes are not those the manifest of this earlier result recorded (sha256)")
+        audit.report.coverage.files += 1
+        audit.report.coverage.bytes += record.bytes
+    audit.report.notes.append(f"{folder}: an earlier result of `{key.label}`; `npd gc` deletes it")
+    return named

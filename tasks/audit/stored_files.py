@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from schemas.errors import ArtifactError
 from schemas.local_files import scratch_folder, storage_errors
 from schemas.manifest import FileRecord, hash_file
 from schemas.mirror import FOLDER_MARK
@@ -59,11 +58,12 @@ class StoredFiles:
         """Return a small file's bytes.
 
         Raises:
-            ArtifactError: it is not there, or cannot be read.
+            FileNotFoundError: it is not there.
+            ArtifactError: it cannot be read.
         """
         data = self._store.read(name)
         if data is None:
-            raise ArtifactError(f"{name}: missing")
+            raise FileNotFoundError(f"{self._store.url}/{name}")
         return data
 
     def hash(self, name: str) -> str:

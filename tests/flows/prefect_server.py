@@ -107,6 +107,12 @@ class Server:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
+    def send(self, where: str, values: Any) -> Any:
+        """Give the server's API something, and return what it answers."""
+        response = httpx.post(f"{self.api}/{where}", json=values, timeout=60)
+        response.raise_for_status()
+        return response.json() if response.content else None
+
     def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
         """Return what the server's API finds."""
         response = httpx.post(f"{self.api}/{what}/filter", json=filters, timeout=60)

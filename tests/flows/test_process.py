@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -179,6 +179,25 @@ def test_a_log_that_cannot_be_uploaded_hides_nothing(
     (tmp_path / "prompts.jsonl").unlink()
     with pytest.raises(PromptError, match=r"prompts\.jsonl"):
         run_in_process(store, config, PROMPTS)
+
+
+def test_a_stages_log_in_a_bucket_tells_what_other_machines_printed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPD_CACHE", str(tmp_path / "cache"))
+    # Stages have the environment of the process that forks them.
+    monkeypatch.setattr("flows.stage_process._servers", cache(lambda owner: []))
+    with ObjectServer() as server, server.reachable():
+        config = prompts_config(tmp_path).model_copy(update={"root": server.bucket})
+        store = RunStore.create(config)
+        assert store.objects is not None
+        name, others = store.relative(store.log(PROMPTS)), b"of another machine\n"
+        store.objects.write(name, others)
+        with store.lock.held():
+            run_in_process(store, config, PROMPTS)
+        kept = store.objects.read(name)
+        assert kept == store.log(PROMPTS).read_bytes()
+        assert kept.startswith(others + "--- prompts · process ".encode())
 
 
 def test_a_stage_ends_when_another_process_takes_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,19 @@ def test_overrides_reach_sections_lists_and_nulls() -> None:
     assert replaced["prompts"]["sources"] == [{"type": "parquet", "path": "p.parquet"}]
 
 
+def test_a_mapping_as_an_override_changes_the_keys_it_names_alone() -> None:
+    values = apply_overrides(MINIMAL, ["train.kd_weight=0.5", "train.guard.max_policy_kl=0.2", "train.loss_chunk=64"])
+    changed = apply_overrides(values, ["train={kd_weight: 0.7, guard: {action: stop}}"])
+    assert changed["train"] == {
+        "kd_weight": 0.7,
+        "loss_chunk": 64,
+        "guard": {"max_policy_kl": 0.2, "action": "stop"},
+    }
+    # What had no such key gets it; null takes a section away.
+    assert apply_overrides(values, ["warmup={epochs: 3}"])["warmup"] == {"epochs": 3}
+    assert apply_overrides(values, ["train=null", "train={kd_weight: 0.7}"])["train"] == {"kd_weight": 0.7}
+
+
 @pytest.mark.parametrize(
     "override", ["train.kd_weight", "=3", "name.x=1", "train.=2", "prompts.sources.5.path=a", "a=["]
 )

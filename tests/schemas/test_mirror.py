@@ -163,3 +163,29 @@ def test_bytes_that_no_manifest_names_are_an_error_and_leave_the_copy_there_is(
     objects.delete(name)
     with pytest.raises(ArtifactError, match=f"{name}: missing"):
         reader.read_part(copy, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "then"),
+    [
+        (None, None, None),
+        (b"one", None, b"one"),
+        (None, b"one", b"one"),
+        (b"one", b"one, two", b"one, two"),
+        (b"one, two", b"one", b"one, two"),
+        # What this machine could not upload is kept, after what others did.
+        (b"one, mine", b"one, two", b"one, twomine"),
+    ],
+)
+def test_what_several_machines_append_to_a_file_is_all_kept(
+    store: RunStore, here: bytes | None, there: bytes | None, then: bytes | None
+) -> None:
+    path = store.folder / "logs" / "prompts.log"
+    path.parent.mkdir(parents=True)
+    if here is not None:
+        path.write_bytes(here)
+    if there is not None:
+        assert store.objects is not None
+        store.objects.write("logs/prompts.log", there)
+    store.continue_file(path)
+    assert (path.read_bytes() if path.is_file() else None) == then

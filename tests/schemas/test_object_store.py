@@ -1,3 +1,4 @@
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -72,6 +73,58 @@ def test_only_one_of_many_creates_an_object(server: ObjectServer) -> None:
         thread.join()
     assert len(won) == 1
     assert objects.read("lock") == str(won[0]).encode()
+
+
+@pytest.fixture(params=["s3", "memory"])
+def either_store(request: pytest.FixtureRequest, server: ObjectServer) -> ObjectStore:
+    return ObjectStore(f"{server.bucket}/replaced" if request.param == "s3" else "memory://replaced")
+
+
+def test_an_object_is_replaced_if_it_is_as_it_must_be(either_store: ObjectStore) -> None:
+    either_store.delete("lock")
+    assert not either_store.replace("lock", lambda found: True, b"new")
+    either_store.write("lock", b"old")
+    assert not either_store.replace("lock", lambda found: found == b"older", b"new")
+    assert either_store.read("lock") == b"old"
+    assert either_store.replace("lock", lambda found: found == b"old", b"new")
+    assert either_store.read("lock") == b"new"
+    # As when the answer to the first call was lost.
+    assert either_store.replace("lock", lambda found: found == b"old", b"new")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_nobody_comes_in_between_on_s3(server: ObjectServer) -> None:
+    mine, other = (ObjectStore(f"{server.bucket}/between") for _ in range(2))
+    mine.write("lock", b"old")
+
+    def meanwhile(found: bytes) -> bool:
+        if found == b"old":
+            assert other.replace("lock", lambda seen: seen == found, b"other's")
+        return found == b"old"
+
+    assert not mine.replace("lock", meanwhile, b"mine")
+    assert other.read("lock") == b"other's"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_s3_server_without_conditional_writes_is_written_to_without(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = ObjectStore(f"{server.bucket}/plain")
+    objects.write("lock", b"old")
+    write, refused = objects._filesystem.pipe_file, []
+
+    def plain(path: str, data: bytes, **conditions: str) -> None:
+        if conditions:
+            refused.append(conditions)
+            raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
+        write(path, data)
+
+    monkeypatch.setattr(objects._filesystem, "pipe_file", plain)
+    for new in (b"new", b"newer"):
+        assert objects.replace("lock", lambda found: True, new)
+        assert objects.read("lock") == new
+    assert len(refused) == 1
 
 
 @pytest.fixture

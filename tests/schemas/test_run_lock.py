@@ -177,11 +177,27 @@ def test_a_holder_learns_that_its_lease_was_taken(server: ObjectServer) -> None:
     assert store.read(LOCK_NAME) == b"somebody else's"
 
 
+def test_a_renewal_that_comes_late_overwrites_nobody(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other = objects(server, "late"), objects(server, "late")
+    mine = lease(store)
+    with mine.held():
+        read = store._filesystem.cat_file
+
+        def read_then_lose(path: str) -> bytes:
+            found: bytes = read(path)
+            other.write(LOCK_NAME, b"somebody else's")
+            return found
+
+        monkeypatch.setattr(store._filesystem, "cat_file", read_then_lose)
+        assert wait_until(mine.is_lost)
+    assert other.read(LOCK_NAME) == b"somebody else's"
+
+
 def test_a_store_that_is_away_for_less_than_the_lease_costs_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     store = ObjectStore("memory://away/runs/x")
     tries = 0
 
-    def away(name: str, data: bytes) -> None:
+    def away(*_: object) -> None:
         nonlocal tries
         tries += 1
         raise StorageError("away")
@@ -189,7 +205,7 @@ def test_a_store_that_is_away_for_less_than_the_lease_costs_no_lock(monkeypatch:
     mine = lease(store)
     with mine.held():
         with monkeypatch.context() as patch:
-            patch.setattr(store, "write", away)
+            patch.setattr(store, "replace", away)
             assert wait_until(lambda: tries == 3)
         before = store.read(LOCK_NAME)
         assert wait_until(lambda: store.read(LOCK_NAME) != before)
@@ -218,12 +234,12 @@ def test_a_lock_is_lost_before_another_process_may_take_it(monkeypatch: pytest.M
     store = ObjectStore("memory://late/runs/x")
     hanging = threading.Event()
 
-    def hang(name: str, data: bytes) -> None:
+    def hang(*_: object) -> None:
         hanging.wait(60)
 
     mine = lease(store)
     with mine.held():
-        monkeypatch.setattr(store, "write", hang)
+        monkeypatch.setattr(store, "replace", hang)
         begun = time.monotonic()
         assert wait_until(mine.is_lost)
         # Renewed at some time before; a lease is 1.5 seconds.

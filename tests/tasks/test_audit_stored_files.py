@@ -90,6 +90,24 @@ def test_objects_are_downloaded_beside_the_working_copy_and_leave_nothing(
 
 
 @pytest.mark.parametrize("is_here", [True, False])
+def test_another_process_that_clears_up_on_this_machine_makes_nothing_missing(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    if not is_here:
+        store.part(PROMPTS, 0).unlink()
+    download, other = ObjectStore.download, RunStore(store.url)
+
+    def meanwhile(objects: ObjectStore, name: str, path: Path) -> None:
+        download(objects, name, path)
+        # As `npd gc` does.
+        with other.lock.held():
+            other.drop_superseded()
+
+    monkeypatch.setattr(ObjectStore, "download", meanwhile)
+    assert damage(RunStore(store.url)) is None
+
+
+@pytest.mark.parametrize("is_here", [True, False])
 def test_a_full_disk_is_told_of_and_breaks_no_file(
     store: RunStore, monkeypatch: pytest.MonkeyPatch, is_here: bool
 ) -> None:

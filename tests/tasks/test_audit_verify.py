@@ -15,6 +15,7 @@ from schemas.manifest import hash_file, record_bytes
 from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import RUN_KEY
+from tasks.audit.stored_files import StoredFiles
 from tasks.audit.tables import stage_schema
 from tasks.audit.verify import verify
 from tasks.graph import MODELS, PROMPTS, loop
@@ -326,6 +327,26 @@ def test_earlier_results_are_hashed_too(run: Finished) -> None:
     assert any("an earlier result of `round 1 · evaluate`" in note for note in report.notes)
     flip(kept / "metrics.parquet", 40)
     assert first_break(run).startswith(f"{run.store.relative(kept)}/metrics.parquet: its bytes are not those")
+
+
+@pytest.mark.parametrize("first", ["read", "hash"])
+def test_an_earlier_result_that_is_deleted_meanwhile_breaks_nothing(
+    run: Finished, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    key = StageKey("evaluate", 1)
+    shutil.copytree(run.store.path(key), run.store.folder / "superseded" / key.folder / "20260101-abcdef01")
+    look = getattr(StoredFiles, first)
+
+    def meanwhile(files: StoredFiles, name: str) -> Any:
+        if name.startswith("superseded/"):
+            run.store.drop_superseded()
+        return look(files, name)
+
+    monkeypatch.setattr(StoredFiles, first, meanwhile)
+    report = verify(run.store)
+    assert report.breaks == []
+    (note,) = (note for note in report.notes if note.startswith("superseded/"))
+    assert note.endswith("an earlier result that was deleted (`npd gc`) as it was looked at")
 
 
 def test_no_run_is_no_report(tmp_path: Path) -> None:
