@@ -1,6 +1,5 @@
 """Stage pack: whole sequences into bins, with the teacher's targets beside the tokens they belong to."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from schemas.stage_key import WARMUP
 from schemas.tables import TableSchema, pack_schema
+from tasks.cores import available_cores
 from tasks.pack.binning import Bins, Index, best_fit_decreasing, index_type
 from tasks.pack.regroup import Regrouped
 from tasks.pack.rows import pack_rows
@@ -88,7 +88,7 @@ def _write_shards(job: StageJob, selection: Selection, bins: Bins, schema: Table
             store.write_table(store.part(job.key, shard), table, schema, row_group_rows=ROW_GROUP_BINS)
 
         gathered = zip(todo, *(rows.gather() for rows in regrouped), strict=True)
-        threads = min(WRITERS, job.config.devices.cpu_threads or os.cpu_count() or 1)
+        threads = min(WRITERS, job.config.devices.cpu_threads or available_cores())
         for _ in _in_threads((partial(write, shard, parts) for shard, *parts in gathered), threads):
             file_done()
 
