@@ -32,7 +32,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP
 from tasks.graph import samples
 from tasks.report import write_report
-from tasks.report.figures import read_figures
+from tasks.report.findings import read_findings
 from tasks.report.images import figures_markdown, image_url
 from tasks.report.page import sections_of
 
@@ -128,7 +128,7 @@ class SamplingAhead:
 def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
     """Publish a round's table, and the run so far as Markdown and figures, where Prefect's UI shows them."""
     # Later rounds may still lie there from before what made this one run again, damaged or of other settings.
-    summary, sections = summarize(store, config, through=index), sections_of(read_figures(store, through=index))
+    summary, sections = summarize(store, config, through=index), sections_of(read_findings(store, through=index))
     name = "warm-up" if index == WARMUP else f"round-{index}"
     with if_server_answers(get_run_logger()):
         create_table_artifact(

@@ -16,7 +16,7 @@ from schemas.errors import NPDError
 from schemas.run_store import RunStore
 from tasks.report import write_report
 from tasks.report.images import figures_markdown, image_url
-from tasks.report.rl_figures import read_rl_figures
+from tasks.report.rl_findings import read_rl_findings
 from tasks.report.rl_page import rl_sections_of
 
 prompts = stage_task("prompts", "The prompts and the split of the distillation run.")
@@ -70,7 +70,7 @@ def npd_rl(config: str = "configs/rl-quickstart.yaml", overrides: list[str] | No
 
 def publish(store: RunStore, config: RLConfig) -> None:
     """Publish the run as a table, as Markdown and as figures, where Prefect's UI shows them."""
-    summary, sections = summarize_rl(store, config), rl_sections_of(read_rl_figures(store, config))
+    summary, sections = summarize_rl(store, config), rl_sections_of(read_rl_findings(store, config))
     with if_server_answers(get_run_logger()):
         create_table_artifact(
             rl_rows(summary),

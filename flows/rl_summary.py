@@ -9,7 +9,7 @@ from schemas.run_store import REPORT_NAME, RunStore
 from schemas.tables import RESPONSE_METRICS
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.report.evaluation import Metric
-from tasks.report.rl_figures import CurvePoint, read_curve
+from tasks.report.rl_findings import CurvePoint, read_curve
 from tasks.report.text import duration_text, markdown_table
 from tasks.rl.graph import BASELINE, EVALUATE, RL
 from tasks.stage import standing

@@ -17,7 +17,7 @@ from tasks.language_model.sources import ModelRef, start_model
 from tasks.rollout.context import longest_sequence
 from tasks.rollout.engine import SamplingSettings, open_engine
 from tasks.rollout.prompts import Asked, ask
-from tasks.rollout.shards import Group, Shard, Span, rollout_table, sampled
+from tasks.rollout.shards import Group, RolloutShard, Span, rollout_table, sampled
 from tasks.stage import Progress, StageJob
 from tasks.verification import verify
 
@@ -143,7 +143,7 @@ def own_responses(
     return pa.concat_tables([parts[number] for number in sorted(parts)])
 
 
-def _checked(table: pa.Table, shard: Shard, name: str, round_index: int) -> pa.Table:
+def _checked(table: pa.Table, shard: RolloutShard, name: str, round_index: int) -> pa.Table:
     count = shard.prompts.num_rows
     rows = np.repeat(np.arange(count), table.num_rows // count)
     scores = verify(shard.prompts.take(rows), table.column("response").to_pylist())

@@ -2,9 +2,9 @@
 
 from schemas.config import RLConfig
 from schemas.run_store import RunStore
-from tasks.report.figures import read_figures
+from tasks.report.findings import read_findings
 from tasks.report.page import report_html
-from tasks.report.rl_figures import read_rl_figures
+from tasks.report.rl_findings import read_rl_findings
 from tasks.report.rl_page import rl_report_html
 from tasks.report.samples import samples_to_read
 
@@ -17,9 +17,9 @@ def run_report(store: RunStore) -> str:
     """
     config = store.settings
     if isinstance(config, RLConfig):
-        return rl_report_html(read_rl_figures(store, config))
-    figures = read_figures(store)
-    return report_html(figures, samples_to_read(store, figures.config, [ledger.round for ledger in figures.ledgers]))
+        return rl_report_html(read_rl_findings(store, config))
+    findings = read_findings(store)
+    return report_html(findings, samples_to_read(store, findings.config, [ledger.round for ledger in findings.ledgers]))
 
 
 def write_report(store: RunStore) -> str:

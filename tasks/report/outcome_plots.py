@@ -8,7 +8,7 @@ from schemas.stage_key import WARMUP
 from tasks.comparison.intervals import Interval
 from tasks.report.drawing import LEFT, RIGHT, TOP, WIDTH, Axes, Figure, Scale, around, drawing, element, text, tip
 from tasks.report.evaluation import START, STUDENT, TEACHER, Metric, change_text, kind_of
-from tasks.report.figures import start_name
+from tasks.report.findings import start_name
 from tasks.report.stages import StageCost
 from tasks.report.text import bytes_text, count_text, duration_text, number_text, round_name
 

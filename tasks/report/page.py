@@ -15,7 +15,7 @@ from schemas.untrusted_text import visible
 from tasks.graph import sampling_policy
 from tasks.report.drawing import Figure
 from tasks.report.evaluation import shown_names
-from tasks.report.figures import RunFigures
+from tasks.report.findings import RunFindings
 from tasks.report.outcome_plots import metric_figure, rate_figures, time_figure
 from tasks.report.sample_plots import (
     ZONE_CLASSES,
@@ -45,10 +45,10 @@ class Section:
     figures: list[Figure]
 
 
-def sections_of(figures: RunFigures) -> list[Section]:
+def sections_of(findings: RunFindings) -> list[Section]:
     """Return every figure that the run has something for, in the order to show them."""
-    config, ledgers = figures.config, {ledger.round: ledger for ledger in figures.ledgers}
-    shown = [ledgers[index] for index in figures.shown_rounds]
+    config, ledgers = findings.config, {ledger.round: ledger for ledger in findings.ledgers}
+    shown = [ledgers[index] for index in findings.shown_rounds]
     left_out = "" if len(shown) == len(ledgers) else f" {len(shown)} of {len(ledgers)} rounds are drawn."
     found = [
         Section(
@@ -56,8 +56,8 @@ def sections_of(figures: RunFigures) -> list[Section]:
             "Outcome",
             "The student on held-out prompts, from where the rounds start, beside the teacher.",
             [
-                metric_figure(name, figures.metrics, config, figures.accuracy_change if name == "accuracy" else None)
-                for name in shown_names(figures.metrics)
+                metric_figure(name, findings.metrics, config, findings.accuracy_change if name == "accuracy" else None)
+                for name in shown_names(findings.metrics)
             ],
         ),
         Section(
@@ -72,22 +72,22 @@ def sections_of(figures: RunFigures) -> list[Section]:
             "ifd",
             "IFD",
             f"Each model's loss on a response with its prompt, over that without.{left_out}",
-            [ifd_figure(ledger, figures.ifd[ledger.round]) for ledger in shown],
+            [ifd_figure(ledger, findings.ifd[ledger.round]) for ledger in shown],
         ),
         Section(
             "filter",
             "Filter and packs",
             "What went into training, and how tightly.",
-            ([reasons_figure(figures.ledgers)] if ledgers else [])
-            + ([fill_figure(figures.packs)] if figures.packs else []),
+            ([reasons_figure(findings.ledgers)] if ledgers else [])
+            + ([fill_figure(findings.packs)] if findings.packs else []),
         ),
         Section(
             "training",
             "Training",
             "One run over all rounds: optimizer and schedule go on where the round before left them.",
-            training_figures(figures.curves, config.train.guard.max_policy_kl),
+            training_figures(findings.curves, config.train.guard.max_policy_kl),
         ),
-        cost_section(figures.stages),
+        cost_section(findings.stages),
     ]
     return [section for section in found if section.figures]
 
@@ -103,14 +103,14 @@ def cost_section(stages: list[StageCost]) -> Section:
     )
 
 
-def report_html(figures: RunFigures, samples: Mapping[int, list[ShownSample]]) -> str:
+def report_html(findings: RunFindings, samples: Mapping[int, list[ShownSample]]) -> str:
     """Return the report. Whatever comes from prompts, models or settings is escaped; nothing in it runs or loads.
 
     Args:
-        figures: What is drawn.
+        findings: What is drawn.
         samples: By round, samples to read.
     """
-    config = figures.config
+    config = findings.config
     named = [
         (round_name(index), [_sample(sample, first=_is_first(sample, shown)) for sample in shown])
         for index, shown in samples.items()
@@ -124,14 +124,14 @@ def report_html(figures: RunFigures, samples: Mapping[int, list[ShownSample]]) -
             lead=f"Near-Policy Distillation of {config.teacher.model} into {_student_words(config.student)}: "
             f"{config.rounds} round{'s' if config.rounds > 1 else ''}, top {config.score.top_k} targets, "
             f"λ = {config.train.kd_weight:g}, seed {config.seed}.",
-            tiles=tiles_of(figures),
-            sections=sections_of(figures),
+            tiles=tiles_of(findings),
+            sections=sections_of(findings),
             samples=named,
             level_names=["", *(f"≥ {low:g}" for low in LEVELS)],
             by_student=config.generate.policy == "student",
             top_k=config.score.top_k,
-            chains=_chains(figures),
-            **run_parts(figures.record, figures.stages),
+            chains=_chains(findings),
+            **run_parts(findings.record, findings.stages),
         )
     )
 
@@ -223,16 +223,16 @@ def level(probability: float) -> int:
     return sum(probability >= low for low in LEVELS)
 
 
-def _chains(figures: RunFigures) -> list[tuple[str, str, list[dict[str, Any]]]]:
+def _chains(findings: RunFindings) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """Return for the run's shared stages, the warm-up and each round: its name, who sampled, and its stages."""
-    rounds = dict.fromkeys(stage.key.round for stage in figures.stages)
+    rounds = dict.fromkeys(stage.key.round for stage in findings.stages)
     chains = []
     for index in rounds:
-        links = links_of(stage for stage in figures.stages if stage.key.round == index)
+        links = links_of(stage for stage in findings.stages if stage.key.round == index)
         words = ""
-        if index is not None and index in figures.samplers:
-            words = _sampler_words(figures.config, index, *figures.samplers[index])
-            lag = next((ledger.policy_lag for ledger in figures.ledgers if ledger.round == index), None)
+        if index is not None and index in findings.samplers:
+            words = _sampler_words(findings.config, index, *findings.samplers[index])
+            lag = next((ledger.policy_lag for ledger in findings.ledgers if ledger.round == index), None)
             words += f"; lag when training begins: {lag:,} steps" if lag is not None else ""
         elif index not in (None, WARMUP):
             words = "trains on the packs of the round before" if links[0]["stage"] == "train" else ""

@@ -9,7 +9,7 @@ from tasks.report.drawing import LEFT, RIGHT, WIDTH, Axes, Figure, Scale, around
 from tasks.report.evaluation import Metric, change_text, kind_of
 from tasks.report.histograms import Values
 from tasks.report.outcome_plots import bars
-from tasks.report.rl_figures import Answers
+from tasks.report.rl_findings import Answers
 from tasks.report.text import number_text
 from tasks.report.training_plots import TABLE_ROWS
 
@@ -107,7 +107,7 @@ _CURVES = (
 
 
 def curve_figures(curves: dict[str, Values]) -> list[Figure]:
-    """Return a drawing of everything that training measured; see ``RLFigures.curves``."""
+    """Return a drawing of everything that training measured; see ``RLFindings.curves``."""
     figures = []
     for curve in _CURVES:
         values = curves[curve.column]

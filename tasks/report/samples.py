@@ -14,7 +14,7 @@ from schemas.stage_key import StageKey
 from schemas.tables import FILTER, GENERATE, PROMPTS, ZONES, TableSchema, score_schema
 from tasks.graph import PROMPTS as PROMPTS_STAGE
 from tasks.language_model.token_texts import TokenTexts
-from tasks.report.figures import spread
+from tasks.report.findings import spread
 
 SHOWN_SAMPLES = 3
 """Samples shown of a zone, drawn evenly."""

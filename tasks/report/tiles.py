@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from schemas.stage_key import WARMUP
 from tasks.report.evaluation import STUDENT, TEACHER, Metric, kind_of
-from tasks.report.figures import RunFigures, start_name
+from tasks.report.findings import RunFindings, start_name
 from tasks.report.text import count_text, duration_text, number_text, percent_text
 
 
@@ -18,37 +18,37 @@ class Tile:
     over: bool = False
 
 
-def tiles_of(figures: RunFigures) -> list[Tile]:
+def tiles_of(findings: RunFindings) -> list[Tile]:
     """Return the tiles that the run has numbers for."""
     tiles = [
         tile
         for name in ("accuracy", "kl_teacher_student", "top1_agreement")
-        if (tile := _metric_tile(name, figures)) is not None
+        if (tile := _metric_tile(name, findings)) is not None
     ]
-    samples, kept = sum(ledger.samples for ledger in figures.ledgers), sum(ledger.kept for ledger in figures.ledgers)
+    samples, kept = sum(ledger.samples for ledger in findings.ledgers), sum(ledger.kept for ledger in findings.ledgers)
     if samples:
         tiles.append(Tile("Samples kept", percent_text(kept / samples), f"{kept:,} of {samples:,}"))
-    generated = [s for s in figures.stages if s.key.stage == "generate" and s.tokens is not None]
+    generated = [s for s in findings.stages if s.key.stage == "generate" and s.tokens is not None]
     if generated:
         tokens, seconds = sum(s.tokens or 0 for s in generated), sum(s.seconds for s in generated)
         rate = f"{tokens / seconds:,.0f} tokens/s" if seconds else ""
         tiles.append(Tile("Generated tokens", count_text(tokens), rate))
-    rounds = [fill for fill in figures.packs if fill.round != WARMUP]
+    rounds = [fill for fill in findings.packs if fill.round != WARMUP]
     packs = sum(fill.packs for fill in rounds)
     if packs:
         share = sum(fill.tokens for fill in rounds) / sum(fill.packs * fill.capacity for fill in rounds)
         tiles.append(Tile("Pack fill", percent_text(share), f"{packs:,} packs"))
-    tiles += _policy_kl_tile(figures)
-    seconds = sum(stage.seconds for stage in figures.stages)
+    tiles += _policy_kl_tile(findings)
+    seconds = sum(stage.seconds for stage in findings.stages)
     rounds_done = sum(
-        stage.finished for stage in figures.stages if stage.key.stage == "export" and stage.key.round != WARMUP
+        stage.finished for stage in findings.stages if stage.key.stage == "export" and stage.key.round != WARMUP
     )
-    tiles.append(Tile("Time", duration_text(seconds), f"{rounds_done} of {figures.config.rounds} rounds"))
+    tiles.append(Tile("Time", duration_text(seconds), f"{rounds_done} of {findings.config.rounds} rounds"))
     return tiles
 
 
-def _metric_tile(name: str, figures: RunFigures) -> Tile | None:
-    own = [metric for metric in figures.metrics if metric.name == name]
+def _metric_tile(name: str, findings: RunFindings) -> Tile | None:
+    own = [metric for metric in findings.metrics if metric.name == name]
     student = [metric for metric in own if metric.model == STUDENT]
     if not student:
         return None
@@ -56,7 +56,7 @@ def _metric_tile(name: str, figures: RunFigures) -> Tile | None:
     teacher = next((metric for metric in own if metric.model == TEACHER), None)
     detail = f"± {number_text(last.stderr, 2)}"
     if first is not last:
-        detail = f"{start_name(figures.config)} {_value(first)}"
+        detail = f"{start_name(findings.config)} {_value(first)}"
     if teacher is not None:
         detail += f", teacher {_value(teacher)}"
     return Tile(kind_of(name).title, _value(last), detail)
@@ -66,11 +66,11 @@ def _value(metric: Metric) -> str:
     return percent_text(metric.value) if metric.name in ("accuracy", "top1_agreement") else number_text(metric.value, 3)
 
 
-def _policy_kl_tile(figures: RunFigures) -> list[Tile]:
+def _policy_kl_tile(findings: RunFindings) -> list[Tile]:
     """Return the largest policy KL that was measured."""
-    measured = [curve.most_policy_kl for curve in figures.curves if curve.most_policy_kl is not None]
+    measured = [curve.most_policy_kl for curve in findings.curves if curve.most_policy_kl is not None]
     if not measured:
         return []
-    budget, most = figures.config.train.guard.max_policy_kl, max(measured)
+    budget, most = findings.config.train.guard.max_policy_kl, max(measured)
     detail = "no budget" if budget is None else f"budget {number_text(budget, 2)}"
     return [Tile("Largest policy KL", number_text(most, 3), detail, over=budget is not None and most > budget)]

@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from schemas.errors import PromptError
-from tasks.rollout.engine import Finished, Rollouts, TokenIds
+from tasks.rollout.engine import Finished, Responses, TokenIds
 from tasks.rollout.prompts import Asked, ask, encode_answers, read_split
-from tasks.rollout.shards import Respond, Shard
+from tasks.rollout.shards import Respond, RolloutShard
 from tasks.stage import StageJob
 
 
@@ -40,13 +40,13 @@ def answered(
     require_answers(read_split(job.store, "train", limit), key)
     asked = ask(job, "train", tokenizer, context, limit=limit, answer_end=ends[0])
 
-    def respond(shards: Iterable[Shard], finished: Finished) -> Iterator[tuple[Shard, Rollouts]]:
+    def respond(shards: Iterable[RolloutShard], finished: Finished) -> Iterator[tuple[RolloutShard, Responses]]:
         for shard in shards:
             replies = encode_answers(tokenizer, shard.prompts.column("answer"), ends[0])
             rows: list[TokenIds] = replies.rows()
             unsampled = [np.full(len(row), np.nan, np.float32) for row in rows]
             finished(len(rows))
-            yield shard, Rollouts.from_rows(rows, unsampled, ends)
+            yield shard, Responses.from_rows(rows, unsampled, ends)
 
     return asked, respond
 

@@ -58,7 +58,7 @@ class Requests:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Responses:
     """Responses as columns.
 
     Args:
@@ -77,7 +77,7 @@ class Rollouts:
     @classmethod
     def from_rows(
         cls, rows: Sequence[TokenIds], logprobs: Sequence[NDArray[np.float32]], end_ids: Sequence[int]
-    ) -> "Rollouts":
+    ) -> "Responses":
         """Join single responses, none of them empty, into columns."""
         responses = Ragged.from_rows(rows)
         ended = np.isin(responses.values[responses.offsets[1:] - 1], end_ids)
@@ -102,7 +102,7 @@ class Engine(Protocol):
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         """Sample one response per prompt; it depends on its own prompt and seed alone, not on its neighbours.
 
         Args:
@@ -177,7 +177,7 @@ class LazyEngine:
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         """See Engine."""
         waiting = iter(requests)
         first = next(waiting, None)

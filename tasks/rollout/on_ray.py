@@ -11,7 +11,7 @@ from tasks.language_model.sources import answering_model, asking_student
 from tasks.ray_actors import joined, require_arrived
 from tasks.rollout.engine import Finished, LazyEngine, SamplingSettings, engine_name, open_engine
 from tasks.rollout.prompts import Asked
-from tasks.rollout.shards import Group, Shard, ShardCounts, sampled, write_shards, written_here
+from tasks.rollout.shards import Group, RolloutShard, ShardCounts, sampled, write_shards, written_here
 from tasks.stage import StageJob
 
 
@@ -49,7 +49,7 @@ class ShardSampler:
             round=job.round,
         )
 
-    def __call__(self, shard: Shard) -> Sampled:
+    def __call__(self, shard: RolloutShard) -> Sampled:
         """Sample and write one shard."""
         (counts,) = self._write(self._group, iter([shard]), lambda more: None)
         return Sampled(shard.number, counts, self._engine.counters())
@@ -71,7 +71,7 @@ def write_on_ray(job: StageJob, ray: RayConfig, group: Group, settings: Sampling
     make = partial(ShardSampler, settings=settings, longest=longest)
     engine: dict[str, float | str] = {}
 
-    def write(group: Group, wanted: Iterator[Shard], finished: Finished) -> Iterator[ShardCounts]:
+    def write(group: Group, wanted: Iterator[RolloutShard], finished: Finished) -> Iterator[ShardCounts]:
         first = next(wanted, None)
         if first is None:
             return

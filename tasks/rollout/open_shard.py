@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.rollout.engine import Rollouts, TokenIds
+from tasks.rollout.engine import Responses, TokenIds
 
 
 class OpenShard:
@@ -30,6 +30,6 @@ class OpenShard:
         self._rows[place], self._logprobs[place] = tokens, logprobs
         self._missing -= 1
 
-    def rollouts(self, end_ids: Sequence[int]) -> Rollouts:
+    def rollouts(self, end_ids: Sequence[int]) -> Responses:
         """Return all responses as columns."""
-        return Rollouts.from_rows(self._rows, self._logprobs, end_ids)
+        return Responses.from_rows(self._rows, self._logprobs, end_ids)

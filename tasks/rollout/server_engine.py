@@ -14,7 +14,7 @@ from tasks.model_servers.completions import PLAIN_SAMPLING, RETURN_SAMPLED
 from tasks.model_servers.self_test import make_probe
 from tasks.model_servers.served import ServedModel
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings, TokenIds
 from tasks.rollout.open_shard import OpenShard
 
 _NEVER = -100
@@ -47,7 +47,7 @@ class ServerEngine:
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         """See Engine. All shards together are one queue, and shards end as they may."""
         shards: dict[int, OpenShard] = {}
 

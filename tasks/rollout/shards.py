@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from schemas.stage_key import WARMUP
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
-from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Engine, Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.prompts import Asked
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import StageJob
 
 
 @dataclass(frozen=True)
-class Shard:
+class RolloutShard:
     """The samples of one file.
 
     Args:
@@ -60,7 +60,7 @@ class ShardCounts(NamedTuple):
         return cls(table.num_rows, tokens, pc.sum(pc.equal(table.column("finish_reason"), "stop")).as_py())
 
 
-Respond = Callable[[Iterable[Shard], Finished], Iterator[tuple[Shard, Rollouts]]]
+Respond = Callable[[Iterable[RolloutShard], Finished], Iterator[tuple[RolloutShard, Responses]]]
 """Answers shards, each as soon as it is done, in any order; tells of every response."""
 
 
@@ -89,26 +89,26 @@ class Group:
         """Begins every sample's id: unique in the run, whichever process makes it."""
         return "ref" if self.round == WARMUP else f"r{self.round:03d}"
 
-    def shards(self, spans: Sequence[Span], run_seed: int) -> Iterator[Shard]:
+    def shards(self, spans: Sequence[Span], run_seed: int) -> Iterator[RolloutShard]:
         """Return the samples of each span, which come in order; samples of one prompt lie together."""
         tables = self.prompts.spans((span.start, span.stop) for span in spans)
         for span, prompts in zip(spans, tables, strict=True):
             yield self._shard(span.number, prompts, run_seed)
 
-    def _shard(self, number: int, prompts: pa.Table, run_seed: int) -> Shard:
+    def _shard(self, number: int, prompts: pa.Table, run_seed: int) -> RolloutShard:
         n = self.samples_per_prompt
         ids = [prompt_id for prompt_id in prompts.column("prompt_id").to_pylist() for _ in range(n)]
         index = np.tile(np.arange(n, dtype=np.int32), prompts.num_rows)
         seeds = [sample_seed(run_seed, self.round, prompt_id, int(i)) for prompt_id, i in zip(ids, index, strict=True)]
         rows = [row for row in Ragged.from_arrow(prompts.column("tokens")).rows() for _ in range(n)]
-        return Shard(number, prompts, ids, index, Requests(rows, np.array(seeds, dtype=np.int64)))
+        return RolloutShard(number, prompts, ids, index, Requests(rows, np.array(seeds, dtype=np.int64)))
 
 
 def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
     """Answer shards with ``engine``."""
 
-    def respond(shards: Iterable[Shard], finished: Finished) -> Iterator[tuple[Shard, Rollouts]]:
-        asked: dict[int, Shard] = {}
+    def respond(shards: Iterable[RolloutShard], finished: Finished) -> Iterator[tuple[RolloutShard, Responses]]:
+        asked: dict[int, RolloutShard] = {}
 
         def requests() -> Iterator[Requests]:
             for place, shard in enumerate(shards):
@@ -121,7 +121,9 @@ def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
     return respond
 
 
-def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+def rollout_table(
+    group: Group, shard: RolloutShard, rollouts: Responses, tokenizer: PreTrainedTokenizerBase
+) -> pa.Table:
     """Return one shard's samples and responses as a table of schema GENERATE."""
     samples = len(shard.prompt_ids)
     responses: Any = rollouts.rows()
@@ -147,7 +149,7 @@ def rollout_table(group: Group, shard: Shard, rollouts: Rollouts, tokenizer: Pre
     )
 
 
-Write = Callable[[Group, Iterator[Shard], Finished], Iterator[ShardCounts]]
+Write = Callable[[Group, Iterator[RolloutShard], Finished], Iterator[ShardCounts]]
 """Writes shards of a group and counts each that is written, in any order; tells of every response."""
 
 
@@ -195,7 +197,7 @@ def write_shards(job: StageJob, groups: Sequence[Group], write: Write) -> None:
 def written_here(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> Write:
     """Answer and write shards in this process."""
 
-    def write(group: Group, wanted: Iterator[Shard], finished: Finished) -> Iterator[ShardCounts]:
+    def write(group: Group, wanted: Iterator[RolloutShard], finished: Finished) -> Iterator[ShardCounts]:
         for shard, rollouts in group.respond(wanted, finished):
             table = rollout_table(group, shard, rollouts, tokenizer)
             job.store.write_table(job.store.part(job.key, shard.number), table, GENERATE)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tasks.language_model.head import OutputHead, input_device
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.open_shard import OpenShard
 from tasks.rollout.sampling import choose_tokens, logprobs_of
 from tasks.rollout.seeds import uniforms
@@ -45,13 +45,13 @@ class SlotDecoder:
         """Those of them that held a sequence still going."""
 
     @torch.inference_mode()
-    def decode(self, requests: Requests, settings: SamplingSettings, finished: Finished) -> Rollouts:
+    def decode(self, requests: Requests, settings: SamplingSettings, finished: Finished) -> Responses:
         """Answer one shard.
 
         Prompts wait in a queue, longest first: what does not fit into memory fails early. Free slots are filled from
         it by one prefill of several prompts; once it is empty, slots that came free are taken out of the batch.
         """
-        shard = _Shard(self._model, self._head, requests, settings, finished, self._slots)
+        shard = _Decoding(self._model, self._head, requests, settings, finished, self._slots)
         while True:
             if shard.wants_prompts():
                 for newcomers in shard.newcomers():
@@ -65,7 +65,7 @@ class SlotDecoder:
                 return shard.rollouts()
 
 
-class _Shard:
+class _Decoding:
     """The state of one shard's decoding: of each slot, on the host what plans the next pass, on the device the rest.
 
     Args:
@@ -181,7 +181,7 @@ class _Shard:
         self._positions += self._going
         self._cached[self.live] += 1
 
-    def rollouts(self) -> Rollouts:
+    def rollouts(self) -> Responses:
         """Return the shard's responses."""
         return self._answers.rollouts(self._settings.end_ids)
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from tasks.language_model.head import input_device
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings, TokenIds
+from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings, TokenIds
 from tasks.rollout.open_shard import OpenShard
 from tasks.rollout.sampling import choose_tokens, logprobs_of
 from tasks.rollout.seeds import uniforms
@@ -42,7 +42,7 @@ class BatchDecoder:
         self.rows_live = 0
         """Those of them that held a sequence still going."""
 
-    def decode(self, requests: Requests, settings: SamplingSettings, finished: Finished) -> Rollouts:
+    def decode(self, requests: Requests, settings: SamplingSettings, finished: Finished) -> Responses:
         """Answer one shard."""
         lengths = requests.lengths
         # Longest first: what does not fit into memory fails at once.

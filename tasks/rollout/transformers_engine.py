@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from tasks.collector import free_memory
 from tasks.language_model.loading import load_ref
 from tasks.language_model.sources import ModelRef
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.slot_cache import fits_slots
 from tasks.rollout.slots import SlotDecoder
 from tasks.rollout.static_batches import BatchDecoder
@@ -33,7 +33,7 @@ class TransformersEngine:
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         """See Engine."""
         for number, shard in enumerate(requests):
             yield number, self._decoder.decode(shard, settings, finished)

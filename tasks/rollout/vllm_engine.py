@@ -13,7 +13,7 @@ from schemas.errors import ModelError
 from tasks.collector import collector_paused
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import response_limits
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.open_shard import OpenShard
 
 INSTALL_HINT = (
@@ -92,7 +92,7 @@ class VllmEngine:
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         """See Engine. All shards together are one queue, `_QUEUE` requests at a time, and shards end as they may."""
         waiting = enumerate(requests)
         shards: dict[int, OpenShard] = {}

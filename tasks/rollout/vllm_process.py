@@ -20,7 +20,7 @@ from typing import Any
 from schemas.config import VllmOptions
 from schemas.errors import ModelError, NPDError, StageError, error_by_name
 from tasks.language_model.sources import ModelRef
-from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Engine, Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.vllm_engine import VllmEngine
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -106,7 +106,7 @@ class VllmProcess:
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         """See Engine."""
         waiting = iter(requests)
         self._send(settings)

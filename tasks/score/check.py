@@ -12,7 +12,7 @@ from schemas.tables import SCORE_CHECK
 from tasks.language_model.prefill import TokensDone, gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
-from tasks.score.shards import Rollouts
+from tasks.score.shards import Samples
 from tasks.stage import StageJob
 
 
@@ -28,7 +28,7 @@ def checked_rows(samples: int, count: int, seed: Sequence[int]) -> NDArray[np.in
     return np.asarray(bounds[:-1] + drawn.astype(np.int64))
 
 
-def require_sampled(read: Rollouts, name: str) -> None:
+def require_sampled(read: Samples, name: str) -> None:
     """Check that every response token has a sampled log-probability.
 
     Raises:
@@ -45,7 +45,7 @@ def require_sampled(read: Rollouts, name: str) -> None:
 
 
 def check_sampler(
-    job: StageJob, ref: ModelRef, model: PreTrainedModel, read: Rollouts, on_tokens: TokensDone
+    job: StageJob, ref: ModelRef, model: PreTrainedModel, read: Samples, on_tokens: TokensDone
 ) -> pa.Table:
     """Compare the sampler's log-probabilities with a prefill, token by token.
 

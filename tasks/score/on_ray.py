@@ -11,7 +11,7 @@ from tasks.language_model.tensor_parallel import load_whole
 from tasks.ray_actors import joined, require_arrived
 from tasks.score.results import CHECK_NAME, write_check, write_scores, write_student
 from tasks.score.scoring import local_prefill
-from tasks.score.shards import Shard, plan_shards, read_shards
+from tasks.score.shards import ScoreShard, plan_shards, read_shards
 from tasks.score.stage import bare_context, samples_to_check
 from tasks.stage import StageJob
 
@@ -56,8 +56,8 @@ class ShardScorer:
 def score_on_ray(
     job: StageJob,
     ray: RayConfig,
-    without_student: list[Shard],
-    unscored: list[Shard],
+    without_student: list[ScoreShard],
+    unscored: list[ScoreShard],
     on_tokens: TokensDone,
     *,
     check: bool,

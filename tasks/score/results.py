@@ -11,7 +11,7 @@ from tasks.language_model.prefill import TokensDone
 from tasks.language_model.sources import ModelRef
 from tasks.score.check import check_sampler
 from tasks.score.scoring import MeanNll, Prefiller, local_prefill, score_rollouts, score_table
-from tasks.score.shards import Rollouts, Shard
+from tasks.score.shards import Samples, ScoreShard
 from tasks.stage import StageJob
 
 CHECK_NAME = "check.parquet"
@@ -23,7 +23,7 @@ def has_sampled_logprobs(job: StageJob) -> bool:
     return job.config.score.student_logprobs == "sampled" and job.config.generate.policy == "student"
 
 
-def write_check(job: StageJob, ref: ModelRef, model: PreTrainedModel, read: Rollouts, on_tokens: TokensDone) -> None:
+def write_check(job: StageJob, ref: ModelRef, model: PreTrainedModel, read: Samples, on_tokens: TokensDone) -> None:
     """Check the sampler's log-probabilities of ``read`` against the student's and write how far they differ."""
     gaps = check_sampler(job, ref, model, read, on_tokens)
     job.store.write_table(job.store.path(job.key, CHECK_NAME), gaps, SCORE_CHECK)
@@ -33,8 +33,8 @@ def write_student(
     job: StageJob,
     ref: ModelRef,
     model: PreTrainedModel,
-    shard: Shard,
-    read: Rollouts,
+    shard: ScoreShard,
+    read: Samples,
     bare: TokenIds,
     on_tokens: TokensDone,
 ) -> None:
@@ -59,8 +59,8 @@ def write_scores(
     job: StageJob,
     ref: ModelRef,
     teacher: Prefiller,
-    shard: Shard,
-    read: Rollouts,
+    shard: ScoreShard,
+    read: Samples,
     bare: TokenIds,
     on_tokens: TokensDone,
 ) -> None:
@@ -82,7 +82,7 @@ def write_scores(
     store.write_table(shard.path, table, score_schema(settings.top_k, settings.topk_dtype), row_group_rows=128)
 
 
-def _require_finite(name: str, read: Rollouts, nll: MeanNll, bare: TokenIds) -> None:
+def _require_finite(name: str, read: Samples, nll: MeanNll, bare: TokenIds) -> None:
     expected = read.responses.lengths > (1 if len(bare) == 0 else 0)
     bad = expected & ~(np.isfinite(nll.conditional) & np.isfinite(nll.unconditional))
     if bad.any():

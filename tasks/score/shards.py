@@ -18,7 +18,7 @@ _COLUMNS = ["sample_id", "policy_version", "prompt_ids", "response_ids", "sample
 
 
 @dataclass(frozen=True)
-class Shard:
+class ScoreShard:
     """One part of the round's rollouts.
 
     Args:
@@ -37,7 +37,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Samples:
     """Samples as columns.
 
     Args:
@@ -55,7 +55,7 @@ class Rollouts:
     sampled: Ragged
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> "Rollouts":
+    def from_table(cls, table: pa.Table) -> "Samples":
         """Take the columns of a generate table."""
         ids, versions, *lists = (table.column(name).combine_chunks() for name in _COLUMNS)
         return cls(ids, versions, *(Ragged.from_arrow(column) for column in lists))
@@ -66,29 +66,29 @@ class Rollouts:
         return len(self.prompts.values) + len(self.responses.values)
 
 
-def plan_shards(job: StageJob) -> list[Shard]:
+def plan_shards(job: StageJob) -> list[ScoreShard]:
     """Cut the rollout files into shards of at most ``score.shard_samples`` rows."""
     store, source = job.store, StageKey("generate", job.round)
     size = job.config.score.shard_samples
-    shards: list[Shard] = []
+    shards: list[ScoreShard] = []
     for record in store.finished(source).outputs:
         rows = record.rows or 0
         for start in range(0, rows, size):
             path = store.part(job.key, len(shards))
             student = store.path(job.key, f"student-{len(shards):05d}.parquet")
-            shards.append(Shard(path, student, store.folder / record.path, start, min(size, rows - start)))
+            shards.append(ScoreShard(path, student, store.folder / record.path, start, min(size, rows - start)))
     return shards
 
 
-def read_shards(job: StageJob, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Rollouts]]:
+def read_shards(job: StageJob, shards: Sequence[ScoreShard]) -> Iterator[tuple[ScoreShard, Samples]]:
     """Read one shard after another, in the order of ``plan_shards``; no file twice."""
     for source, group in groupby(shards, key=lambda shard: shard.source):
         table = job.store.read_part(source, GENERATE, _COLUMNS)
         for shard in group:
-            yield shard, Rollouts.from_table(table.slice(shard.start, shard.rows))
+            yield shard, Samples.from_table(table.slice(shard.start, shard.rows))
 
 
-def read_rows(job: StageJob, shards: Sequence[Shard], rows: NDArray[np.int64]) -> Rollouts:
+def read_rows(job: StageJob, shards: Sequence[ScoreShard], rows: NDArray[np.int64]) -> Samples:
     """Read single samples of the round.
 
     Args:
@@ -102,4 +102,4 @@ def read_rows(job: StageJob, shards: Sequence[Shard], rows: NDArray[np.int64]) -
     for index in np.unique(holders):
         table = job.store.read_part(shards[index].source, GENERATE, _COLUMNS)
         parts.append(table.take(pa.array(rows[holders == index] - starts[index] + shards[index].start)))
-    return Rollouts.from_table(pa.concat_tables(parts))
+    return Samples.from_table(pa.concat_tables(parts))

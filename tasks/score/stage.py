@@ -18,7 +18,7 @@ from tasks.language_model.tensor_parallel import load_whole, prefill_model
 from tasks.score.check import checked_rows, mean_gap, require_sampled
 from tasks.score.results import CHECK_NAME, has_sampled_logprobs, write_check, write_scores, write_student
 from tasks.score.scoring import Prefiller, local_prefill
-from tasks.score.shards import Rollouts, Shard, plan_shards, read_rows, read_shards
+from tasks.score.shards import Samples, ScoreShard, plan_shards, read_rows, read_shards
 from tasks.stage import StageJob
 
 
@@ -81,7 +81,7 @@ def bare_context(job: StageJob, student: ModelRef) -> TokenIds:
     return np.asarray([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=np.int32)
 
 
-def samples_to_check(job: StageJob, shards: list[Shard]) -> Rollouts:
+def samples_to_check(job: StageJob, shards: list[ScoreShard]) -> Samples:
     """Read the samples of the round whose log-probabilities are checked; equal in every process."""
     rows = checked_rows(
         sum(shard.rows for shard in shards), job.config.score.check_samples, [job.config.seed, job.round]
@@ -89,7 +89,7 @@ def samples_to_check(job: StageJob, shards: list[Shard]) -> Rollouts:
     return read_rows(job, shards, rows)
 
 
-def _tokens_to_score(job: StageJob, unscored: list[Shard], bare: TokenIds) -> int:
+def _tokens_to_score(job: StageJob, unscored: list[ScoreShard], bare: TokenIds) -> int:
     """Count the tokens of both models' passes; check what the sampler left before any model is loaded."""
     total = 0
     for shard, read in read_shards(job, unscored):
@@ -106,7 +106,12 @@ def _tokens_to_score(job: StageJob, unscored: list[Shard], bare: TokenIds) -> in
 
 
 def _score_by_student(
-    job: StageJob, ref: ModelRef, shards: list[Shard], checked: Rollouts | None, bare: TokenIds, on_tokens: TokensDone
+    job: StageJob,
+    ref: ModelRef,
+    shards: list[ScoreShard],
+    checked: Samples | None,
+    bare: TokenIds,
+    on_tokens: TokensDone,
 ) -> None:
     model = load_whole(ref)
     if checked is not None:
@@ -115,14 +120,16 @@ def _score_by_student(
         write_student(job, ref, model, shard, read, bare, on_tokens)
 
 
-def _score_by_teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds, on_tokens: TokensDone) -> None:
+def _score_by_teacher(
+    job: StageJob, ref: ModelRef, shards: list[ScoreShard], bare: TokenIds, on_tokens: TokensDone
+) -> None:
     with _teacher(job, ref, shards, bare) as teacher:
         for shard, read in read_shards(job, shards):
             write_scores(job, ref, teacher, shard, read, bare, on_tokens)
 
 
 @contextmanager
-def _teacher(job: StageJob, ref: ModelRef, shards: list[Shard], bare: TokenIds) -> Iterator[Prefiller]:
+def _teacher(job: StageJob, ref: ModelRef, shards: list[ScoreShard], bare: TokenIds) -> Iterator[Prefiller]:
     """Load the teacher, or find it on its servers."""
     settings = job.config.score
     if settings.engine == "transformers":

@@ -16,7 +16,7 @@ from tasks import generate
 from tasks.language_model.chat import encode_prompts
 from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.sources import ModelRef, policy_model
-from tasks.rollout.engine import Finished, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings
 from tasks.stage import StageJob, execute
 from tests.tasks.rollout_runs import TRAIN, make_run
 
@@ -129,7 +129,7 @@ def test_shards_may_be_done_in_any_order(
     class LastFirst(TransformersEngine):
         def generate(
             self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-        ) -> Iterator[tuple[int, Rollouts]]:
+        ) -> Iterator[tuple[int, Responses]]:
             yield from reversed(list(super().generate(requests, settings, finished)))
 
     def open_last_first(model: ModelRef, config: GenerateConfig, longest: int, earlier: ModelRef | None) -> LastFirst:

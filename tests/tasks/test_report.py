@@ -23,7 +23,7 @@ from tasks.report import run_report, write_report
 from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
 from tasks.report.drawing import Scale, around
 from tasks.report.evaluation import Metric, metrics_of, shown_names, told_apart
-from tasks.report.figures import RunFigures, read_figures
+from tasks.report.findings import RunFindings, read_findings
 from tasks.report.histograms import Grid, Values
 from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
@@ -44,16 +44,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
 
 
 @pytest.fixture(scope="module")
-def figures(store: RunStore) -> RunFigures:
-    return read_figures(store)
+def findings(store: RunStore) -> RunFindings:
+    return read_findings(store)
 
 
 def column(store: RunStore, key: StageKey, schema: TableSchema, name: str) -> Values:
     return np.asarray(store.read_table(key, schema, [name]).column(name), np.float64)
 
 
-def test_the_ledger_is_counted_by_zone_and_reason(store: RunStore, figures: RunFigures) -> None:
-    for ledger in figures.ledgers:
+def test_the_ledger_is_counted_by_zone_and_reason(store: RunStore, findings: RunFindings) -> None:
+    for ledger in findings.ledgers:
         table = store.read_table(StageKey("filter", ledger.round), FILTER)
         assert ledger.samples == table.num_rows == ledger.delta_ifd.sum()
         assert (ledger.low, ledger.high) == pytest.approx((0.0, 0.8))
@@ -71,14 +71,14 @@ def test_the_ledger_is_counted_by_zone_and_reason(store: RunStore, figures: RunF
         assert next(iter(ledger.reasons)) == "kept"
 
 
-def test_ifd_is_counted_in_both_directions(store: RunStore, figures: RunFigures) -> None:
+def test_ifd_is_counted_in_both_directions(store: RunStore, findings: RunFindings) -> None:
     schema = score_schema(TOP_K, "float16")
     student = column(store, StageKey("score", 1), schema, "student_ifd")
     teacher = column(store, StageKey("score", 1), schema, "teacher_ifd")
     edges = np.linspace(IFD.low, IFD.high, IFD.bins + 1)
     expected, _, _ = np.histogram2d(np.clip(student, 0, 7.999), np.clip(teacher, 0, 7.999), [edges, edges])
-    assert figures.ifd[1].sum() == expected.sum()
-    assert np.abs(figures.ifd[1] - expected).sum() <= 6
+    assert findings.ifd[1].sum() == expected.sum()
+    assert np.abs(findings.ifd[1] - expected).sum() <= 6
 
 
 def test_a_window_keeps_every_count_and_has_an_edge_on_the_bound() -> None:
@@ -134,9 +134,9 @@ def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
     assert [figure.key for figure in training_figures([unmeasured], 0.1)] == ["loss", "learning-rate"]
 
 
-def test_packs_are_counted(figures: RunFigures) -> None:
-    assert [fill.round for fill in figures.packs] == [WARMUP, 0, 1]
-    for fill in figures.packs:
+def test_packs_are_counted(findings: RunFindings) -> None:
+    assert [fill.round for fill in findings.packs] == [WARMUP, 0, 1]
+    for fill in findings.packs:
         assert (fill.packs, fill.sequences, fill.counts.sum()) == (24, 24 * 16, 24)
         assert 0 < fill.least <= fill.fill <= 1
 
@@ -205,23 +205,23 @@ def test_the_report_says_what_cannot_be_told_from_noise() -> None:
     assert noise_text(unknown) == "Change over the rounds +0.1000; how much is noise is not known."
 
 
-def test_a_runs_accuracy_is_compared_prompt_by_prompt(figures: RunFigures) -> None:
-    change = figures.accuracy_change
+def test_a_runs_accuracy_is_compared_prompt_by_prompt(findings: RunFindings) -> None:
+    change = findings.accuracy_change
     assert change is not None
-    accuracies = [metric.value for metric in figures.metrics if (metric.name, metric.model) == ("accuracy", "student")]
+    accuracies = [metric.value for metric in findings.metrics if (metric.name, metric.model) == ("accuracy", "student")]
     assert change.mean == pytest.approx(accuracies[-1] - accuracies[0], abs=1 / 500)
     # What was right stays right: a share of the prompts changed.
     half = 1.9647 * math.sqrt(change.mean * (1 - change.mean) / 499)
     assert (change.high - change.low) / 2 == pytest.approx(half, rel=1e-3)
-    figure = next(f for s in sections_of(figures) for f in s.figures if f.key == "metric-accuracy")
+    figure = next(f for s in sections_of(findings) for f in s.figures if f.key == "metric-accuracy")
     assert "beyond noise" in figure.caption
     assert "prompt by prompt" in figure.caption
 
 
-def test_levels_of_one_height_have_names_of_their_own_height(figures: RunFigures) -> None:
+def test_levels_of_one_height_have_names_of_their_own_height(findings: RunFindings) -> None:
     models = [Metric("truncation_rate", model, -1, 0.0, 0.0, 9) for model in ("student", "teacher", "start")]
     figure = metric_figure(
-        "truncation_rate", [*models, Metric("truncation_rate", "student", 0, 0.0, 0.0, 9)], figures.config
+        "truncation_rate", [*models, Metric("truncation_rate", "student", 0, 0.0, 0.0, 9)], findings.config
     )
     names = [text for text in ElementTree.fromstring(str(figure.svg)).iter() if text.get("class") == "note"]
     assert sorted(name.text or "" for name in names) == ["teacher", "untouched student"]
@@ -260,8 +260,8 @@ def test_the_page_is_small_repeats_and_needs_nothing_else(store: RunStore) -> No
     assert re.findall(r'(?:src|href)="(?!#|data:image/svg)', page) == []
 
 
-def test_every_drawing_is_well_formed_and_named(figures: RunFigures) -> None:
-    sections = sections_of(figures)
+def test_every_drawing_is_well_formed_and_named(findings: RunFindings) -> None:
+    sections = sections_of(findings)
     drawn = [figure for section in sections for figure in section.figures]
     assert len({figure.key for figure in drawn}) == len(drawn)
     keys = {figure.key for figure in drawn}
@@ -276,14 +276,14 @@ def test_every_drawing_is_well_formed_and_named(figures: RunFigures) -> None:
         ElementTree.fromstring(image_svg(figure))
 
 
-def test_the_budget_is_drawn(figures: RunFigures) -> None:
-    policy_kl = next(f for s in sections_of(figures) for f in s.figures if f.key == "policy-kl")
+def test_the_budget_is_drawn(findings: RunFindings) -> None:
+    policy_kl = next(f for s in sections_of(findings) for f in s.figures if f.key == "policy-kl")
     assert "budget 0.1" in policy_kl.svg
     assert ("budget", "budget") in policy_kl.legend
 
 
-def test_markdown_shows_the_same_numbers_and_no_markup_of_ours(store: RunStore, figures: RunFigures) -> None:
-    sections = sections_of(figures)
+def test_markdown_shows_the_same_numbers_and_no_markup_of_ours(store: RunStore, findings: RunFindings) -> None:
+    sections = sections_of(findings)
     text = figures_markdown("a|b <i>", sections)
     html = MarkdownIt("commonmark").enable("table").render(text)
     assert "<i>" not in html
@@ -301,7 +301,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     assert "<img" not in page
     assert page.count("</style>") == 1
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
-    for figure in (figure for section in sections_of(read_figures(store)) for figure in section.figures):
+    for figure in (figure for section in sections_of(read_findings(store)) for figure in section.figures):
         ElementTree.fromstring(image_svg(figure))
 
 
@@ -309,11 +309,11 @@ def test_a_run_whose_settings_changed_shows_what_still_is_of_them(tmp_path: Path
     store = synthetic_run(tmp_path, 60)
     score = store.finished(StageKey("score", 0))
     store.finish(StageKey("score", 0), score.model_copy(update={"config": {"score": {"top_k": TOP_K}}}))
-    assert [ledger.round for ledger in read_figures(store).ledgers] == [0, 1]
+    assert [ledger.round for ledger in read_findings(store).ledgers] == [0, 1]
     store.record_config(parse_config(store.config.model_dump(mode="json") | {"score": {"top_k": TOP_K + 1}}))
-    figures = read_figures(store)
-    assert figures.ledgers == []
-    assert [stage.key.label for stage in figures.stages if stage.finished and stage.key.round == 0] == [
+    findings = read_findings(store)
+    assert findings.ledgers == []
+    assert [stage.key.label for stage in findings.stages if stage.finished and stage.key.round == 0] == [
         "round 0 · generate"
     ]
     assert "stages done" in run_report(store)

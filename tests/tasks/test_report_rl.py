@@ -11,16 +11,16 @@ from schemas.run_store import REPORT_NAME, RunStore
 from tasks.graph import PROMPTS
 from tasks.report import run_report, write_report
 from tasks.report.drawing import Figure
-from tasks.report.rl_figures import RLFigures, read_rl_figures
+from tasks.report.rl_findings import RLFindings, read_rl_findings
 from tasks.report.rl_page import rl_report_html, rl_sections_of
 from tasks.rl.graph import BASELINE, RL
 from tests.report_rl_runs import synthetic_rl_run
 
 
-def read(store: RunStore) -> RLFigures:
+def read(store: RunStore) -> RLFindings:
     config = store.settings
     assert isinstance(config, RLConfig)
-    return read_rl_figures(store, config)
+    return read_rl_findings(store, config)
 
 
 def figures_of(store: RunStore) -> dict[str, Figure]:

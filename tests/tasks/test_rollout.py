@@ -11,7 +11,7 @@ from schemas.errors import ModelError, PromptError
 from tasks.language_model.loading import load_model
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import longest_sequence, prompts_that_fit, response_limits
-from tasks.rollout.engine import Requests, Rollouts, SamplingSettings, TokenIds, open_engine
+from tasks.rollout.engine import Requests, Responses, SamplingSettings, TokenIds, open_engine
 from tasks.rollout.sampling import choose_tokens
 from tasks.rollout.seeds import sample_seed, uniforms
 from tasks.rollout.transformers_engine import TransformersEngine
@@ -32,11 +32,11 @@ def model_ref(folder: Path) -> ModelRef:
     return ModelRef(str(folder), "v", 0, 512, 259, device="cpu")
 
 
-def sample(engine: TransformersEngine, wanted: SamplingSettings, seeds: NDArray[np.int64] = SEEDS) -> Rollouts:
+def sample(engine: TransformersEngine, wanted: SamplingSettings, seeds: NDArray[np.int64] = SEEDS) -> Responses:
     return answers(engine, Requests(PROMPTS, seeds), wanted)
 
 
-def answers(engine: TransformersEngine, requests: Requests, wanted: SamplingSettings) -> Rollouts:
+def answers(engine: TransformersEngine, requests: Requests, wanted: SamplingSettings) -> Responses:
     ((_, rollouts),) = engine.generate([requests], wanted, lambda count: None)
     return rollouts
 

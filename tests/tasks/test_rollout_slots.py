@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tasks.language_model.sources import ModelRef
 from tasks.rollout import slots
-from tasks.rollout.engine import LazyEngine, Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import LazyEngine, Requests, Responses, SamplingSettings
 from tasks.rollout.sampling import choose_tokens
 from tasks.rollout.seeds import sample_seed, uniforms
 from tasks.rollout.slot_cache import fits_slots, grouped_attention
@@ -56,7 +56,7 @@ def make_model(kind: str = "llama", **shape: Any) -> PreTrainedModel:
     return model
 
 
-def decode(model: PreTrainedModel, count: int, wanted: SamplingSettings, asked: Requests | None = None) -> Rollouts:
+def decode(model: PreTrainedModel, count: int, wanted: SamplingSettings, asked: Requests | None = None) -> Responses:
     return SlotDecoder(model, count).decode(asked or requests(), wanted, lambda n: None)
 
 
@@ -82,7 +82,7 @@ def drawn_without_a_cache(model: PreTrainedModel, asked: Requests, wanted: Sampl
     return responses
 
 
-def rows_of(rollouts: Rollouts) -> list[list[int]]:
+def rows_of(rollouts: Responses) -> list[list[int]]:
     return [row.tolist() for row in rollouts.rows()]
 
 

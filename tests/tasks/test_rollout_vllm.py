@@ -17,7 +17,7 @@ from schemas.stage_key import StageKey
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
-from tasks.rollout.engine import Requests, Rollouts, SamplingSettings, open_engine
+from tasks.rollout.engine import Requests, Responses, SamplingSettings, open_engine
 from tasks.rollout.seeds import sample_seed
 from tasks.stage import execute
 from tests.tasks.rollout_runs import TRAIN, make_run
@@ -36,11 +36,11 @@ SAMPLED = SamplingSettings(0.7, 0.9, 24, 60, (2,), 259)
 
 @dataclass(frozen=True)
 class VllmResults:
-    greedy: Rollouts
-    sampled: Rollouts
-    again_reversed: Rollouts
-    together: dict[int, Rollouts]
-    in_turn: dict[int, Rollouts]
+    greedy: Responses
+    sampled: Responses
+    again_reversed: Responses
+    together: dict[int, Responses]
+    in_turn: dict[int, Responses]
     taken: list[int]
     reports: list[int]
     refused: str
@@ -69,7 +69,7 @@ def sample_with_vllm(folder: Path, run_root: Path) -> VllmResults:
     together = dict(engine.generate(shards(), GREEDY, reports.append))
     taken.clear()
     vllm_engine._QUEUE = 3
-    in_turn: dict[int, Rollouts] = {}
+    in_turn: dict[int, Responses] = {}
     taken_before: list[int] = []
     for number, rollouts in engine.generate(shards(), GREEDY, reports.append):
         in_turn[number] = rollouts

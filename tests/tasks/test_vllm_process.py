@@ -14,7 +14,7 @@ from schemas.config import GenerateConfig, VllmOptions
 from schemas.errors import ModelError, StageError
 from tasks.language_model.sources import ModelRef
 from tasks.rollout import vllm_process
-from tasks.rollout.engine import Engine, Finished, Requests, Rollouts, SamplingSettings, open_engine
+from tasks.rollout.engine import Engine, Finished, Requests, Responses, SamplingSettings, open_engine
 from tasks.rollout.vllm_process import VISIBLE, VllmProcess, named_gpu
 
 SETTINGS = SamplingSettings(1.0, 1.0, 8, 64, (2,), 259)
@@ -28,7 +28,7 @@ class SeenEngine:
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         waiting, taken = enumerate(requests), 0
         held: list[tuple[int, Requests]] = []
         gpu = int(os.environ[VISIBLE])
@@ -41,7 +41,7 @@ class SeenEngine:
             number, shard_requests = held.pop(0)
             rows = [np.array([gpu, len(ids), taken], np.int32) for ids in shard_requests.prompts]
             finished(len(rows))
-            yield number, Rollouts.from_rows(rows, [np.zeros(3, np.float32)] * len(rows), settings.end_ids)
+            yield number, Responses.from_rows(rows, [np.zeros(3, np.float32)] * len(rows), settings.end_ids)
 
     def counters(self) -> dict[str, float | str]:
         return {}
@@ -160,7 +160,7 @@ class TruncatedEngine(SeenEngine):
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         yield from super().generate(requests, settings, finished)
         raise EOFError("weights file is truncated")
 
@@ -187,7 +187,7 @@ class DyingEngine(SeenEngine):
 
     def generate(
         self, requests: Iterable[Requests], settings: SamplingSettings, finished: Finished
-    ) -> Iterator[tuple[int, Rollouts]]:
+    ) -> Iterator[tuple[int, Responses]]:
         for answer in super().generate(requests, settings, finished):
             yield answer
             die()

@@ -27,7 +27,7 @@ from tasks.language_model.loading import load_ref, load_tokenizer
 from tasks.language_model.prefill import prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
-from tasks.rollout.engine import Requests, Rollouts, SamplingSettings
+from tasks.rollout.engine import Requests, Responses, SamplingSettings
 from tasks.rollout.server_engine import ServerEngine
 from tasks.rollout.transformers_engine import TransformersEngine
 from tasks.score.scoring import local_prefill, score_rollouts
@@ -113,7 +113,7 @@ def engine(served: Served) -> Iterator[ServerEngine]:
     engine.close()
 
 
-def sample(engine: ServerEngine | TransformersEngine, settings: SamplingSettings) -> Rollouts:
+def sample(engine: ServerEngine | TransformersEngine, settings: SamplingSettings) -> Responses:
     ((_, rollouts),) = engine.generate([Requests(PROMPTS, SEEDS)], settings, lambda count: None)
     return rollouts
 
@@ -152,7 +152,7 @@ def test_two_servers_share_the_requests_and_one_that_is_killed_costs_nothing(
         assert_same(dict(both.generate(shards, SAMPLED, lambda count: None)), expected)
         for url, count in zip(servers.urls, before, strict=True):
             assert requests_served(url) > count
-        found: dict[int, Rollouts] = {}
+        found: dict[int, Responses] = {}
         for number, rollouts in both.generate(shards, SAMPLED, lambda count: None):
             if not found:
                 kill(served.spare)
@@ -169,7 +169,7 @@ def requests_served(url: str) -> float:
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:request_success_total"))
 
 
-def assert_same(found: dict[int, Rollouts], expected: Rollouts) -> None:
+def assert_same(found: dict[int, Responses], expected: Responses) -> None:
     assert sorted(found) == list(range(len(PROMPTS)))
     for place, rollouts in found.items():
         assert np.array_equal(rollouts.row(0), expected.row(place))

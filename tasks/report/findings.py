@@ -25,7 +25,7 @@ SHOWN_ROUNDS = 12
 
 
 @dataclass(frozen=True)
-class RunFigures:
+class RunFindings:
     """A run as far as it has come; a list holds what its finished stages have, in the order of the loop.
 
     Args:
@@ -58,7 +58,7 @@ class RunFigures:
         return spread([ledger.round for ledger in self.ledgers], SHOWN_ROUNDS)
 
 
-def read_figures(store: RunStore, *, through: int | None = None) -> RunFigures:
+def read_findings(store: RunStore, *, through: int | None = None) -> RunFindings:
     """Read what stands of a run (``standing``), shard by shard: memory holds one shard of one table, and counts.
 
     Args:
@@ -78,7 +78,7 @@ def read_figures(store: RunStore, *, through: int | None = None) -> RunFigures:
         return [key.round for key in done if key.stage == stage and key.round is not None]
 
     filtered, metrics = rounds("filter"), read_metrics(store, done)
-    return RunFigures(
+    return RunFindings(
         record=record,
         config=config,
         ledgers=[read_ledger(store, index) for index in filtered],

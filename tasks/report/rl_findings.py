@@ -1,4 +1,4 @@
-"""Everything the report of an RL run shows, read from its finished stages."""
+"""What the report draws of an RL run, read from its finished stages."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from schemas.tables import EVALUATE_RESPONSES, METRICS_FILE, RESPONSES_FILE
 from tasks.comparison.intervals import Interval
 from tasks.evaluate.means import right_shares
 from tasks.report.evaluation import Metric, paired_change, read_metrics
-from tasks.report.figures import spread
+from tasks.report.findings import spread
 from tasks.report.histograms import Values
 from tasks.report.samples import read_prompts, shortened
 from tasks.report.stages import StageCost, costs
@@ -99,7 +99,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class RLFigures:
+class RLFindings:
     """An RL run as far as it has come.
 
     Args:
@@ -124,7 +124,7 @@ class RLFigures:
     stages: list[StageCost]
 
 
-def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
+def read_rl_findings(store: RunStore, config: RLConfig) -> RLFindings:
     """Read what stands of an RL run (``standing``).
 
     Raises:
@@ -137,7 +137,7 @@ def read_rl_figures(store: RunStore, config: RLConfig) -> RLFigures:
     answered = BASELINE in done and EVALUATE in done
     answers = read_answers(store) if answered else None
     shown = [] if answers is None else _changed(store, answers)
-    return RLFigures(
+    return RLFindings(
         record=record,
         config=config,
         metrics=read_metrics(store, done),
