@@ -30,11 +30,12 @@ from schemas.config import (
     load_comparison,
     method_config,
 )
-from schemas.errors import NPDError, StageError
+from schemas.errors import DivergedError, NPDError, StageError
 from schemas.local_files import storage_errors, writing_file
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.table_files import write_parquet
+from tasks.comparison.landmarks import read_landmarks
 from tasks.comparison.outcome import (
     Outcome,
     Scores,
@@ -43,22 +44,21 @@ from tasks.comparison.outcome import (
     continuation_stages,
     method_stages,
     process_modules,
-    read_kl,
     read_outcome,
     read_scores,
     step_prompts,
     validation_prompts,
 )
 from tasks.comparison.table import (
-    Landmark,
     MethodRuns,
     best_rate,
     comparison_markdown,
     comparison_table,
+    end_of_grid,
     runs_table,
 )
 from tasks.cores import available_cores
-from tasks.graph import BASELINE, initial_policy
+from tasks.graph import initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_figures, comparison_html
 from tasks.report.images import image_url
@@ -183,19 +183,27 @@ class Work:
         self.validation = validation_prompts(student.prompt_ids, self.comparison.validation)
 
     def tune(self) -> None:
-        """Run every method at every rate with the first seed, and choose.
+        """Run every method at every rate with the first seed, and choose; a rate at which it diverges is not chosen.
 
         What on-policy training takes as a step is known once NPD has run, so it comes second.
         """
+        logger = get_run_logger()
         for late in (False, True):
             names = [name for name in self.comparison.methods if self.comparison.measures_steps(name) == late]
             tuned = [name for name in names if self.comparison.methods[name].rate_of is None]
             seed = self.comparison.seeds[0]
-            self._run([MethodRun(n, rate, seed) for n in tuned for rate in self.comparison.rates_of(n)])
+            diverged = self._run([MethodRun(n, rate, seed) for n in tuned for rate in self.comparison.rates_of(n)])
             for name in tuned:
                 found = {run.rate: o for run, o in self.outcomes.items() if run.method == name and run.seed == seed}
+                told = {run.label: message for run, message in diverged.items() if run.method == name}
                 if found:
                     self.rates[name] = best_rate(found, self.validation)
+                    for label, message in told.items():
+                        logger.warning("%s: diverged, so another rate is chosen: %s", label, message)
+                    if (end := end_of_grid(self.rates[name], self.comparison.rates_of(name))) is not None:
+                        logger.warning("%s: best at the %s rate tried; widen `learning_rates` to be sure", name, end)
+                else:
+                    self.failures |= told
             if not late and any(self.comparison.measures_steps(name) for name in self.comparison.methods):
                 self._measure_steps()
 
@@ -205,7 +213,7 @@ class Work:
             other = self.comparison.methods[name].rate_of
             if other is not None and other in self.rates:
                 self.rates[name] = self.rates[other]
-        self._run(
+        diverged = self._run(
             [
                 MethodRun(name, self.rates[name], seed)
                 for name in self.comparison.methods
@@ -213,6 +221,7 @@ class Work:
                 for seed in self.comparison.seeds_of(name)
             ]
         )
+        self.failures |= {run.label: message for run, message in diverged.items()}
 
     def continue_with_rl(self) -> None:
         """Continue the students of the chosen runs with GRPO, all with the same budget."""
@@ -243,7 +252,7 @@ class Work:
             if chosen:
                 continued = {r.seed: s for r, s in self.continued.items() if (r.method, r.rate) == (name, rate)}
                 runs[name] = MethodRuns(rate, chosen, tried, continued)
-        table = comparison_table(self.comparison, runs, self._landmarks(), self.validation)
+        table = comparison_table(self.comparison, runs, read_landmarks(self.store, self.base), self.validation)
         record = self.store.record()
         run_id = "" if record is None else record.run_id
         folder = Path(self.comparison.folder)
@@ -294,11 +303,16 @@ class Work:
             prompts_per_step=self.prompts_per_step,
         )
 
-    def _run(self, runs: list[MethodRun]) -> None:
-        """Make these runs, so many at a time; what fails is noted. Of other methods those that are done are read."""
+    def _run(self, runs: list[MethodRun]) -> dict[MethodRun, str]:
+        """Make these runs, so many at a time; what fails is noted. Of other methods those that are done are read.
+
+        Returns:
+            What is told of the runs that diverged, which are not noted among the failures.
+        """
         record = self.store.record()
         assert record is not None, "the base has run"
         futures: dict[MethodRun, PrefectFuture[Outcome]] = {}
+        diverged: dict[MethodRun, str] = {}
         for run in runs:
             if run in self.outcomes or run.label in self.failures or run.method in self.failures:
                 continue
@@ -313,8 +327,11 @@ class Work:
         for run, future in futures.items():
             try:
                 self.outcomes[run] = future.result()
+            except DivergedError as error:
+                diverged[run] = str(error)
             except NPDError as error:
                 self.failures[run.label] = str(error)
+        return diverged
 
     def _measure_steps(self) -> None:
         done = [run for run in self.outcomes if run.method == self.comparison.npd]
@@ -325,30 +342,6 @@ class Work:
             for name in self.methods:
                 if self.comparison.measures_steps(name):
                     self.failures[name] = f"waits for `{self.comparison.npd}`, whose steps it takes as its measure"
-
-    def _landmarks(self) -> list[Landmark]:
-        """Return teacher, starting student, and the warmed-up student that the methods start from."""
-        evaluate = StageKey("evaluate", WARMUP)
-        landmarks = [
-            Landmark("teacher", "teacher", "teacher", read_scores(self.store, BASELINE, "teacher")),
-            Landmark(
-                "warm-up",
-                "warmed-up student",
-                "start",
-                read_scores(self.store, evaluate, "student"),
-                read_kl(self.store, evaluate, "student"),
-            ),
-        ]
-        if self.base.warmup is not None:
-            start = Landmark(
-                "start",
-                "untrained student",
-                "start",
-                read_scores(self.store, BASELINE, "start"),
-                read_kl(self.store, BASELINE, "start"),
-            )
-            landmarks.insert(1, start)
-        return landmarks
 
 
 def _is_done(config: RunSettings, stages: Sequence[StageKey]) -> bool:

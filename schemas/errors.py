@@ -66,6 +66,10 @@ class StageError(NPDError):
     """A stage could not finish: non-finite numbers, nothing left to train on, or its process died."""
 
 
+class DivergedError(StageError):
+    """A loss or gradient is not finite: the learning rate is too high, or the precision too low."""
+
+
 def error_by_name(name: str) -> type[NPDError]:
     """Return the error class called ``name``, to raise again what a stage's process reported; StageError if unknown."""
     classes: list[type[NPDError]] = [NPDError]

@@ -1,7 +1,7 @@
 """The tables of a comparison: a row a run, a row a method, and the latter as Markdown."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
@@ -13,6 +13,7 @@ from schemas.comparison_tables import COMPARISON, COMPARISON_RUNS
 from schemas.config import ComparisonConfig
 from schemas.untrusted_text import escape_markdown
 from tasks.comparison.intervals import Float64, Interval, crossed_interval
+from tasks.comparison.landmarks import Landmark
 from tasks.comparison.outcome import Outcome, Scores
 
 Row = dict[str, Any]
@@ -35,25 +36,6 @@ class MethodRuns:
     continued: dict[int, Scores] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Landmark:
-    """A model that no method trained.
-
-    Args:
-        method: Its name in the table.
-        title: For people.
-        role: `teacher` or `start`.
-        scores: Of its responses.
-        kl: Held-out KL(teacher || it) and its standard error, nats per token; None for the teacher.
-    """
-
-    method: str
-    title: str
-    role: str
-    scores: Scores
-    kl: tuple[float, float] | None = None
-
-
 def best_rate(outcomes: Mapping[float, Outcome], validation: frozenset[str]) -> float:
     """Return the learning rate with the best accuracy on the validation prompts; of equals the lowest held-out KL.
 
@@ -69,6 +51,16 @@ def best_rate(outcomes: Mapping[float, Outcome], validation: frozenset[str]) -> 
         return (-1.0 if accuracy is None else accuracy, -kl if math.isfinite(kl) else -math.inf, -rate)
 
     return max(outcomes, key=merit)
+
+
+def end_of_grid(rate: float, tried: Sequence[float]) -> str | None:
+    """Return at which end of the rates tried a chosen one lies, beyond which a better one may be; None: at neither.
+
+    >>> end_of_grid(1e-4, [1e-4, 3e-4, 1e-3]), end_of_grid(3e-4, [1e-4, 3e-4, 1e-3]), end_of_grid(1e-4, [1e-4])
+    ('lowest', None, None)
+    """
+    ends = {} if len(tried) < 2 else {min(tried): "lowest", max(tried): "highest"}
+    return ends.get(rate)
 
 
 def scores_on_test(scores: Mapping[int, Scores], validation: frozenset[str]) -> tuple[tuple[str, ...], Float64]:

@@ -10,7 +10,7 @@ def run(job: StageJob[RLConfig]) -> None:
 
     Raises:
         PromptError: no train prompt has an answer to check, or leaves room for a response.
-        StageError: a loss or gradient is not finite.
+        DivergedError: a loss or gradient is not finite.
     """
     from tasks.rl.grpo import train_model
 

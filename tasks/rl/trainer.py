@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from schemas.errors import StageError
+from schemas.errors import DivergedError
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.ragged import Ragged
 from tasks.rl.reward import VerifiedReward
@@ -85,11 +85,11 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
         """Log a step.
 
         Raises:
-            StageError: its loss or gradient is not finite.
+            DivergedError: its loss or gradient is not finite.
         """
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise StageError(
+                raise DivergedError(
                     f"rl: `{name}` of optimizer step {self.state.global_step} is not finite; lower "
                     "`grpo.learning_rate` or set `grpo.precision: fp32`"
                 )

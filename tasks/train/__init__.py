@@ -7,7 +7,7 @@ def run(job: StageJob) -> None:
     """Train the student on the round's packs (or the warm-up's), continuing where the round before stopped.
 
     Raises:
-        StageError: the loss or the gradient is not finite; names the step and the packs.
+        DivergedError: the loss or the gradient is not finite; names the step and the packs.
     """
     from tasks.train.stage import train_round
 

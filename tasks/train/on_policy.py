@@ -17,7 +17,7 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from schemas.config import GenerateConfig, OnPolicyConfig, TrainConfig
-from schemas.errors import ModelError, StageError
+from schemas.errors import DivergedError, ModelError, StageError
 from schemas.tables import METRICS_FILE, TRAIN_METRICS
 from schemas.tables import PROMPTS as PROMPTS_TABLE
 from tasks.checkpoint import CheckpointContents, write_checkpoint
@@ -41,7 +41,8 @@ def train_on_policy(job: StageJob) -> None:
 
     Raises:
         ModelError: the student's vocabulary has rows that the teacher's has not, and TRL's loss compares them all.
-        StageError: there are fewer prompts than one step needs, or the loss is not finite.
+        StageError: there are fewer prompts than one step needs.
+        DivergedError: the loss is not finite.
     """
     store, config, settings = job.store, job.config, job.config.train
     on_policy = settings.on_policy
@@ -170,12 +171,12 @@ class OnPolicyTrainer(DistillationTrainer):
         """Return TRL's loss.
 
         Raises:
-            StageError: it is not finite.
+            DivergedError: it is not finite.
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         value: Tensor = loss[0] if return_outputs else loss
         if not math.isfinite(value.item()):
-            raise StageError(
+            raise DivergedError(
                 f"train: the loss of optimizer step {self.state.global_step + 1} is not finite; lower "
                 "`train.learning_rate` or set `train.precision: fp32`"
             )

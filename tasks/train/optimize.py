@@ -36,7 +36,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     first of them writes.
 
     Raises:
-        StageError: the loss or the gradient is not finite; in all processes alike.
+        DivergedError: the loss or the gradient is not finite; in all processes alike.
         ModelError: the student cannot be loaded, or packed rows are not for it.
     """
     store, config, settings = job.store, job.config, plan.settings

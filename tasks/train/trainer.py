@@ -17,7 +17,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from schemas.config import GuardConfig, OptimizerConfig, WarmupConfig
-from schemas.errors import StageError
+from schemas.errors import DivergedError
 from schemas.tables import IGNORE_LABEL
 from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.head import OutputHead, hidden_states
@@ -207,7 +207,7 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
         """Add the step's own parts to what is logged: token-weighted means in nats, over all processes.
 
         Raises:
-            StageError: the step's loss or gradient is not finite.
+            DivergedError: the step's loss or gradient is not finite.
         """
         if self._sums:
             totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "sum")
@@ -216,12 +216,12 @@ class NearPolicyTrainer(PlainCheckpoints, SFTTrainer):
             tokens = sums.pop("response_tokens")
             if not all(map(math.isfinite, sums.values())):
                 told = ", ".join(f"{name.upper()} {value:.4g}" for name, value in sums.items())
-                raise StageError(
+                raise DivergedError(
                     f"train: the loss of optimizer step {self.state.global_step} is not finite ({told} nats over "
                     f"{tokens:.0f} tokens); {self._remedy()}"
                 )
             if not math.isfinite(logs.get("grad_norm", 0.0)):
-                raise StageError(
+                raise DivergedError(
                     f"train: the gradient of optimizer step {self.state.global_step} is not finite; {self._remedy()}"
                 )
             logs |= {name: value / tokens for name, value in sums.items()}

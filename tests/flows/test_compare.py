@@ -99,7 +99,8 @@ def made_runs(config: Path, api: str, capsys: pytest.CaptureFixture[str], **opti
 def test_a_comparison_is_made_resumed_and_changed(
     tmp_path: Path, shared_server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_comparison(tmp_path, rl=CONTINUED)
+    # Where training diverges, another rate is taken.
+    config = write_comparison(tmp_path, rl=CONTINUED, learning_rates=[1e-3, 1e-4, 1e35])
     made = made_runs(config, shared_server, capsys)
     folder = tmp_path / "runs" / "tiny"
     table = read_parquet(folder / "comparison.parquet", COMPARISON, "comparison")
@@ -187,6 +188,11 @@ def test_a_comparison_is_made_resumed_and_changed(
     with pytest.raises(StageError, match=r"(?s)3 run.* failed.*  on-policy: waits for `npd`") as failed:
         made_runs(config, shared_server, capsys)
     assert "on-policy · lr" not in str(failed.value)
+
+    # A method that diverges at every rate has none.
+    config = write_comparison(tmp_path, methods={"npd": METHODS["npd"]}, learning_rates=[1e35])
+    with pytest.raises(StageError, match=r"(?s)1 run.* failed.*  npd · lr 1e\+35 · seed 0: .* is not finite"):
+        made_runs(config, shared_server, capsys)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import EVALUATE_METRICS, EVALUATE_RESPONSES, GENERATE, TRAIN_METRICS
 from tasks.comparison.intervals import crossed_interval, t_quantile
+from tasks.comparison.landmarks import Landmark
 from tasks.comparison.outcome import Outcome, Scores, read_outcome, read_scores, step_prompts, validation_prompts
 from tasks.comparison.table import (
-    Landmark,
     MethodRuns,
     best_rate,
     comparison_markdown,
