@@ -213,10 +213,10 @@ def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied
     assert "every later stage still matches" in output
     assert store.finished(key).counters["kept"] == kept
 
-    again = command("run", str(copied))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count(": up to date") == len(loop(store.config))
-    assert "starting" not in again.stdout
+    code, output = invoke("run", str(copied))
+    assert code == 0, output
+    assert output.count(": up to date") == len(loop(store.config))
+    assert "starting" not in output
 
 
 @pytest.mark.e2e
@@ -287,12 +287,13 @@ def test_a_round_with_nothing_kept_stops_with_exit_code_1_and_names_the_bound(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
     bounds = {"min_delta_ifd": 50.0, "max_delta_ifd": 60.0}
-    done = command("run", str(write_smoke_config(tmp_path, teacher_dir, student_dir, warmup=None, filter=bounds)))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "filter.min_delta_ifd" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "round 0 · filter: did not finish" in done.stdout
+    config = write_smoke_config(tmp_path, teacher_dir, student_dir, warmup=None, filter=bounds)
+    code, output = invoke("run", str(config))
+    assert code == 1
+    assert "\nerror: " in output
+    assert "filter.min_delta_ifd" in output
+    assert "Traceback" not in output
+    assert "round 0 · filter: did not finish" in output
 
 
 @pytest.mark.e2e

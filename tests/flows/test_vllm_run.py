@@ -16,6 +16,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import GENERATE, score_schema
 from tests.flows.conftest import CONFIGS, write_smoke_config
+from tests.flows.test_cli import invoke
 from tests.tiny_models import make_model, save_model
 
 # vLLM's attention on a CPU takes heads of 32 and more.
@@ -51,9 +52,9 @@ def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) ->
     assert "generate.vllm.gpu_memory_utilization" in output
     assert "Traceback" not in output
 
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, env=dict(os.environ))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "models: up to date" in done.stdout
+    code, output = invoke("run", str(config))
+    assert code == 0, output
+    assert "models: up to date" in output
 
     store = RunStore.open(tmp_path / "runs" / "smoke")
     settings = store.config.score
