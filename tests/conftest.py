@@ -1,4 +1,6 @@
 import gc
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 from collections.abc import Iterator
@@ -73,6 +75,19 @@ def prefect_api(shared_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield shared_server
 
 
+@pytest.fixture(scope="session")
+def forkserver() -> None:
+    """Start the process that fuzzed readers and measured work are forked from, with what either imports.
+
+    It is one for both: the first to need it would leave the other's libraries to each of its processes.
+    """
+    from benchmarks.measure import PRELOAD as MEASURED
+    from tests.fuzz.harness import PRELOAD as FUZZED
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*MEASURED, *FUZZED])
+    multiprocessing.forkserver.ensure_running()
+
+
 SLOW_LAST = ("engine", "server", "e2e")
 
 
@@ -80,18 +95,22 @@ SLOW_LAST = ("engine", "server", "e2e")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later.
 
-    Tests of one `xdist_group` share a process, so that what they share is made once.
+    Tests of one `xdist_group` share a process, so that what they share is made once, and it takes its time. With
+    `--no-loadscope-reorder` (see Makefile) processes take tests in this order.
     """
 
     def rank(item: pytest.Item) -> int:
         marked = [index for index, name in enumerate(SLOW_LAST, start=2) if item.get_closest_marker(name)]
-        return max(marked) if marked else int("finished_run" in getattr(item, "fixturenames", ()))
+        return max(marked) if marked else int(item.get_closest_marker("xdist_group") is not None)
+
+    def is_long(item: pytest.Item) -> bool:
+        return item.get_closest_marker("xdist_group") is not None or item.path.stem == "test_quickstart"
 
     for item in items:
         if "finished_run" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("finished_run"))
-    # The longest first of those that come last, so that no process is left with it alone.
-    items.sort(key=lambda item: (rank(item), item.path.stem != "test_quickstart"))
+    # The longest first of those that come last, so that no process is left with one of them alone.
+    items.sort(key=lambda item: (rank(item), not is_long(item)))
 
 
 def pytest_runtest_setup() -> None:
