@@ -89,6 +89,17 @@ def forkserver() -> None:
 
 
 SLOW_LAST = ("engine", "server", "e2e")
+LONGEST_FIRST = (
+    "test_quickstart",
+    "test_kill_points",
+    "test_object_storage",
+    "test_compare",
+    "test_ends",
+    "test_commands",
+    "test_secrets",
+    "test_train_launch",
+)
+"""Modules whose tests go before others of their kind, so that no process is left with a long one at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -103,14 +114,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marked = [index for index, name in enumerate(SLOW_LAST, start=2) if item.get_closest_marker(name)]
         return max(marked) if marked else int(item.get_closest_marker("xdist_group") is not None)
 
-    def is_long(item: pytest.Item) -> bool:
-        return item.get_closest_marker("xdist_group") is not None or item.path.stem == "test_quickstart"
+    def brevity(item: pytest.Item) -> int:
+        if item.get_closest_marker("xdist_group") is not None:
+            return -1
+        return LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else len(LONGEST_FIRST)
 
     for item in items:
         if "finished_run" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("finished_run"))
-    # The longest first of those that come last, so that no process is left with one of them alone.
-    items.sort(key=lambda item: (rank(item), not is_long(item)))
+    items.sort(key=lambda item: (rank(item), brevity(item)))
 
 
 def pytest_runtest_setup() -> None:

@@ -150,6 +150,7 @@ def test_an_rl_run_is_shown_and_checked_as_a_distillation_run_is(tmp_path: Path,
     assert (code, "an RL run, which `npd rl` runs and continues" in output) == (2, True)
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("prefect_api")
 def test_rerun_takes_a_stage_of_an_rl_run(tmp_path: Path, student_dir: Path) -> None:
     source = source_store(tmp_path, student_dir, checked_prompts(named=True))

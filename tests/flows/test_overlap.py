@@ -14,7 +14,7 @@ from tests.flows.conftest import CONFIGS, write_smoke_config
 from tests.flows.test_cli import invoke
 from tests.test_loop import run_loop, tables
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_api")]
 
 COMMAND = [sys.executable, "-m", "flows.cli", "run"]
 GENERATE_1 = StageKey("generate", 1)
