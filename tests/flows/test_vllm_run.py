@@ -40,7 +40,9 @@ def test_a_round_sampled_by_vllm_agrees_with_the_scoring_pass(tmp_path: Path) ->
     teacher = save_model(tmp_path / "teacher", make_model(seed=1, layers=3, hidden=WIDTH))
     student = save_model(tmp_path / "student", make_model(seed=2, hidden=WIDTH))
     generate = {"engine": "vllm", "max_new_tokens": 12, "shard_prompts": 6}
-    config = write_smoke_config(tmp_path, teacher, student, rounds=1, warmup=None, generate=generate)
+    # Every stage that samples takes its time to import vLLM: here the teacher's references and the round's samples.
+    changes = {"rounds": 1, "warmup": None, "generate": generate, "evaluate": {"generate": False}}
+    config = write_smoke_config(tmp_path, teacher, student, **changes)
     command = [sys.executable, "-m", "flows.cli", "run", str(config)]
     log = tmp_path / "runs" / "smoke" / "logs" / "round-0-generate.log"
     with subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True, cwd=CONFIGS.parent) as process:
