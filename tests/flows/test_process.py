@@ -61,7 +61,7 @@ def worker_of(process: int) -> int:
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if children := psutil.Process(process).children():
-            return children[0].pid
+            return int(children[0].pid)
         time.sleep(0.05)
     raise AssertionError(f"{process} has started nothing")
 
