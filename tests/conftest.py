@@ -3,6 +3,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def shared_server(prefect_home: Path) -> Iterator[str]:
     server = TemporaryServer()
     server.wait(180)
     yield server.api
+    if handlers := sys.modules.get("prefect.logging.handlers"):
+        # What this process has logged and not told yet: it would try to for a minute as it ends.
+        handlers.APILogWorker.drain_all(timeout=10)
     server.stop()
 
 
