@@ -17,7 +17,7 @@ round: .venv/.run-ready
 	$(BIN)/npd run $(CONFIG)
 
 test: .venv/.test-ready browser lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
 
 test-quick: .venv/.test-ready
 	$(BIN)/python -m pytest -m "not engine and not server and not e2e"

@@ -316,11 +316,11 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Measurement], list[str]
 def parser() -> BenchmarkParser:
     """Return the command's arguments."""
     result = BenchmarkParser("loss", "Time and memory of the fused loss alone, against the naive one and other fused.")
-    result.add_size("--tokens", 1_024, 512, "labelled positions; 8,192 on a GPU")
+    result.add_size("--tokens", 1_024, 256, "labelled positions; 8,192 on a GPU")
     result.add_size("--hidden", 576, 64, "width; 2,048 on a GPU")
     result.add_size("--vocab", 49_152, 8_192, "rows of the output head; 151,936 on a GPU")
-    result.add_size("--chunks", "256,512,1024", "256", "positions a chunk, with commas between")
-    result.add_size("--default-chunk", 1_024, 256, "the chunk size that the bars are for")
+    result.add_size("--chunks", "256,512,1024", "128", "positions a chunk, with commas between")
+    result.add_size("--default-chunk", 1_024, 128, "the chunk size that the bars are for")
     result.add_size("--dtypes", "float32,bfloat16", "float32", "of states and weights; bfloat16 on a GPU")
     result.add_argument("--top-k", type=int, default=10, help="targets of a position")
     result.add_argument("--kd-form", default="tail", choices=["truncated", "tail", "renormalized"])

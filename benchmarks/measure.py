@@ -23,6 +23,10 @@ Work = Callable[[], T]
 Prepare = Callable[[], Work[T]]
 """Makes the work ready, unmeasured; can be pickled (a module's function, or `functools.partial` of one)."""
 
+PRELOAD = ["trl.trainer.sft_trainer"]
+"""Measured processes are forked from one that has imported the heavy libraries, and has done nothing with them; nor are
+they taken apart."""
+
 
 @dataclass(frozen=True)
 class Sample(Generic[T]):
@@ -106,8 +110,7 @@ def in_child(prepare: Prepare[T], *, warmup: int = 0, device: str = "cpu") -> Sa
         RuntimeError: the process died; its own error is on stderr.
     """
     context = processes(device)
-    # Forked from a process that has imported the heavy libraries, and done nothing with them; nor are they taken apart.
-    context.set_forkserver_preload(["trl.trainer.sft_trainer"])
+    context.set_forkserver_preload(PRELOAD)
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sending, prepare, warmup, device))
     process.start()

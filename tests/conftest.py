@@ -1,6 +1,9 @@
 import gc
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,9 @@ def shared_server(prefect_home: Path) -> Iterator[str]:
     server = TemporaryServer()
     server.wait(180)
     yield server.api
+    if handlers := sys.modules.get("prefect.logging.handlers"):
+        # What this process has logged and not told yet: it would try to for a minute as it ends.
+        handlers.APILogWorker.drain_all(timeout=10)
     server.stop()
 
 
@@ -73,25 +79,54 @@ def prefect_api(shared_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield shared_server
 
 
+@pytest.fixture(scope="session")
+def forkserver() -> None:
+    """Start the process that fuzzed readers and measured work are forked from, with what either imports.
+
+    It is one for both: the first to need it would leave the other's libraries to each of its processes.
+    """
+    from benchmarks.measure import PRELOAD as MEASURED
+    from tests.fuzz.harness import PRELOAD as FUZZED
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*MEASURED, *FUZZED])
+    multiprocessing.forkserver.ensure_running()
+
+
 SLOW_LAST = ("engine", "server", "e2e")
+LONGEST_FIRST = (
+    "test_quickstart",
+    "test_kill_points",
+    "test_object_storage",
+    "test_compare",
+    "test_ends",
+    "test_commands",
+    "test_secrets",
+    "test_train_launch",
+)
+"""Modules whose tests go before others of their kind, so that no process is left with a long one at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run quick tests first, so that a mistake shows early; what needs a whole run of the command line comes later.
 
-    Tests of one `xdist_group` share a process, so that what they share is made once.
+    Tests of one `xdist_group` share a process, so that what they share is made once, and it takes its time. With
+    `--no-loadscope-reorder` (see Makefile) processes take tests in this order.
     """
 
     def rank(item: pytest.Item) -> int:
         marked = [index for index, name in enumerate(SLOW_LAST, start=2) if item.get_closest_marker(name)]
-        return max(marked) if marked else int("finished_run" in getattr(item, "fixturenames", ()))
+        return max(marked) if marked else int(item.get_closest_marker("xdist_group") is not None)
+
+    def brevity(item: pytest.Item) -> int:
+        if item.get_closest_marker("xdist_group") is not None:
+            return -1
+        return LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else len(LONGEST_FIRST)
 
     for item in items:
         if "finished_run" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("finished_run"))
-    # The longest first of those that come last, so that no process is left with it alone.
-    items.sort(key=lambda item: (rank(item), item.path.stem != "test_quickstart"))
+    items.sort(key=lambda item: (rank(item), brevity(item)))
 
 
 def pytest_runtest_setup() -> None:

@@ -24,6 +24,11 @@ def run_quickly(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
+def in_children(test: Any) -> Any:
+    """Mark a test whose work is measured in processes of its own."""
+    return pytest.mark.usefixtures("forkserver")(pytest.mark.xdist_group("children")(test))
+
+
 def check(result: dict[str, Any], printed: str, name: str) -> None:
     assert result["benchmark"] == name
     assert result["machine"]["packages"]["pyarrow"] in printed
@@ -34,6 +39,7 @@ def check(result: dict[str, Any], printed: str, name: str) -> None:
         assert row["verdict"] == "no bar" if row["bar"] is None else row["verdict"] in ("met", "missed")
 
 
+@in_children
 @pytest.mark.parametrize("name", OF_STAGES)
 def test_a_benchmark_of_stages(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_quickly(name, tmp_path)

@@ -14,6 +14,7 @@ from benchmarks.measure import (
     ratios,
 )
 from benchmarks.report import BenchmarkParser, markdown, number, this_machine
+from tests.benchmarks.test_commands import in_children
 
 MEBIBYTE = 2**20
 
@@ -33,6 +34,7 @@ def test_sides_take_turns_and_warm_up_does_not_count() -> None:
     assert {name: len(taken) for name, taken in samples.items()} == {"A": 3, "B": 3}
 
 
+@in_children
 def test_a_childs_peak_memory_is_its_own() -> None:
     of_this_process = bytearray(b"\x01") * (600 * MEBIBYTE)
     samples = alternate_in_children({"small": partial(holding, 8), "large": partial(holding, 64)}, 1)
@@ -50,6 +52,7 @@ def test_memory_given_back_before_the_work_is_not_its_peak() -> None:
     assert nothing.extra_bytes < 16 * MEBIBYTE
 
 
+@in_children
 def test_a_child_that_fails_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="code 1"):
         in_child(failing)

@@ -17,9 +17,10 @@ from benchmarks.random_packs import draw_top_k, pack_table
 from benchmarks.train_step import Setting, layouts, sft_trainer, student
 from benchmarks.utilisation import forward_flops, peak_flops, sequence_lengths
 from schemas.tables import FILLER_ID, IGNORE_LABEL, pack_schema
-from tests.benchmarks.test_commands import check, run_quickly
+from tests.benchmarks.test_commands import check, in_children, run_quickly
 
 
+@in_children
 @pytest.mark.parametrize("name", ["loss", "scoring", "train_step"])
 def test_a_benchmark_of_models(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_quickly(name, tmp_path)
@@ -57,6 +58,7 @@ def test_end_to_end_asks_for_a_schedule_that_comes_out_even(tmp_path: Path) -> N
         run_quickly("end_to_end", tmp_path, "--prompts", "5")
 
 
+@in_children
 @pytest.mark.engine
 def test_scoring_beside_vllm(tmp_path: Path) -> None:
     result = run_quickly("scoring", tmp_path, "--vllm")

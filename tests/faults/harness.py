@@ -1,6 +1,6 @@
 """Runs the loop, is killed at every point of writing there is, and goes on.
 
-    python -m tests.faults.harness CONFIG [--whole] [--fresh-cache] [--every N]
+    python -m tests.faults.harness CONFIG [--fresh-cache] [--every N]
 
 One run is started over and over. Each start dies (SIGKILL) at the first point that none before it has died at, so that
 every point of the whole run is died at once, and every start but the first continues from what a dead process left.
@@ -33,12 +33,12 @@ from tests.faults.kill_points import Point, arm_local_files, arm_object_store
 DIED, DONE = -9, 0
 
 
-def run_once(config: RunConfig, covered: set[Point] | None, every: int, report: int) -> None:
+def run_once(config: RunConfig, covered: set[Point], every: int, report: int) -> None:
     """Run what is not current; die at the first point that is not in ``covered``.
 
     Args:
         config: Of the run.
-        covered: Points that earlier starts passed or died at; None: die nowhere.
+        covered: Points that earlier starts passed or died at.
         every: Die at the Nth point that is not in ``covered``.
         report: File descriptor for JSON lines: where this start died, what it computed and how far each stage was.
     """
@@ -50,7 +50,7 @@ def run_once(config: RunConfig, covered: set[Point] | None, every: int, report: 
     def reached(point: Point) -> bool:
         if point.phase == "before" and point.name.endswith(".parquet"):
             computed.append(point.name)
-        if covered is None or point in covered or point in passed:
+        if point in covered or point in passed:
             return False
         passed.append(point)
         if len(passed) < every:
@@ -79,8 +79,9 @@ def note(steps: list[tuple[int, str]], done: int, total: int, unit: str) -> None
     steps.append((done, unit))
 
 
-def starts(config: RunConfig, covered: set[Point] | None, *, every: int, fresh_cache: bool) -> Iterator[dict[str, Any]]:
+def starts(config: RunConfig, *, every: int, fresh_cache: bool) -> Iterator[dict[str, Any]]:
     """Start the run until it ends by itself; yield what each start reported."""
+    covered: set[Point] = set()
     while True:
         reading, writing = os.pipe()
         child = os.fork()
@@ -98,7 +99,6 @@ def starts(config: RunConfig, covered: set[Point] | None, *, every: int, fresh_c
         yield start
         if code == DONE:
             return
-        assert covered is not None
         covered |= {Point(*point) for point in start["passed"]}
         if fresh_cache:
             # Another machine goes on: it has nothing but what is in the object store.
@@ -118,8 +118,7 @@ def repeated(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
 def main() -> int:
     """Run the harness on the config named by the first argument.
 
-    `--fresh-cache`: each start is on a new machine. `--every N`: die at each Nth point only. `--whole`: one start that
-    nothing interrupts.
+    `--fresh-cache`: each start is on a new machine. `--every N`: die at each Nth point only.
     """
     config = parse_config(yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8")), origin=sys.argv[1])
     import_heavy()
@@ -128,9 +127,8 @@ def main() -> int:
     points: Counter[str] = Counter()
     worst: Counter[str] = Counter()
     last: dict[str, Any] | None = None
-    covered: set[Point] | None = None if "--whole" in sys.argv else set()
     every = int(sys.argv[sys.argv.index("--every") + 1]) if "--every" in sys.argv else 1
-    for start in starts(config, covered, every=every, fresh_cache="--fresh-cache" in sys.argv):
+    for start in starts(config, every=every, fresh_cache="--fresh-cache" in sys.argv):
         if start["point"] is not None:
             name, phase = start["point"]
             points[stage_of(name)] += 1

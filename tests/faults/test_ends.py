@@ -13,21 +13,24 @@ from schemas.run_lock import LOCK_NAME
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import CONFIGS, write_smoke_config
+from tests.flows.test_cli import invoke
 
 pytestmark = pytest.mark.e2e
 
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(config: Path) -> subprocess.Popen[str]:
+    # With a Prefect server of its own, which ends with it.
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     return subprocess.Popen(
-        [*COMMAND, *arguments],
+        [*COMMAND, "run", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=CONFIGS.parent,
         start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
     )
 
 
@@ -41,27 +44,20 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError("".join(seen))
 
 
-def finish(*arguments: str, **environment: str) -> str:
-    process = start(*arguments, **environment)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
+@pytest.mark.usefixtures("prefect_api")
 def test_one_process_at_a_time_and_sigterm_and_sigkill_leave_a_run_that_goes_on(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path, shared_server: str
+    tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
     config = write_smoke_config(tmp_path, teacher_dir, student_dir, rounds=1, warmup=None)
     store = RunStore(tmp_path / "runs" / "smoke")
 
-    first = start("run", str(config))
+    first = start(config)
     wait_for(first, "models: starting")
-    # It holds the run for as long as the second needs to find that out.
+    # It holds the run for as long as this process, the second, needs to find that out.
     first.send_signal(signal.SIGSTOP)
-    second = start("run", str(config), PREFECT_API_URL=shared_server)
-    refusal, _ = second.communicate(timeout=120)
+    code, refusal = invoke("run", str(config))
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2, refusal
+    assert code == 2, refusal
     assert f"process {first.pid} on " in refusal
     assert "Traceback" not in refusal
 
@@ -73,7 +69,7 @@ def test_one_process_at_a_time_and_sigterm_and_sigkill_leave_a_run_that_goes_on(
     assert "Traceback" not in output
     assert store.manifest(StageKey("prompts")) is not None
 
-    third = start("run", str(config))
+    third = start(config)
     wait_for(third, "round 0 · generate: starting")
     # Nothing can be done about this one, not even giving the lock back.
     third.kill()
@@ -81,7 +77,9 @@ def test_one_process_at_a_time_and_sigterm_and_sigkill_leave_a_run_that_goes_on(
     third.communicate(timeout=60)
     assert (store.folder / LOCK_NAME).read_text() != ""
 
-    output = finish("run", str(config), PREFECT_API_URL=shared_server)
+    code, output = invoke("run", str(config))
+    assert code == 0, output
     assert "models: up to date" in output
     assert "round 0 · evaluate: done" in output
-    assert finish("verify", str(store.folder))
+    code, output = invoke("verify", str(store.folder))
+    assert code == 0, output

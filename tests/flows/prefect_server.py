@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tests.flows.conftest import CONFIGS
 
@@ -42,6 +44,8 @@ class Server:
             "PREFECT_HOME": str(folder),
             "PREFECT_API_URL": self.api,
             "PREFECT_LOGGING_LEVEL": "INFO",
+            # A worker asks for work every ten seconds by itself.
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
             "NO_COLOR": "1",
         }
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -112,6 +116,11 @@ class Server:
         response = httpx.post(f"{self.api}/{where}", json=values, timeout=60)
         response.raise_for_status()
         return response.json() if response.content else None
+
+    def run(self, deployment: str, **parameters: Any) -> None:
+        """Let the worker run a deployment, and wait until it has."""
+        with temporary_settings({PREFECT_API_URL: self.api}):
+            run_deployment(deployment, parameters=parameters, poll_interval=1)
 
     def find(self, what: str, **filters: Any) -> list[dict[str, Any]]:
         """Return what the server's API finds."""

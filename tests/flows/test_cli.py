@@ -150,6 +150,7 @@ def test_an_rl_run_is_shown_and_checked_as_a_distillation_run_is(tmp_path: Path,
     assert (code, "an RL run, which `npd rl` runs and continues" in output) == (2, True)
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("prefect_api")
 def test_rerun_takes_a_stage_of_an_rl_run(tmp_path: Path, student_dir: Path) -> None:
     source = source_store(tmp_path, student_dir, checked_prompts(named=True))
@@ -213,10 +214,10 @@ def test_rerun_outdates_what_no_longer_matches_and_run_does_nothing_twice(copied
     assert "every later stage still matches" in output
     assert store.finished(key).counters["kept"] == kept
 
-    again = command("run", str(copied))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count(": up to date") == len(loop(store.config))
-    assert "starting" not in again.stdout
+    code, output = invoke("run", str(copied))
+    assert code == 0, output
+    assert output.count(": up to date") == len(loop(store.config))
+    assert "starting" not in output
 
 
 @pytest.mark.e2e
@@ -287,12 +288,13 @@ def test_a_round_with_nothing_kept_stops_with_exit_code_1_and_names_the_bound(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
     bounds = {"min_delta_ifd": 50.0, "max_delta_ifd": 60.0}
-    done = command("run", str(write_smoke_config(tmp_path, teacher_dir, student_dir, warmup=None, filter=bounds)))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "filter.min_delta_ifd" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "round 0 · filter: did not finish" in done.stdout
+    config = write_smoke_config(tmp_path, teacher_dir, student_dir, warmup=None, filter=bounds)
+    code, output = invoke("run", str(config))
+    assert code == 1
+    assert "\nerror: " in output
+    assert "filter.min_delta_ifd" in output
+    assert "Traceback" not in output
+    assert "round 0 · filter: did not finish" in output
 
 
 @pytest.mark.e2e

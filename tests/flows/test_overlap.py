@@ -11,9 +11,10 @@ import torch
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from tests.flows.conftest import CONFIGS, write_smoke_config
+from tests.flows.test_cli import invoke
 from tests.test_loop import run_loop, tables
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_api")]
 
 COMMAND = [sys.executable, "-m", "flows.cli", "run"]
 GENERATE_1 = StageKey("generate", 1)
@@ -49,7 +50,10 @@ def test_an_interrupt_ends_both_stages_and_the_run_continues(
     tmp_path: Path, teacher_dir: Path, student_dir: Path
 ) -> None:
     # Enough to sample that the second round is still at it when the interrupt comes.
-    changes = {"generate": {"max_new_tokens": 160, "batch_size": 1, "shard_prompts": 2}}
+    changes = {
+        "generate": {"max_new_tokens": 160, "batch_size": 1, "shard_prompts": 2},
+        "evaluate": {"generate": False},
+    }
     config = overlap_config(tmp_path, teacher_dir, student_dir, "stopped", **changes)
     process = subprocess.Popen([*COMMAND, str(config)], stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent)
     store = RunStore(tmp_path / "runs" / "stopped")
@@ -65,7 +69,7 @@ def test_an_interrupt_ends_both_stages_and_the_run_continues(
     assert store.manifest(GENERATE_1) is None
 
     kept = {path.name: path.stat().st_mtime_ns for path in store.path(GENERATE_1).glob("part-*.parquet")}
-    again = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, cwd=CONFIGS.parent)
-    assert again.returncode == 0, again.stdout + again.stderr
+    code, output = invoke("run", str(config))
+    assert code == 0, output
     for name, written in kept.items():
         assert store.path(GENERATE_1, name).stat().st_mtime_ns == written

@@ -183,8 +183,7 @@ def test_npd_round_runs_as_a_deployment(server: Server, tmp_path: Path, teacher_
 def test_npd_stage_runs_as_a_deployment(server: Server, finished_run: FinishedRun, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished_run.folder, tmp_path / "copy"))
     before = RunStore(folder).finished(StageKey("evaluate", 0))
-    parameters = [f"run={folder}", "stage=evaluate", "round=0"]
-    server.call("deployment", "run", "npd-stage/local", *(part for p in parameters for part in ("-p", p)), "--watch")
+    server.run("npd-stage/local", run=str(folder), stage="evaluate", round=0)
     flow_run = server.flow_run("npd-stage")
     assert flow_run["state_type"] == "COMPLETED"
     assert flow_run["name"] == "copy · round 0 · evaluate"
@@ -198,10 +197,7 @@ def test_npd_rl_runs_as_a_deployment(server: Server, tmp_path: Path, student_dir
     source = source_store(tmp_path / "source", student_dir, checked_prompts())
     config = tmp_path / "rl.yaml"
     config.write_text(yaml.safe_dump(rl_values(tmp_path / "runs", source.folder)), encoding="utf-8")
-    overrides = json.dumps(["grpo.steps=2"])
-    server.call(
-        "deployment", "run", "npd-rl/local", "-p", f"config={config}", "-p", f"overrides={overrides}", "--watch"
-    )
+    server.run("npd-rl/local", config=str(config), overrides=["grpo.steps=2"])
     flow_run = server.flow_run("npd-rl")
     assert flow_run["state_type"] == "COMPLETED"
     assert flow_run["name"] == "rl"

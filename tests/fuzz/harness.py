@@ -35,7 +35,8 @@ SECONDS = 240
 Record = Callable[[str, object], None]
 """pytest's ``record_property``."""
 
-_PRELOAD = ["tests.fuzz.harness", *(f"tests.fuzz.test_fuzz_{name}" for name in MODULES)]
+PRELOAD = ["tests.fuzz.harness", *(f"tests.fuzz.test_fuzz_{name}" for name in MODULES)]
+"""What the process that all readers' are forked from imports."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def try_reader(module: str, reader: Reader) -> int:
         Distinct inputs it was tried on.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         process = context.Process(target=_child, args=(module, reader.name, str(place)))

@@ -13,6 +13,8 @@ from schemas.manifest import hash_json
 from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import ODD_TEXT, ODD_VALUES, changed, damaged
 
+pytestmark = [pytest.mark.usefixtures("forkserver"), pytest.mark.xdist_group("children")]
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
     "name": "fuzz",

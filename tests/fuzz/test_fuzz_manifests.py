@@ -20,6 +20,8 @@ from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import changed, damaged
 from tests.run_fixtures import finish_stage, make_config, make_store, prompts_table
 
+pytestmark = [pytest.mark.usefixtures("forkserver"), pytest.mark.xdist_group("children")]
+
 KEY = StageKey("prompts")
 MODELS_FOUND = {
     "teacher_path": "models/teacher",

@@ -46,6 +46,8 @@ HOSTILE_JSON = (
     '{"": ""}',
 )
 
+pytestmark = [pytest.mark.usefixtures("forkserver"), pytest.mark.xdist_group("children")]
+
 
 @st.composite
 def lines(draw: st.DrawFn) -> bytes:

@@ -36,6 +36,8 @@ from tests.fuzz.harness import Reader, Record, try_reader
 from tests.fuzz.mutations import damaged
 from tests.run_fixtures import make_config, make_store
 
+pytestmark = [pytest.mark.usefixtures("forkserver"), pytest.mark.xdist_group("children")]
+
 ROWS = 6
 SCHEMAS = {
     schema.name: schema

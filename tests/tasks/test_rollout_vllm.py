@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from schemas.config import GenerateConfig, VllmOptions
 from schemas.errors import ModelError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
-from schemas.tables import GENERATE
+from schemas.tables import EVALUATE_RESPONSES, GENERATE, RESPONSES_FILE
+from tasks.graph import BASELINE, MODELS, REFERENCE
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.engine import Requests, Responses, SamplingSettings, open_engine
@@ -45,6 +47,7 @@ class VllmResults:
     reports: list[int]
     refused: str
     store_folder: Path
+    answering: list[str]
 
 
 def model_ref(folder: Path) -> ModelRef:
@@ -80,9 +83,16 @@ def sample_with_vllm(folder: Path, run_root: Path) -> VllmResults:
         refused = ""
     except ModelError as error:
         refused = str(error)
-    store, config = make_run(run_root, folder, folder, generate={"engine": "vllm"})
-    execute(store, config, StageKey("generate", 0))
-    return VllmResults(greedy, sampled, again, together, in_turn, taken_before, reports, refused, store.folder)
+    store, config = make_run(run_root, folder, folder, generate={"engine": "vllm"}, warmup=None)
+    for key in (StageKey("generate", 0), REFERENCE):
+        execute(store, config, key)
+    load = vllm_engine.VllmEngine.__init__
+    with patch.object(vllm_engine.VllmEngine, "__init__", autospec=True, side_effect=load) as loaded:
+        execute(store, config, BASELINE)
+    answering = [call.args[1].path for call in loaded.call_args_list]
+    return VllmResults(
+        greedy, sampled, again, together, in_turn, taken_before, reports, refused, store.folder, answering
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +199,21 @@ def test_the_table_is_the_same_from_both_engines(results: VllmResults, folder: P
     assert theirs.schema == ours.schema
     for column in ("sample_id", "prompt_id", "sample_index", "round", "policy_version", "prompt_ids", "seed"):
         assert theirs.column(column) == ours.column(column), column
+
+
+def test_held_out_prompts_get_the_same_answers_from_both_engines(
+    results: VllmResults, folder: Path, tmp_path: Path
+) -> None:
+    store, config = make_run(tmp_path, folder, folder, warmup=None)
+    for key in (REFERENCE, BASELINE):
+        execute(store, config, key)
+    theirs = RunStore.open(results.store_folder)
+    # Teacher and start.
+    assert results.answering == [str(folder), str(theirs.path(MODELS, "student"))]
+    assert [each.finished(REFERENCE).counters["engine"] for each in (store, theirs)] == ["transformers", "vllm"]
+    tables = [each.read_part(each.path(BASELINE, RESPONSES_FILE), EVALUATE_RESPONSES) for each in (store, theirs)]
+    assert tables[0].column("model").unique().to_pylist() == ["teacher", "start"]
+    assert tables[0].equals(tables[1])
 
 
 def test_actors_of_a_ray_cluster_sample_with_vllm_what_one_process_does(
