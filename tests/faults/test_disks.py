@@ -28,11 +28,14 @@ ROOT = Path(__file__).parents[2]
 def largest_file(size: int) -> Iterator[None]:
     """Let the system refuse every byte beyond ``size`` of a file, as a full disk does: half-way through a write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Else Python leaves half of what it compiles of a module that is first imported here, and cannot import it again.
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = writes_bytecode
 
 
 def test_every_stage_survives_a_disk_that_takes_no_more(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
