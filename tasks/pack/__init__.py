@@ -1,17 +1,11 @@
 """Stage pack: whole sequences into bins, with the teacher's targets beside the tokens they belong to."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas.stage_key import WARMUP
 from schemas.tables import TableSchema, pack_schema
-from tasks.cores import available_cores
 from tasks.pack.binning import Bins, Index, best_fit_decreasing, index_type
 from tasks.pack.regroup import Regrouped
 from tasks.pack.rows import pack_rows
@@ -21,16 +15,13 @@ from tasks.stage import StageJob
 ROW_GROUP_BINS = 4
 """Bins in a Parquet row group: what a trainer reads at least."""
 
-WRITERS = 4
-"""Files written at a time, on a core each; each holds its rows about four times while it is made."""
-
 
 def run(job: StageJob) -> None:
     """Write the packs of a round (kept samples with targets), or of the warm-up (references of train prompts).
 
-    Memory holds one shard of an input and WRITERS of the output at a time, and about 60 bytes a sequence: which bin it
-    goes to is known only when all lengths are. A temporary copy of the rows to pack lies in the stage's folder
-    meanwhile. Finished shards of an earlier attempt are kept.
+    Memory holds one shard of an input and one of the output at a time, and about 60 bytes a sequence: which bin it goes
+    to is known only when all lengths are. A temporary copy of the rows to pack lies in the stage's folder meanwhile.
+    Finished shards of an earlier attempt are kept.
 
     Raises:
         StageError: nothing is left to pack.
@@ -81,28 +72,11 @@ def _write_shards(job: StageJob, selection: Selection, bins: Bins, schema: Table
             regrouped.append(Regrouped(folder, starts))
             regrouped[-1].scatter(store, source, places, file_done)
         del places
-
-        def write(shard: int, parts: list[pa.Table]) -> None:
+        for shard, *parts in zip(todo, *(rows.gather() for rows in regrouped), strict=True):
             low, high = int(first_bins[shard]), int(first_bins[shard + 1])
             table = pack_rows(_side_by_side(parts), bins.offsets[low : high + 1] - bins.offsets[low], low)
             store.write_table(store.part(job.key, shard), table, schema, row_group_rows=ROW_GROUP_BINS)
-
-        gathered = zip(todo, *(rows.gather() for rows in regrouped), strict=True)
-        threads = min(WRITERS, job.config.devices.cpu_threads or available_cores())
-        for _ in _in_threads((partial(write, shard, parts) for shard, *parts in gathered), threads):
             file_done()
-
-
-def _in_threads(calls: Iterable[Callable[[], None]], threads: int) -> Iterator[None]:
-    """Make calls in so many threads; yield for each that has returned. Of what is to come one call is taken ahead."""
-    with ThreadPoolExecutor(threads) as pool:
-        begun: deque[Future[None]] = deque()
-        for call in calls:
-            if len(begun) == threads:
-                yield begun.popleft().result()
-            begun.append(pool.submit(call))
-        for one in begun:
-            yield one.result()
 
 
 def _places(bins: Bins, starts: NDArray[np.int64], todo: list[int]) -> Index:

@@ -45,11 +45,9 @@ def test_four_times_the_samples_are_held_in_the_same_memory(tmp_path: Path, monk
     peaks: dict[tuple[str, int], int] = {}
     for times in (0, 1, 4):
         samples = SAMPLES * times or 64
-        store, config = write_round(
+        run = write_round(
             tmp_path / str(times), samples, shard=192, prompt=16, response=24, shard_bins=2, max_tokens=2_048
         )
-        devices = config.devices.model_copy(update={"cpu_threads": 1})
-        run = store, config.model_copy(update={"devices": devices})
         for stage in BYTES_A_SAMPLE:
             with measured() as peak:
                 execute(*run, StageKey(stage, 0))

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -251,28 +250,6 @@ def test_a_half_written_stage_continues_from_its_finished_shards(tmp_path: Path)
     assert kept_shard.stat().st_ino == kept_inode
     assert not leftover.exists()
     assert second.counters["bins"] == first.counters["bins"]
-
-
-def test_files_are_written_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _config(tmp_path)
-    store, _, _ = _write_round(tmp_path, config)
-    monkeypatch.setattr("tasks.pack.WRITERS", 1)
-    alone = execute(store, config, PACK_KEY)
-    store.supersede(PACK_KEY)
-    monkeypatch.setattr("tasks.pack.WRITERS", 2)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    two = threading.Barrier(2, timeout=30)
-
-    def packed(*arguments: Any) -> pa.Table:
-        table = pack_rows(*arguments)
-        if table.column("pack_id")[0].as_py() in firsts:
-            two.wait()
-        return table
-
-    firsts = range(2 * config.pack.shard_bins)
-    monkeypatch.setattr("tasks.pack.pack_rows", packed)
-    assert _digests(execute(store, config, PACK_KEY)) == _digests(alone)
-    assert alone.counters["shards"] > 2
 
 
 def test_failure_leaves_no_temporary_files(tmp_path: Path) -> None:
