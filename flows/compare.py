@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -16,6 +16,7 @@ from pydantic import Field
 
 from flows.comparison_progress import current_runs_listener
 from flows.comparison_worker import Worker, lenders, stands
+from flows.figures import publish_figures
 from flows.process import cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_process import fork_server
@@ -61,7 +62,6 @@ from tasks.cores import available_cores
 from tasks.graph import initial_policy
 from tasks.language_model.sources import exported_folder
 from tasks.report.comparison import comparison_figures, comparison_html
-from tasks.report.images import image_url
 from tasks.rl.graph import EVALUATE
 
 
@@ -271,9 +271,7 @@ class Work:
                 temporary.write_text(comparison_html(table, self.comparison.name), encoding="utf-8")
         with if_server_answers(get_run_logger()):
             create_markdown_artifact(markdown, key=artifact_key(self.comparison.name, "comparison"))
-            for figure in comparison_figures(table):
-                key = artifact_key(self.comparison.name, "figure", figure.key)
-                create_image_artifact(image_url(figure), key=key, description=figure.title)
+            publish_figures(self.comparison.name, comparison_figures(table))
         return table
 
     def require_all_done(self) -> None:

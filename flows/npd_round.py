@@ -4,11 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 
 from flows.configs import read_config
+from flows.figures import publish_figures
 from flows.process import cancelled_by_errors
 from flows.progress import artifact_key, if_server_answers
 from flows.stage_tasks import (
@@ -33,7 +34,7 @@ from schemas.stage_key import WARMUP
 from tasks.graph import samples
 from tasks.report import write_report
 from tasks.report.findings import read_findings
-from tasks.report.images import figures_markdown, image_url
+from tasks.report.images import figures_markdown
 from tasks.report.page import sections_of
 
 
@@ -150,7 +151,4 @@ def publish_round(store: RunStore, config: RunConfig, index: int) -> None:
         if index < config.rounds - 1:
             # Those of the run so far would be replaced by the next round's.
             figures = [figure for figure in figures if figure.round == index]
-        for figure in figures:
-            create_image_artifact(
-                image_url(figure), key=artifact_key(config.name, "figure", figure.key), description=figure.title
-            )
+        publish_figures(config.name, figures)

@@ -4,10 +4,11 @@ from dataclasses import asdict
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
 from flows.configs import read_as
+from flows.figures import publish_figures
 from flows.progress import artifact_key, if_server_answers
 from flows.rl_summary import rl_markdown, rl_rows, summarize_rl
 from flows.stage_tasks import StageTask, stage_task
@@ -15,7 +16,7 @@ from schemas.config import RLConfig
 from schemas.errors import NPDError
 from schemas.run_store import RunStore
 from tasks.report import write_report
-from tasks.report.images import figures_markdown, image_url
+from tasks.report.images import figures_markdown
 from tasks.report.rl_findings import read_rl_findings
 from tasks.report.rl_page import rl_sections_of
 
@@ -85,7 +86,4 @@ def publish(store: RunStore, config: RLConfig) -> None:
             key=artifact_key(config.name, "rl", "figures"),
             description=f"{config.name}: the numbers of its figures",
         )
-        for figure in (figure for section in sections for figure in section.figures):
-            create_image_artifact(
-                image_url(figure), key=artifact_key(config.name, "figure", figure.key), description=figure.title
-            )
+        publish_figures(config.name, (figure for section in sections for figure in section.figures))
