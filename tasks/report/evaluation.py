@@ -1,7 +1,7 @@
 """Held-out metrics of the student after each round, of the teacher, and of the student before all training."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -121,15 +121,17 @@ def paired_change(store: RunStore, before: tuple[StageKey, str], after: tuple[St
     return found if math.isfinite(found.low) else None
 
 
-def change_text(first: Metric, last: Metric, paired: Interval | None, span: str = "") -> str:
-    """Return how a metric changed, and whether that can be told from noise, in words.
+def change_text(values: Sequence[Metric], paired: Interval | None = None, span: str = "") -> str:
+    """Return how a metric changed from first to last, and whether that can be told from noise, in words.
 
     Args:
-        first: The metric before.
-        last: The metric after.
+        values: The metric, in the order of time.
         paired: The change prompt by prompt, where it is known: what both models find hard is then no noise.
         span: What the change is over.
     """
+    if len(values) < 2:
+        return "Held-out prompts only."
+    first, last = values[0], values[-1]
     change = last.value - first.value
     least, how = told_apart(first, last), "unpaired"
     if paired is not None:

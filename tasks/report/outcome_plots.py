@@ -69,19 +69,12 @@ def metric_figure(name: str, metrics: list[Metric], config: RunConfig, change: I
     return Figure(
         key=f"metric-{''.join(c if c.isascii() and c.isalnum() else '-' for c in name)}",
         title=kind.title,
-        caption=noise_text(student, change),
+        caption=change_text(student, change, " over the rounds"),
         svg=drawing(kind.title, axes.frame(ticks), axes.levels(levels), line, *points),
         legend=legend,
         header=["model", kind.unit, "standard error", "n"],
         rows=rows,
     )
-
-
-def noise_text(student: list[Metric], change: Interval | None = None) -> str:
-    """Return whether a metric's change over the rounds can be told from noise, in words; see ``change_text``."""
-    if len(student) < 2:
-        return "Held-out prompts only."
-    return change_text(student[0], student[-1], change, " over the rounds")
 
 
 def student_name(index: int, config: RunConfig) -> str:

@@ -42,7 +42,7 @@ def before_after_figure(name: str, metrics: list[Metric], change: Interval | Non
     return Figure(
         key=f"metric-{name.replace('_', '-')}",
         title=kind.title,
-        caption=change_text(own[0], own[1], change) if len(own) == 2 else "Held-out prompts only.",
+        caption=change_text(own, change),
         svg=drawing(kind.title, frame, line, *points),
         legend=[("student", "held-out prompts, with 95 % interval")],
         header=["model", kind.unit, "standard error", "n"],

@@ -22,12 +22,12 @@ from tasks.comparison.intervals import Interval
 from tasks.report import run_report, write_report
 from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
 from tasks.report.drawing import Scale, around
-from tasks.report.evaluation import Metric, metrics_of, shown_names, told_apart
+from tasks.report.evaluation import Metric, change_text, metrics_of, shown_names, told_apart
 from tasks.report.findings import RunFindings, read_findings
 from tasks.report.histograms import Grid, Values
 from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
-from tasks.report.outcome_plots import metric_figure, noise_text
+from tasks.report.outcome_plots import metric_figure
 from tasks.report.page import level, sections_of
 from tasks.report.samples import SHOWN_SAMPLES, read_samples, samples_to_read
 from tasks.report.training import curves_of
@@ -190,19 +190,22 @@ def test_metrics_are_of_a_model_and_finite() -> None:
 def test_the_report_says_what_cannot_be_told_from_noise() -> None:
     first, last = Metric("accuracy", "student", -1, 0.5, 0.03, 90), Metric("accuracy", "student", 1, 0.52, 0.04, 90)
     assert told_apart(first, last) == pytest.approx(1.96 * 0.05)
-    said = noise_text([first, last])
+    said = change_text([first, last])
     assert "within noise" in said
     assert "Differences below 9.8 points cannot be told from noise here (unpaired, at 95 %)" in said
     assert "2 points cannot" in said
     sure = Metric("accuracy", "student", 1, 0.6, 0.001, 90)
-    assert "beyond noise" in noise_text([Metric("accuracy", "student", 0, 0.5, 0.001, 90), sure])
+    assert "beyond noise" in change_text([Metric("accuracy", "student", 0, 0.5, 0.001, 90), sure])
     # Where both models fail at the same prompts, less is noise.
-    said = noise_text([first, last], Interval(0.02, 0.005, 0.035))
+    said = change_text([first, last], Interval(0.02, 0.005, 0.035))
     assert "beyond noise. Differences below 1.5 points cannot be told from noise here (prompt by prompt" in said
     assert "2 points cannot" not in said
     # A benchmark without a standard error says nothing of noise.
     unknown = [Metric("lm_eval/bleu", "student", index, 0.1 * index, 0.0, 90) for index in (0, 1)]
-    assert noise_text(unknown) == "Change over the rounds +0.1000; how much is noise is not known."
+    assert (
+        change_text(unknown, span=" over the rounds")
+        == "Change over the rounds +0.1000; how much is noise is not known."
+    )
 
 
 def test_a_runs_accuracy_is_compared_prompt_by_prompt(findings: RunFindings) -> None:
