@@ -12,8 +12,9 @@ from schemas.untrusted_text import readable
 ROLES = ("system", "user", "assistant")
 """Roles a prompt's messages may have. A tool's turn would need its calls, which the prompts table does not hold."""
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""Roles of `{from, value}` messages, as ShareGPT writes them, that are called otherwise here."""
+_OWN_ROLES = {role: role for role in ROLES}
+_SHAREGPT_ROLES = _OWN_ROLES | {"human": "user", "gpt": "assistant"}
+"""Roles of `{from, value}` messages, as ShareGPT writes them, and what they are called here."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,7 @@ def _checked_message(value: Any, column: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise RowProblem(column, f"should be an object with `role` and `content`, is {_type_name(value)}")
     sharegpt = value.get("role") is None and value.get("from") is not None
-    keys, known = ("role", "content"), dict(zip(ROLES, ROLES))
-    if sharegpt:
-        keys, known = ("from", "value"), known | SHAREGPT_ROLES
+    keys, known = (("from", "value"), _SHAREGPT_ROLES) if sharegpt else (("role", "content"), _OWN_ROLES)
     for key in keys:
         if value.get(key) is None:
             raise RowProblem(f"{column}.{key}", f"is missing; the message has {quoted(value)}")
