@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from schemas.config import parse_config
+from schemas.config import RunConfig, parse_config
 from schemas.errors import ConfigError, ModelError, PromptError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
@@ -105,27 +105,44 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         make_config(tmp_path, **changes)
 
 
+def on_policy_run(
+    folder: Path,
+    teacher: Path,
+    student: Path,
+    splits: dict[str, str],
+    *,
+    steps: int,
+    generate: dict[str, Any],
+    **how: Any,
+) -> tuple[RunStore, RunConfig]:
+    """Return a run of on-policy training up to its models; ``how`` are settings of `train.on_policy`."""
+    config = make_config(
+        folder,
+        teacher={"model": str(teacher)},
+        student={"model": str(student)},
+        rounds=1,
+        generate=generate,
+        train={
+            "on_policy": how,
+            "steps_per_round": steps,
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+        },
+    )
+    store = make_store(folder, config)
+    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table(splits)])
+    execute(store, config, MODELS)
+    return store, config
+
+
 def test_on_policy_training_asks_the_train_prompts_alone_and_repeats_byte_for_byte(
     tmp_path: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Held-out prompts lie between the six that may be asked; two epochs of two steps ask each of those twice.
     splits = {name: "held_out" if name in "beh" else "train" for name in "abcdefghi"}
-    config = make_config(
-        tmp_path,
-        teacher={"model": str(student_dir)},
-        student={"model": str(student_dir)},
-        rounds=1,
-        generate={"max_new_tokens": 2},
-        train={
-            "on_policy": {"prompts_per_step": 3},
-            "steps_per_round": 4,
-            "precision": "fp32",
-            "gradient_checkpointing": False,
-        },
+    store, config = on_policy_run(
+        tmp_path, student_dir, student_dir, splits, steps=4, generate={"max_new_tokens": 2}, prompts_per_step=3
     )
-    store = make_store(tmp_path, config)
-    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table(splits)])
-    execute(store, config, MODELS)
     asked: list[str] = []
     tokenize = OnPolicyTrainer._tokenize_prompts
 
@@ -149,22 +166,10 @@ def test_on_policy_training_samples_no_further_than_the_context(
     # The longest leaves room for two tokens, no other for all that may be sampled.
     context = max(map(len, encode_prompts(load_tokenizer(str(student_dir)), asked))) + 2
     model = save_model(tmp_path / "model", make_model(seed=2, layers=1, context=context))
-    config = make_config(
-        tmp_path,
-        teacher={"model": str(model)},
-        student={"model": str(model)},
-        rounds=1,
-        generate={"max_new_tokens": 24},
-        train={
-            "on_policy": {"prompts_per_step": 4},
-            "steps_per_round": 1,
-            "precision": "fp32",
-            "gradient_checkpointing": False,
-        },
+    splits = dict.fromkeys(names, "train")
+    store, config = on_policy_run(
+        tmp_path, model, model, splits, steps=1, generate={"max_new_tokens": 24}, prompts_per_step=4
     )
-    store = make_store(tmp_path, config)
-    finish_stage(store, StageKey("prompts"), PROMPTS, [prompts_table(dict.fromkeys(names, "train"))])
-    execute(store, config, MODELS)
     sampled: list[int] = []
     generate = OnPolicyTrainer._generate_single_turn
 
@@ -189,30 +194,16 @@ def test_on_policy_training_samples_as_it_is_told_and_learns_the_kl_it_is_told(
     What a teacher's vocabulary has above the student's is padding and counts for nothing.
     """
     teacher_dir = save_model(tmp_path / "teacher", make_model(seed=9, layers=3, vocab_size=rows, tie=tied))
-    config = make_config(
-        tmp_path,
-        teacher={"model": str(teacher_dir)},
-        student={"model": str(student_dir)},
-        rounds=1,
-        generate={"max_new_tokens": 7, "temperature": 0.7, "top_p": 0.9},
-        train={
-            "on_policy": {"prompts_per_step": 4, "batch_prompts": 2, "beta": beta},
-            "steps_per_round": 1,
-            "precision": "fp32",
-            "gradient_checkpointing": False,
-        },
-    )
-    store = make_store(tmp_path, config)
-    finish_stage(
-        store, StageKey("prompts"), PROMPTS, [prompts_table(dict.fromkeys("abcd", "train") | {"e": "held_out"})]
-    )
-    execute(store, config, MODELS)
+    splits = dict.fromkeys("abcd", "train") | {"e": "held_out"}
+    generate = {"max_new_tokens": 7, "temperature": 0.7, "top_p": 0.9}
+    how = {"prompts_per_step": 4, "batch_prompts": 2, "beta": beta}
+    store, config = on_policy_run(tmp_path, teacher_dir, student_dir, splits, steps=1, generate=generate, **how)
     sampled: list[tuple[list[int], list[int]]] = []
     trainers: list[OnPolicyTrainer] = []
-    generate = OnPolicyTrainer._generate_single_turn
+    sample = OnPolicyTrainer._generate_single_turn
 
     def listen(trainer: OnPolicyTrainer, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        responses = generate(trainer, prompt_ids, *args, **kwargs)
+        responses = sample(trainer, prompt_ids, *args, **kwargs)
         trainers.append(trainer)
         sampled.extend(zip(prompt_ids, responses, strict=True))
         return responses
