@@ -233,5 +233,5 @@ def _describe_death(key: StageKey, code: int | None, log: Path) -> str:
             f"stage `{key.label}` was killed (signal 9), most likely out of memory: {out_of_memory_hint(key)}. "
             f"What it printed: {log}"
         )
-    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exited with code {code}"
+    how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exited with code {code}"
     return f"stage `{key.label}`: its process {how} before the stage was done. What it printed: {log}"

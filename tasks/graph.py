@@ -45,6 +45,11 @@ def result_policy(config: RunConfig, round_index: int) -> StageKey:
     return initial_policy(config) if round_index < 0 else StageKey("export", round_index)
 
 
+def evaluated_in_baseline(config: RunConfig, key: StageKey) -> bool:
+    """Say whether baseline has evaluated the model of evaluation ``key`` already: the untouched student's."""
+    return key.stage == "evaluate" and result_policy(config, _round(key)) == MODELS
+
+
 def sampling_policy(config: RunConfig, round_index: int) -> StageKey:
     """Return the stage whose model samples round ``round_index`` (pi_gen).
 
@@ -164,6 +169,12 @@ def _evaluate_config(config: RunConfig, key: StageKey) -> dict[str, Any]:
     return values | {"teacher_engine": config.score.engine if served else None}
 
 
+def _evaluate_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
+    if evaluated_in_baseline(config, key):
+        return [BASELINE]
+    return [PROMPTS, REFERENCE, MODELS, result_policy(config, _round(key))]
+
+
 def _pack_inputs(config: RunConfig, key: StageKey) -> list[StageKey]:
     index = _round(key)
     if index == WARMUP:
@@ -221,7 +232,7 @@ STAGES: dict[str, Stage] = {
         "tasks.evaluate",
         3,
         _evaluate_config,
-        lambda c, k: [PROMPTS, REFERENCE, MODELS, result_policy(c, _round(k))],
+        _evaluate_inputs,
     ),
 }
 

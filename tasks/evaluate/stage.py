@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.errors import ArtifactError, StageError
+from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import (
     EVALUATE_METRICS,
@@ -25,7 +26,7 @@ from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
 from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
-from tasks.graph import BASELINE
+from tasks.graph import BASELINE, evaluated_in_baseline
 from tasks.language_model.prefill import TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
@@ -50,6 +51,9 @@ class _Subject:
 def evaluate(job: StageJob) -> None:
     """See ``tasks.evaluate.run``."""
     store, config = job.store, job.config
+    if evaluated_in_baseline(config, job.key):
+        _take_from_baseline(store, job.key)
+        return
     round_index = WARMUP if job.key == BASELINE else job.round
     teacher = teacher_model(store, config)
     if job.key == BASELINE:
@@ -83,6 +87,17 @@ def _responses(job: StageJob, subjects: Sequence[_Subject], teacher: ModelRef, r
             tables.append(own_responses(held_out, each.model, each.name, round_index, sampling, job.progress))
         job.store.write_table(path, pa.concat_tables(tables), EVALUATE_RESPONSES)
     return job.store.read_part(path, EVALUATE_RESPONSES)
+
+
+def _take_from_baseline(store: RunStore, key: StageKey) -> None:
+    """Write what baseline found of the student that the run starts from as what evaluation ``key`` finds of it."""
+    schemas = {METRICS_FILE: EVALUATE_METRICS, RESPONSES_FILE: EVALUATE_RESPONSES}
+    for path in store.table_files(BASELINE):
+        found = store.read_part(path, schemas[path.name])
+        own = found.filter(pc.equal(found["model"], "start"))
+        column = own.schema.get_field_index("model")
+        own = own.set_column(column, own.schema.field(column), pa.repeat("student", len(own)))
+        store.write_table(store.path(key, path.name), own, schemas[path.name])
 
 
 def _on_sampler(job: StageJob) -> ModelRef:

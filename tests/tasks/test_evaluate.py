@@ -316,11 +316,26 @@ def test_models_answer_as_the_config_says(tmp_path: Path) -> None:
             assert found.seed == 8
 
 
-def test_without_responses_there_is_agreement_only(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
-    config = smoke_config(tmp_path, teacher_dir, student_dir, "warmup=null", "evaluate.generate=false")
-    store = RunStore.create(config)
+@pytest.mark.parametrize("generate", [True, False])
+def test_without_a_warm_up_the_student_is_evaluated_once(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, generate: bool
+) -> None:
+    """And without responses there is agreement only."""
+    settings = ("warmup=null", f"evaluate.generate={str(generate).lower()}", "evaluate.temperature=1")
+    config = smoke_config(tmp_path, teacher_dir, student_dir, *settings)
+    store, start = RunStore.create(config), StageKey("evaluate", WARMUP)
     for key in loop(config)[:5]:
         execute(store, config, key)
-    for key, models in ((BASELINE, {"start"}), (StageKey("evaluate", WARMUP), {"student"})):
-        assert {model for model, _ in evaluated(store, key)} == models
-        assert not store.path(key, RESPONSES_FILE).exists()
+    assert store.finished(BASELINE).counters["tokens"] > 0
+    assert "tokens" not in store.finished(start).counters
+    baseline, found = evaluated(store, BASELINE), evaluated(store, start)
+    assert {model for model, _ in found} == {"student"}
+    assert {metric: row["value"] for (_, metric), row in found.items()} == {
+        metric: row["value"] for (model, metric), row in baseline.items() if model == "start"
+    }
+    if generate:
+        asked, answered = (responses_of(store, key).to_pylist() for key in (BASELINE, start))
+        assert answered == [row | {"model": "student"} for row in asked if row["model"] == "start"] != []
+    else:
+        assert {metric for _, metric in found} == set(AGREEMENT_METRICS)
+        assert not any(store.path(key, RESPONSES_FILE).exists() for key in (BASELINE, start))

@@ -118,7 +118,7 @@ def test_stages_read_the_results_of_these() -> None:
         assert inputs_of(plain, "export", index) == {"warm-up · export", f"{here}train"}
         assert inputs_of(plain, "evaluate", index) == {"prompts", "models", "reference", f"{here}export"}
     bare = config_of({"warmup": None})
-    assert inputs_of(bare, "evaluate", WARMUP) == {"prompts", "models", "reference"}
+    assert inputs_of(bare, "evaluate", WARMUP) == {"baseline"}
     assert inputs_of(bare, "train", 0) == {"models", "round 0 · pack"}
     # Sampled beside the training of the round before.
     ahead = config_of({"overlap": True, "rounds": 3})
