@@ -18,7 +18,7 @@ from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, score_schema
-from tasks.comparison.intervals import Interval
+from tasks.comparison.intervals import Interval, crossed_interval
 from tasks.report import run_report, write_report
 from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
 from tasks.report.drawing import Scale, around
@@ -200,6 +200,11 @@ def test_the_report_says_what_cannot_be_told_from_noise() -> None:
     said = change_text([first, last], Interval(0.02, 0.005, 0.035))
     assert "beyond noise. Differences below 1.5 points cannot be told from noise here (prompt by prompt" in said
     assert "2 points cannot" not in said
+    # Of few prompts the interval ends at 1, which is no sign of less noise: this one reaches below 0.
+    found = crossed_interval(np.array([[1.0, 1.0, 1.0, 0.0]]))
+    assert found.low < 0 < found.high == 1
+    said = change_text([Metric("accuracy", "student", index, 0.75 * index, 0.25, 4) for index in (0, 1)], found)
+    assert "+0.7500: within noise. Differences below 79.6 points" in said
     # A benchmark without a standard error says nothing of noise.
     unknown = [Metric("lm_eval/bleu", "student", index, 0.1 * index, 0.0, 90) for index in (0, 1)]
     assert (
