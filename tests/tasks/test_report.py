@@ -17,7 +17,7 @@ from schemas.config import StudentConfig, parse_config
 from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, score_schema
+from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, pack_schema, score_schema
 from tasks.comparison.intervals import Interval, crossed_interval
 from tasks.report import run_report, write_report
 from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
@@ -134,11 +134,16 @@ def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
     assert [figure.key for figure in training_figures([unmeasured], 0.1)] == ["loss", "learning-rate"]
 
 
-def test_packs_are_counted(findings: RunFindings) -> None:
+def test_packs_are_counted(store: RunStore, findings: RunFindings) -> None:
     assert [fill.round for fill in findings.packs] == [WARMUP, 0, 1]
     for fill in findings.packs:
-        assert (fill.packs, fill.sequences, fill.counts.sum()) == (24, 24 * 16, 24)
-        assert 0 < fill.least <= fill.fill <= 1
+        schema = pack_schema(None if fill.round == WARMUP else TOP_K)
+        lengths = store.read_table(StageKey("pack", fill.round), schema, ["seq_lengths"]).column("seq_lengths")
+        fills = [sum(row) / 4096 for row in lengths.to_pylist()]
+        assert (fill.packs, fill.sequences) == (24, 24 * 16)
+        assert (fill.least, fill.fill) == pytest.approx((min(fills), np.mean(fills)))
+        # Some are a little less full than counts as full.
+        assert 0 < fill.full == sum(each >= 0.95 for each in fills) < sum(each >= 0.94 for each in fills)
 
 
 def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore) -> None:
