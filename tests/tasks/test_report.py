@@ -27,9 +27,10 @@ from tasks.report.findings import RunFindings, read_findings
 from tasks.report.histograms import Grid, Values
 from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
-from tasks.report.outcome_plots import metric_figure
+from tasks.report.outcome_plots import metric_figure, rate_figures
 from tasks.report.page import level, sections_of
 from tasks.report.samples import SHOWN_SAMPLES, read_samples, samples_to_read
+from tasks.report.stages import StageCost, mean_rate
 from tasks.report.training import curves_of
 from tasks.report.training_plots import training_figures
 from tests.report_runs import TOP_K, WORDS, metric, synthetic_run, write_metrics
@@ -287,6 +288,18 @@ def test_every_drawing_is_well_formed_and_named(findings: RunFindings) -> None:
         assert all(len(row) == len(figure.header) for row in figure.rows), figure.key
         assert "nan" not in str(figure.svg)
         ElementTree.fromstring(image_svg(figure))
+
+
+def test_a_rate_is_of_the_time_that_went_into_the_tokens() -> None:
+    """An evaluation samples too, and every stage loads models: its seconds are more than its tokens took."""
+    stages = [
+        StageCost(StageKey("evaluate", index), True, seconds=100.0, tokens=tokens, tokens_per_second=rate)
+        for index, (tokens, rate) in enumerate([(4000, 800.0), (2000, 100.0)])
+    ]
+    assert mean_rate(stages) == pytest.approx(6000 / 25)
+    assert rate_figures(stages)[0].rows == [["evaluate", "240/s"]]
+    # All shards were there already.
+    assert mean_rate([StageCost(StageKey("generate", 0), True, seconds=2.0, tokens=90, tokens_per_second=0.0)]) is None
 
 
 def test_the_budget_is_drawn(findings: RunFindings) -> None:
