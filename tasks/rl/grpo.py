@@ -194,7 +194,7 @@ def metrics_table(log_history: list[dict[str, Any]]) -> pa.Table:
         "score": "score",
         "reward": "reward",
         "reward_std": "reward_std",
-        "equal_rewards": "frac_reward_zero_std",
+        "equal_rewards": "equal_rewards",
         "response_tokens": "completions/mean_length",
         "truncation_rate": "truncation_rate",
     }

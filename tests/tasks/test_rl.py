@@ -73,6 +73,14 @@ def rollouts(store: RunStore) -> pa.Table:
     return pa.concat_tables([store.read_part(path, RL_ROLLOUTS) for path in files])
 
 
+def equal_rewards(samples: list[dict[str, Any]]) -> float:
+    """Return the share of prompts whose responses all have one reward."""
+    rewards: dict[str, set[float]] = {}
+    for sample in samples:
+        rewards.setdefault(sample["prompt_id"], set()).add(sample["reward"])
+    return float(np.mean([len(found) == 1 for found in rewards.values()]))
+
+
 def accuracy(store: RunStore, key: Any) -> float:
     rows = store.read_part(store.path(key, "metrics.parquet"), EVALUATE_METRICS).to_pylist()
     return next(float(row["value"]) for row in rows if row["metric"] == "accuracy")
@@ -92,12 +100,15 @@ def test_metrics_are_those_of_the_rollouts(finished: tuple[RunStore, RLConfig]) 
     steps, samples = metrics(store).to_pylist(), rollouts(store)
     assert [row["step"] for row in steps] == list(range(1, config.grpo.steps + 1))
     assert samples.num_rows == 12 * 3 * 8
+    # The rate that each step was taken with, not the next one's.
+    assert [row["learning_rate"] for row in steps] == pytest.approx([3e-2 * (1 - done / 12) for done in range(12)])
     for row in steps:
         own = [sample for sample in samples.to_pylist() if sample["step"] == row["step"]]
         assert len(own) == 3 * 8
         assert row["score"] == pytest.approx(np.mean([sample["score"] for sample in own]))
         assert row["reward"] == pytest.approx(np.mean([sample["reward"] for sample in own]), abs=1e-6)
         assert row["reward_std"] == pytest.approx(np.std([sample["reward"] for sample in own], ddof=1), abs=1e-5)
+        assert row["equal_rewards"] == pytest.approx(equal_rewards(own))
         assert row["response_tokens"] == 1.0
         assert row["truncation_rate"] == pytest.approx(np.mean([sample["finish_reason"] == "length" for sample in own]))
         assert row["kl"] is None
@@ -243,7 +254,7 @@ def test_rewards_are_the_verifiers_scores() -> None:
         prompts=["1", "1", "3", "3"],
     )
     assert found == [1.0, -0.25, 0.75, 0.0]
-    assert logged == [("score", 0.5), ("truncation_rate", 0.5)]
+    assert logged == [("score", 0.5), ("equal_rewards", 0.0), ("truncation_rate", 0.5)]
     kept = reward.take_rollouts()
     assert kept.column("prompt_id").to_pylist() == ["p001", "p001", "p003", "p003"]
     assert kept.column("sample_index").to_pylist() == [0, 1, 0, 1]
