@@ -32,6 +32,7 @@ from tasks.rollout.prompts import encode_messages
 from tasks.stage import execute
 from tests.faults.object_server import ObjectServer
 from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, run_rl, source_store
+from tests.tiny_models import make_model, save_model
 
 
 def likely_letter(student: Path) -> str:
@@ -234,6 +235,33 @@ def test_a_reference_model_an_own_model_and_several_steps_on_one_batch(tmp_path:
     assert set(samples.column("step").to_pylist()) == {1, 3}
     for row in samples.to_pylist():
         assert row["reward"] == row["score"] - 0.5 * (row["finish_reason"] == "length")
+
+
+def test_means_over_tokens_do_not_depend_on_how_many_responses_are_passed_at_once(tmp_path: Path) -> None:
+    model = make_model(seed=2)
+    # Many ends, so that responses differ in length.
+    model.generation_config.eos_token_id = list(range(2, 90))
+    folder = save_model(tmp_path / "model", model)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {i}.", "answer": "a"}}\n' for i in range(9)), encoding="utf-8")
+    found = []
+    for batch in (None, 2):
+        grpo = {"steps": 1, "beta": 0.1, "max_new_tokens": 20, "mask_truncated_completions": True}
+        values = rl_values(tmp_path, tmp_path, **grpo, sequences_per_batch=batch) | {
+            "name": f"batches-{batch}",
+            "run": None,
+            "model": str(folder),
+            "prompts": {"sources": [{"type": "jsonl", "path": str(prompts)}], "held_out": 2},
+        }
+        store = RunStore.at(config := parse_as(RLConfig, values))
+        store.record_config(config)
+        for key in (PROMPTS, RL):
+            execute(store, config, key)
+        found.append((metrics(store).to_pylist()[0], rollouts(store).column("response_tokens").to_pylist()))
+    (whole, lengths), (parts, same_lengths) = found
+    assert lengths == same_lengths
+    assert len(set(lengths)) > 3
+    assert parts["entropy"] == pytest.approx(whole["entropy"], rel=1e-5)
 
 
 def test_rewards_are_the_verifiers_scores() -> None:
