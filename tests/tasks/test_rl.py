@@ -239,8 +239,9 @@ def test_a_reference_model_an_own_model_and_several_steps_on_one_batch(tmp_path:
 
 def test_means_over_tokens_do_not_depend_on_how_many_responses_are_passed_at_once(tmp_path: Path) -> None:
     model = make_model(seed=2)
-    # Many ends, so that responses differ in length.
+    # Many ends, so that responses differ in length; what else comes with a model changes no sample.
     model.generation_config.eos_token_id = list(range(2, 90))
+    model.generation_config.min_new_tokens = 20
     folder = save_model(tmp_path / "model", model)
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(f'{{"prompt": "Say {i}.", "answer": "a"}}\n' for i in range(9)), encoding="utf-8")
