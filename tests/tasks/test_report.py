@@ -29,6 +29,7 @@ from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
 from tasks.report.outcome_plots import metric_figure, rate_figures
 from tasks.report.page import level, sections_of
+from tasks.report.sample_plots import ifd_figure
 from tasks.report.samples import SHOWN_SAMPLES, read_samples, samples_to_read
 from tasks.report.stages import StageCost, mean_rate
 from tasks.report.training import curves_of
@@ -80,6 +81,14 @@ def test_ifd_is_counted_in_both_directions(store: RunStore, findings: RunFinding
     expected, _, _ = np.histogram2d(np.clip(student, 0, 7.999), np.clip(teacher, 0, 7.999), [edges, edges])
     assert findings.ifd[1].sum() == expected.sum()
     assert np.abs(findings.ifd[1] - expected).sum() <= 6
+
+
+def test_an_ifd_that_is_off_the_drawing_is_told_of(findings: RunFindings) -> None:
+    cells = np.zeros((IFD.bins, IFD.bins), np.int64)
+    cells[40, 50] = 3
+    assert "above 8" not in ifd_figure(findings.ledgers[0], cells).caption
+    cells[40, -1] = 1
+    assert "above 8 is shown, and counts in means, as 8" in ifd_figure(findings.ledgers[0], cells).caption
 
 
 def test_a_window_keeps_every_count_and_has_an_edge_on_the_bound() -> None:
