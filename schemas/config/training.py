@@ -25,11 +25,7 @@ class LoraConfig(Section):
 
 
 class GuardConfig(Section):
-    """The near-policy guard: measures D_KL(current student || the policy that sampled its packs) while training.
-
-    Measured at some of the samples that the round trains on, over the whole vocabulary at each response position: the
-    sampler's 64 most likely tokens one by one, all others together.
-    """
+    """The near-policy guard: measures D_KL(current student || the policy that sampled its packs) while training."""
 
     max_policy_kl: float | None = Field(default=0.10, gt=0)
     """The budget, nats per token. The paper: about 0.10. null: no guard; the KL is recorded all the same."""
@@ -38,8 +34,9 @@ class GuardConfig(Section):
     """Optimizer steps of a round from one measurement to the next; its last step is always measured."""
 
     probe_tokens: int = Field(default=2048, ge=1)
-    """Response tokens it is measured at, the same ones throughout a round; at most as many tokens as an optimizer step
-    has, so that a measurement costs no more than a third of a step."""
+    """Response tokens it is measured at, of samples that the round trains on, the same ones throughout a round; at most
+    as many tokens as an optimizer step has, so that a measurement costs no more than a third of a step. At each the
+    sampler's 64 most likely tokens count one by one and all others together: never more than all would one by one."""
 
     action: Literal["warn", "refresh", "stop"] = "warn"
     """Over budget: `warn` says so once a round; `refresh` ends the round there, so that the next one samples from the

@@ -135,7 +135,8 @@ def change_text(values: Sequence[Metric], paired: Interval | None = None, span: 
     change = last.value - first.value
     least, how = told_apart(first, last), "unpaired"
     if paired is not None:
-        least, how = (paired.high - paired.low) / 2, "prompt by prompt"
+        # The longer side: the other may be cut short, since no share changes by more than 1.
+        least, how = max(paired.high - paired.mean, paired.mean - paired.low), "prompt by prompt"
     if least == 0:
         # As of benchmarks without a standard error: 0 stands for none.
         return f"No change{span}." if change == 0 else f"Change{span} {change:+.4f}; how much is noise is not known."

@@ -9,7 +9,7 @@ from tasks.comparison.intervals import Interval
 from tasks.report.drawing import LEFT, RIGHT, TOP, WIDTH, Axes, Figure, Scale, around, drawing, element, text, tip
 from tasks.report.evaluation import START, STUDENT, TEACHER, Metric, change_text, kind_of
 from tasks.report.findings import start_name
-from tasks.report.stages import StageCost
+from tasks.report.stages import StageCost, mean_rate
 from tasks.report.text import bytes_text, count_text, duration_text, number_text, round_name
 
 _NAMED_ROUNDS = 6
@@ -131,9 +131,9 @@ def rate_figures(stages: list[StageCost]) -> list[Figure]:
     rates, sizes = {}, {}
     for name in names:
         own = [stage for stage in finished if stage.key.stage == name]
-        counted = [stage for stage in own if stage.tokens is not None and stage.seconds > 0]
-        if counted:
-            rates[name] = sum(stage.tokens or 0 for stage in counted) / sum(stage.seconds for stage in counted)
+        rate = mean_rate(own)
+        if rate is not None:
+            rates[name] = rate
         sizes[name] = float(sum(stage.bytes for stage in own))
     rated = {name: f"{count_text(value)}/s" for name, value in rates.items()}
     sized = {name: bytes_text(int(value)) for name, value in sizes.items()}

@@ -102,7 +102,7 @@ _CURVES = (
     _Curve("kl", "KL to the start model", "nats per token", "Measured where `grpo.beta` is above 0.", "line-kd"),
     _Curve("clip_ratio", "Clipped ratios", "share of tokens", "Where the policy left `grpo.epsilon`.", "line-kd"),
     _Curve("grad_norm", "Gradient norm", "", "Before clipping.", "line-loss"),
-    _Curve("learning_rate", "Learning rate", "", "At the end of each step.", "line-loss"),
+    _Curve("learning_rate", "Learning rate", "", "That each step was taken with.", "line-loss"),
 )
 
 

@@ -110,10 +110,13 @@ def ifd_figure(ledger: Ledger, cells: Counts) -> Figure:
         ]
         for place in range(wide.bins)
     ]
+    caption = "The deeper, the more samples (by logarithm). Between the two lines is what may be learned from."
+    if cells[-1].any() or cells[:, -1].any():
+        caption += f" An IFD above {IFD.high:g} is shown, and counts in means, as {IFD.high:g}."
     return Figure(
         key=f"ifd-{ledger.round}",
         title=title,
-        caption="The deeper, the more samples (by logarithm). Between the two lines is what may be learned from.",
+        caption=caption,
         svg=drawing(title, axes.frame(), *density, *diagonals),
         legend=[
             ("density d5", "samples"),

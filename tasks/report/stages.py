@@ -53,6 +53,15 @@ def costs(keys: Iterable[StageKey], done: Mapping[StageKey, Manifest]) -> list[S
     return [_cost(key, done.get(key)) for key in keys]
 
 
+def mean_rate(stages: Iterable[StageCost]) -> float | None:
+    """Return the tokens a second of several stages, of the time that went into these tokens; None if none has a rate.
+
+    A stage knows this time best: to load a model is none of it, nor is what an evaluation samples.
+    """
+    rated = [(stage.tokens, stage.tokens_per_second) for stage in stages if stage.tokens and stage.tokens_per_second]
+    return sum(tokens for tokens, _ in rated) / sum(tokens / rate for tokens, rate in rated) if rated else None
+
+
 def _cost(key: StageKey, manifest: Manifest | None) -> StageCost:
     if manifest is None:
         return StageCost(key, finished=False)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from schemas.stage_key import WARMUP
 from tasks.report.evaluation import STUDENT, TEACHER, Metric, kind_of
 from tasks.report.findings import RunFindings, start_name
+from tasks.report.stages import mean_rate
 from tasks.report.text import count_text, duration_text, number_text, percent_text
 
 
@@ -30,9 +31,9 @@ def tiles_of(findings: RunFindings) -> list[Tile]:
         tiles.append(Tile("Samples kept", percent_text(kept / samples), f"{kept:,} of {samples:,}"))
     generated = [s for s in findings.stages if s.key.stage == "generate" and s.tokens is not None]
     if generated:
-        tokens, seconds = sum(s.tokens or 0 for s in generated), sum(s.seconds for s in generated)
-        rate = f"{tokens / seconds:,.0f} tokens/s" if seconds else ""
-        tiles.append(Tile("Generated tokens", count_text(tokens), rate))
+        rate = mean_rate(generated)
+        words = "" if rate is None else f"{rate:,.0f} tokens/s"
+        tiles.append(Tile("Generated tokens", count_text(sum(s.tokens or 0 for s in generated)), words))
     rounds = [fill for fill in findings.packs if fill.round != WARMUP]
     packs = sum(fill.packs for fill in rounds)
     if packs:

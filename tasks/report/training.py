@@ -12,10 +12,10 @@ from schemas.run_store import RunStore
 from schemas.stage_key import WARMUP, StageKey
 from schemas.tables import TRAIN_METRICS, pack_schema
 from tasks.language_model.ragged import Ragged
-from tasks.report.histograms import Counts, Grid, Values
+from tasks.report.histograms import Values
 
-FILL = Grid(0.0, 1.0, 50)
-"""Where packs are counted by their fill."""
+FULL = 0.95
+"""Fill from which a pack counts as full."""
 
 SHOWN_STEPS = 240
 """Points of a curve; of more optimizer steps, as many in a row are averaged as it takes."""
@@ -34,7 +34,7 @@ class PackFill:
         tokens: Tokens in them.
         capacity: Tokens that one can hold.
         least: Fill of the emptiest, 0 to 1.
-        counts: Packs in each bin of FILL.
+        full: Packs whose fill is at least FULL.
     """
 
     round: int
@@ -43,7 +43,7 @@ class PackFill:
     tokens: int
     capacity: int
     least: float
-    counts: Counts
+    full: int
 
     @property
     def fill(self) -> float:
@@ -58,16 +58,16 @@ def read_packs(store: RunStore, config: RunConfig, index: int) -> PackFill:
         ArtifactError: a table is damaged.
     """
     schema = pack_schema(None) if index == WARMUP else pack_schema(config.score.top_k, config.score.topk_dtype)
-    counts, packs, sequences, tokens, least = np.zeros(FILL.bins, np.int64), 0, 0, 0, 1.0
+    packs, sequences, tokens, least, full = 0, 0, 0, 1.0, 0
     for shard in store.iterate_table(StageKey("pack", index), schema, ["seq_lengths"]):
         lengths = Ragged.from_arrow(shard.column("seq_lengths"))
         ends = np.concatenate([[0], np.cumsum(lengths.values, dtype=np.int64)])
         sizes = np.diff(ends[lengths.offsets])
         packs, sequences, tokens = packs + len(sizes), sequences + len(lengths.values), tokens + int(sizes.sum())
         if sizes.size:
-            least = min(least, float(sizes.min()) / config.pack.max_tokens)
-            counts += FILL.count(sizes / config.pack.max_tokens)
-    return PackFill(index, packs, sequences, tokens, config.pack.max_tokens, least, counts)
+            fills = sizes / config.pack.max_tokens
+            least, full = min(least, float(fills.min())), full + int((fills >= FULL).sum())
+    return PackFill(index, packs, sequences, tokens, config.pack.max_tokens, least, full)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,10 @@ from tasks.report.drawing import (
 )
 from tasks.report.histograms import Values
 from tasks.report.text import number_text, percent_text, round_name
-from tasks.report.training import FILL, Curves, PackFill
+from tasks.report.training import FULL, Curves, PackFill
 
 TABLE_ROWS = 40
 """Rows of a curve's table of numbers at most."""
-
-FULL = 0.95
-"""Fill from which a pack counts as full in the table."""
 
 
 def fill_figure(packs: list[PackFill]) -> Figure:
@@ -49,7 +46,6 @@ def fill_figure(packs: list[PackFill]) -> Figure:
     base = TOP + row_height * len(packs)
     parts += share_ticks(x, base + 12.0)
     title = "Pack fill"
-    full = FILL.places(np.array([FULL]))[0]
     return Figure(
         key="pack-fill",
         title=title,
@@ -75,7 +71,7 @@ def fill_figure(packs: list[PackFill]) -> Figure:
                 f"{fill.capacity:,}",
                 percent_text(fill.fill),
                 percent_text(fill.least),
-                f"{int(fill.counts[full:].sum()):,}",
+                f"{fill.full:,}",
             ]
             for fill in packs
         ],

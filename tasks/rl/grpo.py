@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 
 from schemas.config import GRPOConfig, RLConfig
@@ -74,8 +74,10 @@ def _trained(
     model = load_model(start, dtype="float32", device=str(device), trust_remote_code=config.trust_remote_code)
     check_head(model)
     model.config.use_cache = False
-    prompts, tokens = train_prompts(job, tokenizer, model)
     ends = end_ids(tokenizer, start)
+    # What TRL leaves open `generate` takes from here: the model's own would change what is sampled.
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    prompts, tokens = train_prompts(job, tokenizer, model)
     reward = VerifiedReward(prompts, grpo.num_generations, ends, grpo.truncation_penalty)
 
     @contextmanager
@@ -194,7 +196,7 @@ def metrics_table(log_history: list[dict[str, Any]]) -> pa.Table:
         "score": "score",
         "reward": "reward",
         "reward_std": "reward_std",
-        "equal_rewards": "frac_reward_zero_std",
+        "equal_rewards": "equal_rewards",
         "response_tokens": "completions/mean_length",
         "truncation_rate": "truncation_rate",
     }

@@ -106,6 +106,9 @@ class VerifiedReward:
             )
         )
         log_metric("score", float(scores.mean()))
+        groups = values.reshape(-1, self._num_generations)
+        # TRL's own looks at whatever `grpo.scale_rewards` divides by, which may be the whole batch.
+        log_metric("equal_rewards", float((groups == groups[:, :1]).all(axis=1).mean()))
         # TRL's own takes a padding token at the end for one.
         log_metric("truncation_rate", float((~ended).mean()))
         found: list[float | None] = values.tolist()

@@ -1,6 +1,7 @@
 """TRL's GRPOTrainer, with this project's prompts as tokens and its checkpoints."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from tasks.checkpoint import CheckpointFolder, PlainCheckpoints
 from tasks.language_model.ragged import Ragged
 from tasks.rl.reward import VerifiedReward
 from tasks.trainer_settings import StepProgress, StepsDone
+
+_OF_TOKENS = ("entropy", "kl", "clip_ratio/region_mean")
+"""What TRL measures as a mean over the response tokens of one forward pass, of which a step may have several."""
 
 
 def prompt_order(prompts: int, needed: int, seed: int) -> NDArray[np.int64]:
@@ -63,6 +67,7 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
         checkpoint_folder: CheckpointFolder,
     ) -> None:
         self._prompt_tokens = tokens
+        self._learned_tokens: list[int] = []
         super().__init__(
             model=model,
             reward_funcs=reward,
@@ -81,8 +86,14 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
         """Return tokens in which control tokens are the template's own, as in every stage."""
         return [self._prompt_tokens[int(prompt)].tolist() for prompt in prompts], None, {}
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return TRL's loss; note the response tokens that it is of."""
+        self._learned_tokens.append(int(inputs["completion_mask"].sum()))
+        compute: Callable[..., Any] = super()._compute_loss
+        return compute(model, inputs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a step.
+        """Log a step: means over response tokens are over all of the step's, however they were passed.
 
         Raises:
             DivergedError: its loss or gradient is not finite.
@@ -93,6 +104,11 @@ class VerifiedGRPOTrainer(PlainCheckpoints, GRPOTrainer):
                     f"rl: `{name}` of optimizer step {self.state.global_step} is not finite; lower "
                     "`grpo.learning_rate` or set `grpo.precision: fp32`"
                 )
+        tokens, self._learned_tokens = self._learned_tokens, []
+        for values in (self._metrics["train"][name] for name in _OF_TOKENS if name in self._metrics["train"]):
+            # TRL gives each pass the same weight, also one of which every response is masked.
+            if any(tokens):
+                values[:] = [float(np.average(values, weights=tokens))]
         # A time, which checkpoints must not hold: the same run gives the same bytes.
         self._metrics["train"].pop("step_time", None)
         super().log(logs, start_time)

@@ -33,7 +33,8 @@ def choose_tokens(logits: Tensor, draws: Tensor, *, temperature: float, top_p: f
     total = cumulative[:, -1]
     # Rounding up to the total itself would point past the last token.
     target = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+    # Where a logit is NaN the search ends there too; the log-probability of what is drawn then tells of it.
+    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp(max=logits.shape[1] - 1)
 
 
 def logprobs_of(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from schemas.errors import StageError
 from schemas.stage_key import WARMUP
 from schemas.tables import GENERATE
 from tasks.language_model.ragged import Ragged
@@ -105,7 +106,10 @@ class Group:
 
 
 def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
-    """Answer shards with ``engine``."""
+    """Answer shards with ``engine``.
+
+    What responds raises StageError where the model gave a token no finite log-probability; names its prompt.
+    """
 
     def respond(shards: Iterable[RolloutShard], finished: Finished) -> Iterator[tuple[RolloutShard, Responses]]:
         asked: dict[int, RolloutShard] = {}
@@ -116,9 +120,24 @@ def sampled(engine: Engine, settings: SamplingSettings) -> Respond:
                 yield shard.requests
 
         for place, rollouts in engine.generate(requests(), settings, finished):
-            yield asked.pop(place), rollouts
+            shard = asked.pop(place)
+            _require_finite(shard, rollouts)
+            yield shard, rollouts
 
     return respond
+
+
+def _require_finite(shard: RolloutShard, rollouts: Responses) -> None:
+    """Check that every token was drawn from a distribution: logits that are not finite make none."""
+    bad = np.flatnonzero(~np.isfinite(rollouts.logprobs))
+    if bad.size:
+        samples = np.unique(np.searchsorted(rollouts.offsets, bad, side="right") - 1)
+        raise StageError(
+            f"the model that answers gave a non-finite log-probability in {samples.size} of {len(shard.prompt_ids)} "
+            f"responses, the first to prompt {shard.prompt_ids[int(samples[0])]}. Its weights are damaged, or overflow "
+            "in their dtype: in a distillation run try `teacher.dtype: float32` or `student.dtype: float32`, whichever "
+            "model samples here"
+        )
 
 
 def rollout_table(

@@ -41,7 +41,8 @@ class Objective:
     - `truncated`: sum_c p_T(c) (log p_T(c) - log p_S(c)) over the k tokens, both over the full vocabulary
       (arXiv 2605.05940). Can be negative; its gradient does not vanish at p_S = p_T.
     - `tail`: the same plus one bucket for all other tokens, T log(T / S) with T = 1 - sum_c p_T(c) and S likewise for
-      the student: the KL between two distributions over k + 1 outcomes, so never negative.
+      the student: the KL between two distributions over k + 1 outcomes, so never negative. Where the k are the
+      student's whole vocabulary there is no other token, and it is `renormalized`.
     - `renormalized`: both sides divided by their sum over the k tokens.
 
     Args:
@@ -100,6 +101,9 @@ def loss_sums(hidden: Tensor, head: OutputHead, targets: Targets, objective: Obj
         ids, logprobs = targets.topk_ids, targets.topk_logprobs
     states = hidden.index_select(0, targets.places)
     weight, bias = head.projection.weight, head.projection.bias
+    if objective.kd_form == "tail" and ids.shape[1] == len(weight):
+        # No token is left for one more bucket; what the teacher does not list is padding of its vocabulary.
+        objective = replace(objective, kd_form="renormalized")
     loss, ce, kd = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         states, weight, bias, targets.labels, ids, logprobs, objective, head.scale, head.softcap
     )
@@ -264,7 +268,7 @@ def _parts_(
         kd = (p * (teacher - listed.log_softmax(-1))).sum(-1, keepdim=True)
     else:
         kd = (p * (teacher - student)).sum(-1, keepdim=True)
-        if form == "tail" and ids.shape[1] < logits.shape[1]:
+        if form == "tail":
             teacher_outside = (1 - p.sum(-1, keepdim=True)).clamp(min=0)
             kd += torch.xlogy(teacher_outside, teacher_outside)
             kd -= torch.where(teacher_outside > 0, teacher_outside * (outside - normalizer), 0.0)

@@ -56,7 +56,6 @@ def constants(objective: Objective, vocabulary: int, top_k: int, with_gradient: 
     return {
         "WEIGHT": objective.kd_weight,
         "FORM": _FORMS[objective.kd_form],
-        "HAS_TAIL": objective.kd_form == "tail" and top_k < vocabulary,
         "WITH_GRADIENT": with_gradient,
         "LISTED": triton.next_power_of_2(top_k),
         "BLOCK": min(_BLOCK, triton.next_power_of_2(vocabulary)),
@@ -75,7 +74,6 @@ def _row(
     top_k: tl.tensor,
     WEIGHT: tl.constexpr,
     FORM: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -130,7 +128,7 @@ def _row(
         kd = tl.sum(tl.where(is_listed, p * (teacher - (below - below_sum)), 0.0), 0)
     else:
         kd = tl.sum(tl.where(is_listed, p * (teacher - student), 0.0), 0)
-    if HAS_TAIL:
+    if FORM == 1:
         teacher_outside = tl.maximum(1.0 - tl.sum(p, 0), 0.0)
         if teacher_outside > 0.0:
             kd += teacher_outside * (tl.log(teacher_outside) - (outside - normalizer))

@@ -116,6 +116,15 @@ def test_no_gradient_where_student_equals_teacher(form: KdForm) -> None:
     assert gradient.abs().max() < 1e-12
 
 
+def test_a_tail_without_a_token_is_none() -> None:
+    """All of the student's tokens are listed; a teacher with padding in its vocabulary leaves mass on none of them."""
+    teacher = torch.randn(6, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64).log_softmax(-1)
+    logprobs, ids = teacher[:, :7].topk(7, dim=-1)
+    sums, gradient = fused(teacher[:, :7], ids, logprobs, "tail")
+    assert sums.kd.abs() < 1e-12
+    assert gradient.abs().max() < 1e-12
+
+
 def test_truncated_has_a_gradient_at_equality() -> None:
     logits = torch.randn(6, 31, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logprobs, ids = logits.log_softmax(-1).topk(5, dim=-1)

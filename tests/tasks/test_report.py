@@ -17,8 +17,8 @@ from schemas.config import StudentConfig, parse_config
 from schemas.errors import ArtifactError
 from schemas.run_store import REPORT_NAME, RunStore
 from schemas.stage_key import WARMUP, StageKey
-from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, score_schema
-from tasks.comparison.intervals import Interval
+from schemas.tables import FILTER, GENERATE, TRAIN_METRICS, ZONES, TableSchema, pack_schema, score_schema
+from tasks.comparison.intervals import Interval, crossed_interval
 from tasks.report import run_report, write_report
 from tasks.report.comparison import comparison_figures, comparison_html, comparison_rows
 from tasks.report.drawing import Scale, around
@@ -27,9 +27,11 @@ from tasks.report.findings import RunFindings, read_findings
 from tasks.report.histograms import Grid, Values
 from tasks.report.images import figures_markdown, image_svg
 from tasks.report.ledger import DELTA_IFD, IFD
-from tasks.report.outcome_plots import metric_figure
+from tasks.report.outcome_plots import metric_figure, rate_figures
 from tasks.report.page import level, sections_of
+from tasks.report.sample_plots import ifd_figure
 from tasks.report.samples import SHOWN_SAMPLES, read_samples, samples_to_read
+from tasks.report.stages import StageCost, mean_rate
 from tasks.report.training import curves_of
 from tasks.report.training_plots import training_figures
 from tests.report_runs import TOP_K, WORDS, metric, synthetic_run, write_metrics
@@ -79,6 +81,14 @@ def test_ifd_is_counted_in_both_directions(store: RunStore, findings: RunFinding
     expected, _, _ = np.histogram2d(np.clip(student, 0, 7.999), np.clip(teacher, 0, 7.999), [edges, edges])
     assert findings.ifd[1].sum() == expected.sum()
     assert np.abs(findings.ifd[1] - expected).sum() <= 6
+
+
+def test_an_ifd_that_is_off_the_drawing_is_told_of(findings: RunFindings) -> None:
+    cells = np.zeros((IFD.bins, IFD.bins), np.int64)
+    cells[40, 50] = 3
+    assert "above 8" not in ifd_figure(findings.ledgers[0], cells).caption
+    cells[40, -1] = 1
+    assert "above 8 is shown, and counts in means, as 8" in ifd_figure(findings.ledgers[0], cells).caption
 
 
 def test_a_window_keeps_every_count_and_has_an_edge_on_the_bound() -> None:
@@ -134,11 +144,16 @@ def test_a_policy_kl_measured_at_some_steps_is_one_line_of_these() -> None:
     assert [figure.key for figure in training_figures([unmeasured], 0.1)] == ["loss", "learning-rate"]
 
 
-def test_packs_are_counted(findings: RunFindings) -> None:
+def test_packs_are_counted(store: RunStore, findings: RunFindings) -> None:
     assert [fill.round for fill in findings.packs] == [WARMUP, 0, 1]
     for fill in findings.packs:
-        assert (fill.packs, fill.sequences, fill.counts.sum()) == (24, 24 * 16, 24)
-        assert 0 < fill.least <= fill.fill <= 1
+        schema = pack_schema(None if fill.round == WARMUP else TOP_K)
+        lengths = store.read_table(StageKey("pack", fill.round), schema, ["seq_lengths"]).column("seq_lengths")
+        fills = [sum(row) / 4096 for row in lengths.to_pylist()]
+        assert (fill.packs, fill.sequences) == (24, 24 * 16)
+        assert (fill.least, fill.fill) == pytest.approx((min(fills), np.mean(fills)))
+        # Some are a little less full than counts as full.
+        assert 0 < fill.full == sum(each >= 0.95 for each in fills) < sum(each >= 0.94 for each in fills)
 
 
 def test_samples_of_every_zone_with_both_models_probabilities(store: RunStore) -> None:
@@ -200,6 +215,11 @@ def test_the_report_says_what_cannot_be_told_from_noise() -> None:
     said = change_text([first, last], Interval(0.02, 0.005, 0.035))
     assert "beyond noise. Differences below 1.5 points cannot be told from noise here (prompt by prompt" in said
     assert "2 points cannot" not in said
+    # Of few prompts the interval ends at 1, which is no sign of less noise: this one reaches below 0.
+    found = crossed_interval(np.array([[1.0, 1.0, 1.0, 0.0]]))
+    assert found.low < 0 < found.high == 1
+    said = change_text([Metric("accuracy", "student", index, 0.75 * index, 0.25, 4) for index in (0, 1)], found)
+    assert "+0.7500: within noise. Differences below 79.6 points" in said
     # A benchmark without a standard error says nothing of noise.
     unknown = [Metric("lm_eval/bleu", "student", index, 0.1 * index, 0.0, 90) for index in (0, 1)]
     assert (
@@ -277,6 +297,18 @@ def test_every_drawing_is_well_formed_and_named(findings: RunFindings) -> None:
         assert all(len(row) == len(figure.header) for row in figure.rows), figure.key
         assert "nan" not in str(figure.svg)
         ElementTree.fromstring(image_svg(figure))
+
+
+def test_a_rate_is_of_the_time_that_went_into_the_tokens() -> None:
+    """An evaluation samples too, and every stage loads models: its seconds are more than its tokens took."""
+    stages = [
+        StageCost(StageKey("evaluate", index), True, seconds=100.0, tokens=tokens, tokens_per_second=rate)
+        for index, (tokens, rate) in enumerate([(4000, 800.0), (2000, 100.0)])
+    ]
+    assert mean_rate(stages) == pytest.approx(6000 / 25)
+    assert rate_figures(stages)[0].rows == [["evaluate", "240/s"]]
+    # All shards were there already.
+    assert mean_rate([StageCost(StageKey("generate", 0), True, seconds=2.0, tokens=90, tokens_per_second=0.0)]) is None
 
 
 def test_the_budget_is_drawn(findings: RunFindings) -> None:

@@ -32,6 +32,7 @@ from tasks.rollout.prompts import encode_messages
 from tasks.stage import execute
 from tests.faults.object_server import ObjectServer
 from tests.tasks.rl_runs import HELD_OUT, TRAIN, checked_prompts, rl_config, rl_tables, rl_values, run_rl, source_store
+from tests.tiny_models import make_model, save_model
 
 
 def likely_letter(student: Path) -> str:
@@ -73,6 +74,14 @@ def rollouts(store: RunStore) -> pa.Table:
     return pa.concat_tables([store.read_part(path, RL_ROLLOUTS) for path in files])
 
 
+def equal_rewards(samples: list[dict[str, Any]]) -> float:
+    """Return the share of prompts whose responses all have one reward."""
+    rewards: dict[str, set[float]] = {}
+    for sample in samples:
+        rewards.setdefault(sample["prompt_id"], set()).add(sample["reward"])
+    return float(np.mean([len(found) == 1 for found in rewards.values()]))
+
+
 def accuracy(store: RunStore, key: Any) -> float:
     rows = store.read_part(store.path(key, "metrics.parquet"), EVALUATE_METRICS).to_pylist()
     return next(float(row["value"]) for row in rows if row["metric"] == "accuracy")
@@ -92,12 +101,15 @@ def test_metrics_are_those_of_the_rollouts(finished: tuple[RunStore, RLConfig]) 
     steps, samples = metrics(store).to_pylist(), rollouts(store)
     assert [row["step"] for row in steps] == list(range(1, config.grpo.steps + 1))
     assert samples.num_rows == 12 * 3 * 8
+    # The rate that each step was taken with, not the next one's.
+    assert [row["learning_rate"] for row in steps] == pytest.approx([3e-2 * (1 - done / 12) for done in range(12)])
     for row in steps:
         own = [sample for sample in samples.to_pylist() if sample["step"] == row["step"]]
         assert len(own) == 3 * 8
         assert row["score"] == pytest.approx(np.mean([sample["score"] for sample in own]))
         assert row["reward"] == pytest.approx(np.mean([sample["reward"] for sample in own]), abs=1e-6)
         assert row["reward_std"] == pytest.approx(np.std([sample["reward"] for sample in own], ddof=1), abs=1e-5)
+        assert row["equal_rewards"] == pytest.approx(equal_rewards(own))
         assert row["response_tokens"] == 1.0
         assert row["truncation_rate"] == pytest.approx(np.mean([sample["finish_reason"] == "length" for sample in own]))
         assert row["kl"] is None
@@ -225,6 +237,34 @@ def test_a_reference_model_an_own_model_and_several_steps_on_one_batch(tmp_path:
         assert row["reward"] == row["score"] - 0.5 * (row["finish_reason"] == "length")
 
 
+def test_means_over_tokens_do_not_depend_on_how_many_responses_are_passed_at_once(tmp_path: Path) -> None:
+    model = make_model(seed=2)
+    # Many ends, so that responses differ in length; what else comes with a model changes no sample.
+    model.generation_config.eos_token_id = list(range(2, 90))
+    model.generation_config.min_new_tokens = 20
+    folder = save_model(tmp_path / "model", model)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {i}.", "answer": "a"}}\n' for i in range(9)), encoding="utf-8")
+    found = []
+    for batch in (None, 2):
+        grpo = {"steps": 1, "beta": 0.1, "max_new_tokens": 20, "mask_truncated_completions": True}
+        values = rl_values(tmp_path, tmp_path, **grpo, sequences_per_batch=batch) | {
+            "name": f"batches-{batch}",
+            "run": None,
+            "model": str(folder),
+            "prompts": {"sources": [{"type": "jsonl", "path": str(prompts)}], "held_out": 2},
+        }
+        store = RunStore.at(config := parse_as(RLConfig, values))
+        store.record_config(config)
+        for key in (PROMPTS, RL):
+            execute(store, config, key)
+        found.append((metrics(store).to_pylist()[0], rollouts(store).column("response_tokens").to_pylist()))
+    (whole, lengths), (parts, same_lengths) = found
+    assert lengths == same_lengths
+    assert len(set(lengths)) > 3
+    assert parts["entropy"] == pytest.approx(whole["entropy"], rel=1e-5)
+
+
 def test_rewards_are_the_verifiers_scores() -> None:
     prompts = checked_prompts(6, unchecked=1)
     assert verifiable(prompts).tolist() == [False, True, True, True, True, True]
@@ -243,7 +283,7 @@ def test_rewards_are_the_verifiers_scores() -> None:
         prompts=["1", "1", "3", "3"],
     )
     assert found == [1.0, -0.25, 0.75, 0.0]
-    assert logged == [("score", 0.5), ("truncation_rate", 0.5)]
+    assert logged == [("score", 0.5), ("equal_rewards", 0.0), ("truncation_rate", 0.5)]
     kept = reward.take_rollouts()
     assert kept.column("prompt_id").to_pylist() == ["p001", "p001", "p003", "p003"]
     assert kept.column("sample_index").to_pylist() == [0, 1, 0, 1]

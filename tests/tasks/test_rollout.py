@@ -1,19 +1,22 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from schemas.config import GenerateConfig
-from schemas.errors import ModelError, PromptError
+from schemas.errors import ModelError, PromptError, StageError
 from tasks.language_model.loading import load_model
 from tasks.language_model.sources import ModelRef
 from tasks.rollout.context import longest_sequence, prompts_that_fit, response_limits
 from tasks.rollout.engine import Requests, Responses, SamplingSettings, TokenIds, open_engine
 from tasks.rollout.sampling import choose_tokens
 from tasks.rollout.seeds import sample_seed, uniforms
+from tasks.rollout.shards import RolloutShard, sampled
 from tasks.rollout.transformers_engine import TransformersEngine
 from tests.tiny_models import make_model, save_model
 
@@ -210,6 +213,27 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn(tmp_path: Path) -> None:
             assert drawn.response_ids.max() < 259
     unmasked = sample(engine, settings(max_new_tokens=60, vocab_size=264))
     assert unmasked.response_ids.max() >= 259
+
+
+@pytest.mark.parametrize("decoder", ["slots", "batches"])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(
+    tmp_path: Path, decoder: str, temperature: float, top_p: float
+) -> None:
+    """A model may overflow at some texts only, so that loading it shows nothing."""
+    model = make_model(seed=4, tie=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[100] = torch.nan
+    ref = replace(
+        model_ref(save_model(tmp_path / "model", model)), attn_implementation="eager" if decoder == "batches" else None
+    )
+    engine = TransformersEngine(ref, batch_size=4, longest_sequence=512)
+    respond = sampled(engine, settings(temperature=temperature, top_p=top_p, max_new_tokens=4))
+    requests = Requests([np.array([5, token, 7], np.int32) for token in (6, 100, 8)], np.arange(3))
+    shard = RolloutShard(0, pa.table({}), ["fine", "broken", "fine too"], np.zeros(3, np.int32), requests)
+    with pytest.raises(StageError, match="in 1 of 3 responses, the first to prompt broken"):
+        list(respond([shard], lambda count: None))
+    assert engine.counters()["decoding"] == decoder
 
 
 def test_generation_settings_that_come_with_a_model_do_not_change_the_samples(
