@@ -26,7 +26,7 @@ class ServedModel:
     def __init__(self, config: ServersConfig, self_test: SelfTest) -> None:
         self._client = open_client(config)
         self._runner = asyncio.Runner()
-        apis = [ServerApi(self._client, url, config.model) for url in config.urls]
+        apis = [ServerApi(self._client, url, config) for url in config.urls]
         self._pool = ServerPool(apis, config, self_test)
         try:
             self._runner.run(self._pool.open())

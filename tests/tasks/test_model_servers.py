@@ -1,6 +1,7 @@
 """How the servers of a model are used: bounded, tried again, left out. Against real HTTP servers on loopback."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,32 @@ def test_what_the_server_refuses_is_not_sent_again(start: Start) -> None:
     with pytest.raises(ModelError, match=rf"{server.url}/v1/completions: HTTP 400: too long"):
         answers(served(server, max_in_flight=1), 5)
     assert len(server.completions) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], {}, {"choices": []}, {"choices": None}, {"choices": ["x"]}, iter([b"["] * 9_999), iter([b'{"\xff"'])],
+)
+def test_what_is_no_answer_of_vllm_is_told_with_the_server(start: Start, content: Any) -> None:
+    server = start(lambda path, body: echo(path, body) if path == "/v1/models" else (200, content))
+    with pytest.raises(ModelError, match=rf"{server.url}.*(is not one of vLLM's|is no JSON object)"):
+        answers(served(server), 1)
+    server = start(lambda path, body: (200, {"data": content}))
+    with pytest.raises(ModelError, match=server.url):
+        served(server)
+
+
+def test_an_answer_that_drips_in_is_waited_for_no_longer_than_told(start: Start) -> None:
+    def spaces() -> Iterator[bytes]:
+        for _ in range(50):
+            time.sleep(0.1)
+            yield b" "
+
+    def dripping(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        return echo(path, body) if path == "/v1/models" else (200, spaces())
+
+    with pytest.raises(StageError, match=r"no whole answer within 0\.3 s"):
+        answers(served(start(dripping), timeout_seconds=0.3, retry_seconds=0), 1)
 
 
 def test_the_start_waits_for_a_server_as_long_as_it_is_told(start: Start) -> None:
