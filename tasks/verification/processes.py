@@ -2,7 +2,7 @@
 
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -119,8 +119,11 @@ class _Worker:
     def _answer(self, seconds: float) -> dict[str, Any] | None:
         """Return the next line; None if the process ended or is not done after ``seconds``."""
         stdout = self._pipe("stdout")
-        if not select.select([stdout], [], [], seconds)[0]:
-            return None
+        # Not `select.select`, which takes no descriptor above 1023: servers' connections may have the lower ones.
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return None
         line = stdout.readline()
         answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
         return answer

@@ -1,8 +1,10 @@
 """How the servers of a model are used: bounded, tried again, left out. Against real HTTP servers on loopback."""
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,35 @@ def test_servers_share_the_work_and_hold_no_more_than_they_may(start: Start) -> 
     for server in (first, second):
         assert server.most_in_flight <= 3
         assert len(server.completions) >= 10
+
+
+@pytest.fixture
+def twenty_files() -> Iterator[None]:
+    """Lets this process open twenty files beside those it has, as far as it does not ask for more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(path.name) for path in Path("/dev/fd").iterdir()}
+    free = (number for number in count() if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, 20, None)), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("twenty_files")
+def test_each_request_in_flight_gets_a_connection(start: Start) -> None:
+    together = threading.Barrier(40, timeout=10)
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/v1/completions":
+            together.wait()
+        return echo(path, body)
+
+    assert answers(served(start(answer), max_in_flight=40, retry_seconds=0), 40) == same(40)
+
+
+def test_more_connections_than_the_system_lets_are_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 64))
+    with pytest.raises(ConfigError, match=r"generate\.server\.max_in_flight: 1 servers with 256 requests .* have 64"):
+        served(start(echo))
 
 
 def test_what_fails_in_the_world_is_sent_again(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from reasoning_gym.factory import DATASETS
 
 from schemas.errors import ArtifactError
 from tasks.prompts.procedural import plain_entry
-from tasks.verification import final_answer, verify
+from tasks.verification import final_answer, processes, verify
 from tasks.verification.answers import verification_of_task
 
 
@@ -87,6 +88,19 @@ def test_math_compares_what_texts_mean() -> None:
 def test_answers_are_checked_where_the_system_names_no_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert scores("math", [("1/2", "0.5")]) == [1.0]
+
+
+def test_answers_are_checked_where_many_files_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_idle", {"math": [], "reasoning_gym": []})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        assert scores("math", [("1/2", "0.5")]) == [1.0]
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_what_cannot_be_checked_is_nan() -> None:
