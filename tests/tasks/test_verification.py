@@ -149,6 +149,17 @@ def test_a_hostile_response_runs_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_forged_prompts_table_runs_nothing() -> None:
+    """Its entries are right only for who evaluates them."""
+    numbers = {"answer": "[str(1), str(2)]", "metadata": {"direction": "ascending"}}
+    problem = {"answer": "0x3", "metadata": {"problem": "int('3')"}}
+    checks = [
+        verification_of_task(task, {}, entry)
+        for task, entry in (("number_sorting", numbers), ("bitwise_arithmetic", problem))
+    ]
+    assert scored([("", checks[0], '["1", "2"]'), ("", checks[1], "0x3")]) == [0.0, 0.0]
+
+
 def test_a_bomb_costs_only_its_own_response() -> None:
     bombs = ["$9^{9^{9^{9}}}$", "\\boxed{" + "(" * 5000 + "}"]
     rows: list[tuple[str | None, str | None, str]] = [("7", json.dumps({"type": "math"}), bomb) for bomb in bombs]
