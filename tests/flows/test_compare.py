@@ -205,6 +205,7 @@ def test_a_comparison_is_made_resumed_and_changed(
         ({"methods": {"sft": {"role": "baseline"}}}, "one of `methods` has `role: npd`"),
         ({"methods": {"base": {"role": "npd"}}}, "methods.base"),
         ({"methods": METHODS | {"sft\n": {"role": "baseline"}}}, "a method's name is a folder's"),
+        ({"methods": METHODS | {"SFT": {"role": "baseline"}}}, r"methods\.sft`: .* would be that of `SFT`"),
         ({"methods": {"npd": {"role": "npd", "rate_of": "sft"}}}, "methods.npd.rate_of"),
         ({"methods": {"npd": {"role": "npd", "set": {"train.kd_wieght": 1}}}}, "did you mean `kd_weight`"),
         ({"methods": {"npd": {"role": "npd", "set": {"train.learning_rate": "fast"}}}}, "learning_rate: 'fast' is no"),
