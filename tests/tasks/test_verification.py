@@ -3,11 +3,15 @@
 import json
 import os
 import resource
+import signal
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import reasoning_gym
@@ -158,6 +162,23 @@ def test_a_forged_prompts_table_runs_nothing() -> None:
         for task, entry in (("number_sorting", numbers), ("bitwise_arithmetic", problem))
     ]
     assert scored([("", checks[0], '["1", "2"]'), ("", checks[1], "0x3")]) == [0.0, 0.0]
+
+
+def signal_workers(number: int) -> None:
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "worker.py" in " ".join(process.cmdline()):
+                process.send_signal(number)
+
+
+def test_a_process_that_is_killed_is_no_verdict() -> None:
+    """Before it is asked, and before it answers: the system does so where memory runs out."""
+    assert scores("math", [("1/2", "0.5")]) == [1.0]
+    signal_workers(signal.SIGKILL)
+    assert scores("math", [("1/3", "$\\frac{1}{3}$")]) == [1.0]
+    signal_workers(signal.SIGSTOP)
+    threading.Timer(0.1, signal_workers, [signal.SIGKILL]).start()
+    assert scores("math", [("1/4", "$\\frac{1}{4}$")]) == [1.0]
 
 
 def test_a_bomb_costs_only_its_own_response() -> None:
