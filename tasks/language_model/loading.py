@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from tasks.language_model.quantization import bitsandbytes_config, compute_as_as
 from tasks.language_model.sources import ModelRef, Spread
 from tasks.language_model.weights import ADAPTERS_CONFIG_NAME
 
-UNREADABLE = (OSError, ValueError, SafetensorError)
+UNREADABLE = (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError, StrictDataclassError)
 """What `transformers` raises where a model's files are missing or damaged; of other shapes a RuntimeError."""
 
 

@@ -196,8 +196,8 @@ def _tokenizer(source: SourcePath, trust_remote_code: bool) -> PreTrainedTokeniz
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _folder(source), trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
     return tokenizer
 
 
@@ -207,8 +207,8 @@ def _config(source: SourcePath, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             _folder(source), trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name}: its config cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"{source.name}: its config cannot be loaded: {type(error).__name__}: {error}") from error
     return config
 
 
