@@ -16,7 +16,7 @@ from typing import Any
 from flows.stage_process import StageProcess, start_process
 from schemas.config import RLConfig, RunConfig, RunSettings
 from schemas.errors import RunLockedError, StageError, StorageError, error_by_name
-from schemas.local_files import storage_errors
+from schemas.local_files import open_to_append, storage_errors
 from schemas.manifest import Manifest
 from schemas.provenance import now_iso
 from schemas.run_store import RunStore
@@ -141,7 +141,7 @@ def _run_job(
     with storage_errors(str(log)):
         log.parent.mkdir(parents=True, exist_ok=True)
         store.continue_file(log)
-        opened = log.open("ab", buffering=0)
+        opened = open_to_append(log)
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as events, opened as sink:
         try:

@@ -9,6 +9,7 @@ one comes up while the run's own libraries are imported, and ends when its stdin
 import atexit
 import fcntl
 import os
+import secrets
 import select
 import signal
 import socket
@@ -26,9 +27,14 @@ _STOP_SECONDS = 5.0
 
 
 class TemporaryServer:
-    """A server on a free port of this machine, which ends with this process."""
+    """A server on a free port of this machine, which ends with this process.
 
-    def __init__(self) -> None:
+    Args:
+        auth: `NAME:PASSWORD` that requests must bring, since other users of the machine, and pages in a browser, reach
+            it too.
+    """
+
+    def __init__(self, auth: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             self.api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
             self._process = subprocess.Popen(
@@ -42,7 +48,8 @@ class TemporaryServer:
                 # Prefect's makers are told nothing, unless the user wants it; the rest Prefect sets for its own.
                 env={"PREFECT_SERVER_ANALYTICS_ENABLED": "0"}
                 | os.environ
-                | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+                | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+                | {"PREFECT_SERVER_API_AUTH_STRING": auth},
             )
         # Prefect sends its last words at exit too: what was registered last goes first.
         atexit.register(self.stop)
@@ -84,8 +91,9 @@ def start_temporary_server() -> TemporaryServer | None:
 
     if PREFECT_API_URL.value() or not PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         return None
-    server = TemporaryServer()
-    os.environ["PREFECT_API_URL"] = server.api
+    auth = f"npd:{secrets.token_urlsafe()}"
+    server = TemporaryServer(auth)
+    os.environ |= {"PREFECT_API_URL": server.api, "PREFECT_API_AUTH_STRING": auth}
     refresh_global_settings_context()
     return server
 

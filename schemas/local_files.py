@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -26,8 +27,10 @@ _WHY = {
     errno.EACCES: "this user may not write there",
     errno.EPERM: "this user may not write there",
     errno.EIO: "the disk failed to read or write",
+    errno.ELOOP: "is a link, and what it leads to is not this run's",
 }
 _REMEDY = {
+    errno.ELOOP: "Remove the link, then run the same command again",
     errno.ENOSPC: "Free some (`npd gc RUN` drops earlier results), then run the same command again: it continues",
     errno.EDQUOT: "Free some (`npd gc RUN` drops earlier results), then run the same command again: it continues",
 }
@@ -61,6 +64,19 @@ def storage_errors(where: str) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
+
+
+def open_to_append(path: Path) -> io.FileIO:
+    """Open a file to read and to append to, made if need be, but never through a link: that is another's file.
+
+    Raises:
+        OSError: it cannot be opened, or is a link (ELOOP).
+    """
+
+    def not_through_links(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    return open(path, "a+b", buffering=0, opener=not_through_links)
 
 
 @contextmanager
@@ -190,5 +206,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Network and shared folders (SMB, VirtualBox, virtiofs) may have no such call for a folder.
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

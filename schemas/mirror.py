@@ -8,6 +8,7 @@ from schemas.errors import ArtifactError
 from schemas.manifest import MANIFEST_NAME, FileRecord, hash_file
 from schemas.object_store import ObjectStore
 from schemas.stage_key import StageKey
+from schemas.untrusted_text import readable
 
 FOLDER_MARK = ".whole-"
 """An empty object beside a folder says that what lies in the folder is whole."""
@@ -81,8 +82,11 @@ class Mirror:
         """Download a file: as ``record`` says that it is, or whatever a manifest says of it.
 
         Raises:
-            ArtifactError: it is missing, or has other bytes.
+            ArtifactError: it is missing, or has other bytes; or its name, which whoever may write there has chosen,
+                leads out of the working copy.
         """
+        if ".." in name.split("/"):
+            raise ArtifactError(f"{self.objects.url}/{readable(name)}: no run writes such an object; delete it")
         try:
             with local_files.writing_file(self.folder / name) as temporary:
                 self.objects.download(name, temporary)

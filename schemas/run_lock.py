@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from schemas.errors import RunLockedError, StorageError
-from schemas.local_files import remove_temporaries, storage_error, storage_errors
+from schemas.local_files import open_to_append, remove_temporaries, storage_error, storage_errors
 from schemas.object_store import ObjectStore
 
 LOCK_NAME = "run.lock"
@@ -82,7 +83,7 @@ def local_lock(folder: Path, place: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+        opened = open_to_append(folder / LOCK_NAME)
     except OSError as error:
         raise _unwritable(place, error) from error
     with opened as file:
@@ -99,7 +100,7 @@ def local_lock(folder: Path, place: str) -> Iterator[None]:
             _name_holder(file, "", place)
 
 
-def _flock(file: IO[str], operation: int) -> None:
+def _flock(file: FileIO, operation: int) -> None:
     try:
         fcntl.flock(file, operation)
     except OSError as error:
@@ -108,7 +109,7 @@ def _flock(file: IO[str], operation: int) -> None:
         _logger.warning("%s: this disk has no locks: nothing keeps a second process off the run", file.name)
 
 
-def _name_holder(file: IO[str], text: str, place: str) -> None:
+def _name_holder(file: FileIO, text: str, place: str) -> None:
     try:
         # Not through the file's buffer: what does not fit would be tried again when it is closed.
         os.ftruncate(file.fileno(), 0)
@@ -125,7 +126,7 @@ def _unwritable(place: str, error: OSError) -> StorageError:
 
 def _wait_for_orphans(folder: Path, place: str) -> None:
     deadline = time.monotonic() + ORPHAN_SECONDS
-    with storage_errors(place), (folder / STAGES_LOCK_NAME).open("a") as file:
+    with storage_errors(place), open_to_append(folder / STAGES_LOCK_NAME) as file:
         while True:
             try:
                 _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +144,7 @@ def stage_at_work(folder: Path) -> Iterator[None]:
     """Say that a stage works in a run's folder; several may at once."""
     folder.mkdir(parents=True, exist_ok=True)
     # Readable: NFSv4 gives a shared lock on no other file.
-    with (folder / STAGES_LOCK_NAME).open("a+") as file:
+    with open_to_append(folder / STAGES_LOCK_NAME) as file:
         _flock(file, fcntl.LOCK_SH)
         yield
 

@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray reads these when it is imported; without a token it would write one into the user's home.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
+# What Prefect's server for the tests wants of whoever asks it; Prefect reads it when it is imported.
+PREFECT_AUTH = os.environ["PREFECT_API_AUTH_STRING"] = f"tests:{os.urandom(16).hex()}"
 # Else its workers give way to all other processes of the machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -59,7 +61,7 @@ def shared_server(prefect_home: Path) -> Iterator[str]:
     """Start a Prefect server for all tests of this process that may share one; return its API."""
     from flows.server import TemporaryServer
 
-    server = TemporaryServer()
+    server = TemporaryServer(PREFECT_AUTH)
     server.wait(180)
     yield server.api
     if handlers := sys.modules.get("prefect.logging.handlers"):

@@ -120,8 +120,15 @@ class ComparisonConfig(Section):
         npd = [name for name, method in self.methods.items() if method.role == "npd"]
         if len(npd) != 1:
             raise ValueError(f"one of `methods` has `role: npd`, found {', '.join(npd) or 'none'}")
+        folders: dict[str, str] = {}
         for name, method in self.methods.items():
-            if name == BASE or not re.fullmatch(FOLDER_NAME, name):
+            other_case = folders.setdefault(name.casefold(), name)
+            if other_case != name:
+                raise ValueError(
+                    f"`methods.{name}`: on some disks (macOS, Windows) its folder would be that of `{other_case}`: let "
+                    "names differ in more than letters' case"
+                )
+            if name.casefold() == BASE or not re.fullmatch(FOLDER_NAME, name):
                 raise ValueError(f"`methods.{name}`: a method's name is a folder's, and not `{BASE}`")
             other = method.rate_of
             if other is not None and (other not in self.methods or self.methods[other].rate_of is not None):

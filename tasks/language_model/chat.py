@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from schemas.config import TemplateValue
 from schemas.errors import ModelError
+from schemas.untrusted_text import readable
 from tasks.language_model.control_tokens import TokenIds, encode_rendered
 
 Message = dict[str, str]
+
+_IN_TEMPLATE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+"""What code in a template raises, beside the errors of Jinja."""
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
@@ -57,13 +62,36 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[S
     """Return each conversation as token ids (int32), ending where the reply begins.
 
     Control tokens are those that the template writes; their strings in a message are plain text.
+
+    Raises:
+        ModelError: the template fails.
     """
 
     def render(plain: list[list[Message]]) -> list[str]:
-        texts: Any = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        return list(texts)
+        return _rendered(tokenizer, plain, add_generation_prompt=True)
 
     return encode_rendered(tokenizer, conversations, render)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], *, add_generation_prompt: bool
+) -> list[str]:
+    """Return what the template makes of conversations.
+
+    Raises:
+        ModelError: it fails, or refuses one; says what it says.
+    """
+    try:
+        texts: Any = tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, *_IN_TEMPLATE) as error:
+        roles = ", ".join(sorted({message["role"] for messages in conversations for message in messages}))
+        raise ModelError(
+            f"the chat template fails at prompts of the roles {roles}: {readable(str(error))}; leave what it does not "
+            "take out of the prompts, or give another with `student.chat_template: PATH.jinja`"
+        ) from error
+    return list(texts)
 
 
 def reply_header(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
@@ -72,11 +100,10 @@ def reply_header(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     For ChatML: ``<|im_start|>assistant\\n``.
 
     Raises:
-        ModelError: the template puts nothing there.
+        ModelError: the template puts nothing there, or fails.
     """
     conversation = [{"role": "user", "content": "x"}]
-    opened: Any = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    closed: Any = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False)
+    (opened,), (closed,) = (_rendered(tokenizer, [conversation], add_generation_prompt=add) for add in (True, False))
     header = opened.removeprefix(closed) if opened.startswith(closed) else ""
     if not header:
         raise ModelError(

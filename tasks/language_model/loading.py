@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,8 +15,9 @@ from tasks.language_model.head import agree, probe_states, rounding
 from tasks.language_model.packed_attention import PACKED_SEQUENCES
 from tasks.language_model.quantization import bitsandbytes_config, compute_as_asked
 from tasks.language_model.sources import ModelRef, Spread
+from tasks.language_model.weights import ADAPTERS_CONFIG_NAME
 
-UNREADABLE = (OSError, ValueError, SafetensorError)
+UNREADABLE = (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError, StrictDataclassError)
 """What `transformers` raises where a model's files are missing or damaged; of other shapes a RuntimeError."""
 
 
@@ -79,12 +81,13 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     return tokenizer
 
 
-def require_safetensors(folder: str | Path) -> None:
-    """Check that a model folder's weights are in safetensors files, which can hold no code.
+def require_plain_weights(folder: str | Path) -> None:
+    """Check that a model folder's weights are in safetensors files, which can hold no code, and are all there is to it.
 
     Raises:
         ModelError: they are not; says how to convert them.
     """
+    require_no_adapters(folder)
     if any(Path(folder).glob("*.safetensors")):
         for index in Path(folder).glob("*.safetensors.index.json"):
             _check_index(index)
@@ -97,6 +100,23 @@ def require_safetensors(folder: str | Path) -> None:
         "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER)` writes safetensors"
         " (https://huggingface.co/docs/safetensors); then save its tokenizer there too and name that folder"
     )
+
+
+def require_no_adapters(folder: str | Path) -> None:
+    """Check that a model folder has no adapters beside its weights.
+
+    `transformers` adds such to the model where `peft` is installed, reads them from a pickle if they are in one, and
+    takes the weights from wherever their settings say if the folder has no config; vLLM leaves them out.
+
+    Raises:
+        ModelError: it has; says how to merge them.
+    """
+    if (Path(folder) / ADAPTERS_CONFIG_NAME).exists():
+        raise ModelError(
+            f"{folder}: has adapters ({ADAPTERS_CONFIG_NAME}), which some engines would add to its weights and others "
+            "leave out. Merge adapters you trust once, with `peft` (`merge_and_unload`), save the model and its "
+            f"tokenizer in another folder and name that; or take {ADAPTERS_CONFIG_NAME} away"
+        )
 
 
 def _check_index(path: Path) -> None:
@@ -140,7 +160,7 @@ def load_model(
         ModelError: the folder has no safetensors weights that `transformers` can load, or not so.
     """
     target = resolve_device(device)
-    require_safetensors(folder)
+    require_plain_weights(folder)
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype, target),
         "trust_remote_code": trust_remote_code,

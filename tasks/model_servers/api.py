@@ -1,7 +1,9 @@
 """One server's endpoints."""
 
-import json
+import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import httpx
@@ -16,6 +18,9 @@ Body = dict[str, Any]
 """A request to `/v1/completions`, without the model's name."""
 
 _TOO_MANY, _SLOW = 429, 408
+
+_OTHER_FORM = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading an answer raises that has another form than vLLM's."""
 
 
 class ServerAwayError(Exception):
@@ -34,18 +39,30 @@ class Choice(NamedTuple):
     fields: dict[str, Any]
 
 
+@contextmanager
+def reading_answer(url: str) -> Iterator[None]:
+    """Raise what is wrong with the form of the answer of the server at ``url`` as ModelError."""
+    try:
+        yield
+    except _OTHER_FORM as error:
+        raise ModelError(
+            f"{url}: its answer is not one of vLLM's own server ({type(error).__name__}: {readable(str(error))}); is "
+            "something else there, or between it and here?"
+        ) from error
+
+
 class ServerApi:
     """One OpenAI-compatible vLLM server.
 
     Args:
         client: Sends the requests; shared by the servers of a model.
         url: Where the server is, without `/v1`.
-        model: Name of the model there; None: the only one it serves.
+        config: Name of the model there, and how long a request may take.
     """
 
-    def __init__(self, client: httpx.AsyncClient, url: str, model: str | None) -> None:
+    def __init__(self, client: httpx.AsyncClient, url: str, config: ServersConfig) -> None:
         self.url = url
-        self._client, self._model = client, model
+        self._client, self._model, self._seconds = client, config.model, config.timeout_seconds
 
     async def find_model(self) -> dict[str, Any]:
         """Return the server's card of the model; from then on requests name it.
@@ -54,8 +71,10 @@ class ServerApi:
             ServerAwayError: the server does not answer.
             ModelError: it does not serve the model, or several where none was named.
         """
-        cards = (await self._call("GET", "/v1/models")).get("data", [])
-        names = [card["id"] for card in cards]
+        answer = await self._call("GET", "/v1/models")
+        with reading_answer(self.url):
+            cards = [dict(card) for card in answer.get("data", [])]
+            names = [str(card["id"]) for card in cards]
         wanted = names if self._model is None else [name for name in names if name == self._model]
         if len(wanted) != 1:
             raise ModelError(
@@ -69,31 +88,39 @@ class ServerApi:
     async def tokenize(self, text: str) -> NDArray[np.int32]:
         """Return the tokens of ``text`` with what the tokenizer itself adds, int32."""
         answer = await self._call("POST", "/tokenize", {"model": self._model, "prompt": text})
-        return np.asarray(answer["tokens"], np.int32)
+        with reading_answer(self.url):
+            return np.asarray(answer["tokens"], np.int32)
 
     async def complete(self, body: Body) -> Choice:
         """Return the answer to a completion request of one prompt.
 
         Raises:
             ServerAwayError: no connection, no answer in time, or HTTP 408, 429 or 5xx.
-            ModelError: the server refuses the request; names the server and its reason.
+            ModelError: the server refuses the request, or answers something else; names the server and its reason.
         """
         answer = await self._call("POST", "/v1/completions", {"model": self._model} | body)
-        return Choice(self.url, answer["choices"][0])
+        with reading_answer(self.url):
+            return Choice(self.url, dict(answer["choices"][0]))
 
     async def _call(self, method: str, path: str, body: Body | None = None) -> dict[str, Any]:
         try:
-            answer = await self._client.request(method, self.url + path, json=body)
-        except httpx.TransportError as error:
+            # The client's own limit is of each read: an answer that drips in would never end.
+            async with asyncio.timeout(self._seconds):
+                answer = await self._client.request(method, self.url + path, json=body)
+        except TimeoutError as error:
+            raise ServerAwayError(f"no whole answer within {self._seconds:g} s") from error
+        except (httpx.TransportError, httpx.DecodingError) as error:
             raise ServerAwayError(f"{type(error).__name__} {readable(str(error))}".strip()) from error
         if answer.status_code in (_SLOW, _TOO_MANY) or answer.is_server_error:
             raise ServerAwayError(f"HTTP {answer.status_code}: {_reason(answer)}")
         if not answer.is_success:
             raise ModelError(f"{self.url}{path}: HTTP {answer.status_code}: {_reason(answer)}{_advice(answer)}")
         try:
-            found: dict[str, Any] = answer.json()
-        except json.JSONDecodeError:
-            raise ModelError(f"{self.url}{path}: the answer is no JSON; is this a vLLM server?") from None
+            found = answer.json()
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ModelError(f"{self.url}{path}: the answer is no JSON object; is this a vLLM server?")
         return found
 
 
@@ -127,7 +154,7 @@ def _reason(answer: httpx.Response) -> str:
     """Return what the server says of an error, in vLLM's form or any."""
     try:
         return readable(str(answer.json()["error"]["message"]))
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, LookupError, TypeError):
         return readable(answer.text[:200])
 
 

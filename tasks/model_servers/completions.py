@@ -26,6 +26,9 @@ PLAIN_SAMPLING: Body = {
 RETURN_SAMPLED: Body = {"logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True}
 """Asks for the ids and log-probabilities of what was sampled, and of nothing else."""
 
+HIGHEST_LOGPROB = 1e-3
+"""Nats. Rounding may leave a certain token a little above 0."""
+
 
 def scoring_body(tokens: NDArray[np.int32], top_k: int) -> Body:
     """Return a request for the log-probabilities of a prompt's tokens, and of the ``top_k`` most likely at each."""
@@ -34,10 +37,28 @@ def scoring_body(tokens: NDArray[np.int32], top_k: int) -> Body:
 
 
 def token_logprobs(answer: PromptLogprobs, tokens: NDArray[np.int32], start: int) -> NDArray[np.float32]:
-    """Return the log-probabilities of a prompt's tokens from place ``start``, at least 1, on (float32, nats)."""
+    """Return the log-probabilities of a prompt's tokens from place ``start``, at least 1, on (float32, nats).
+
+    Raises:
+        ValueError: the answer is as long as another prompt, or has something else there than log-probabilities; or
+            LookupError, TypeError: it has another form.
+    """
     places = zip(answer[start:], tokens[start:].tolist(), strict=True)
     found = (entry[str(token)]["logprob"] for entry, token in places if entry is not None)
-    return np.fromiter(found, np.float32, len(tokens) - start)
+    return logprobs_in(np.fromiter(found, np.float32, len(tokens) - start))
+
+
+def logprobs_in(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return values of an answer that should be log-probabilities.
+
+    Raises:
+        ValueError: one is none: it would go into tables, and end training hours later.
+    """
+    # Written so that NaN fails.
+    wrong = values[~(np.isfinite(values) & (values <= HIGHEST_LOGPROB))]
+    if len(wrong):
+        raise ValueError(f"{wrong[0]} is no log-probability")
+    return values
 
 
 def likely_tokens(
@@ -55,6 +76,10 @@ def likely_tokens(
     Returns:
         Ids (int32) and log-probabilities (float32, nats), both [places, top_k], most likely first and the lower id
         first among equals; None where some place has fewer.
+
+    Raises:
+        ValueError: what is there are no log-probabilities, or no tokens, or one of them twice; or LookupError,
+            TypeError: the answer has another form.
     """
     places = [entry for entry in answer[start:] if entry is not None]
     counts = np.fromiter(map(len, places), np.int64, len(places))
@@ -73,4 +98,7 @@ def likely_tokens(
     order = np.lexsort((ids, -logprobs, rows))
     starts = np.cumsum(found) - found
     best = order[starts[:, None] + np.arange(top_k)]
-    return ids[best].astype(np.int32), logprobs[best]
+    ordered = np.sort(ids[best], axis=1)
+    if (ordered < 0).any() or (np.diff(ordered, axis=1) == 0).any():
+        raise ValueError("the most likely tokens have an id below 0, or one twice")
+    return ids[best].astype(np.int32), logprobs_in(logprobs[best])

@@ -15,8 +15,14 @@ from tasks.language_model.loading import load_ref, load_tokenizer
 from tasks.language_model.prefill import gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
-from tasks.model_servers.api import ServerApi
-from tasks.model_servers.completions import PLAIN_SAMPLING, RETURN_SAMPLED, scoring_body, token_logprobs
+from tasks.model_servers.api import ServerApi, reading_answer
+from tasks.model_servers.completions import (
+    HIGHEST_LOGPROB,
+    PLAIN_SAMPLING,
+    RETURN_SAMPLED,
+    scoring_body,
+    token_logprobs,
+)
 
 TEXTS = (
     "Near-Policy Distillation: 1 + 1 = 2,\n\tnaïve café 你好 🙂 <|im_end|> [INST] </s>",
@@ -72,18 +78,21 @@ class Probe:
             ServerAwayError: it does not answer.
             ModelError: it serves something else, or gives out something else than log-probabilities; says what.
         """
-        card = await api.find_model()
-        self._check_length(api, card.get("max_model_len"))
-        for text, expected in zip(TEXTS, self.tokens, strict=True):
-            if not np.array_equal(await api.tokenize(text), expected):
-                raise ModelError(
-                    f"{api.url}: its tokenizer splits {text!r} into other tokens than that of {self.folder}. Serve "
-                    "this folder, with its own tokenizer"
+        with reading_answer(api.url):
+            card = await api.find_model()
+            self._check_length(api, card.get("max_model_len"))
+            for text, expected in zip(TEXTS, self.tokens, strict=True):
+                if not np.array_equal(await api.tokenize(text), expected):
+                    raise ModelError(
+                        f"{api.url}: its tokenizer splits {text!r} into other tokens than that of {self.folder}. Serve "
+                        "this folder, with its own tokenizer"
+                    )
+            found = [await self._prompt_logprobs(api, tokens) for tokens in self.scored]
+            if self.local is not None:
+                self._check_weights(
+                    api, self.local, np.concatenate(found), str(card.get("root") or "what it does not say")
                 )
-        found = [await self._prompt_logprobs(api, tokens) for tokens in self.scored]
-        if self.local is not None:
-            self._check_weights(api, self.local, np.concatenate(found), str(card.get("root") or "what it does not say"))
-        await self._check_sampled(api)
+            await self._check_sampled(api)
 
     def _check_length(self, api: ServerApi, served: int | None) -> None:
         if served is not None and served < self.sequence_tokens:
@@ -116,8 +125,7 @@ class Probe:
             raise ModelError(f"{api.url}: answers without `prompt_logprobs`: is it vLLM's own server?")
         for entry in entries[1:]:
             likely = np.array([value["logprob"] for value in entry.values()])
-            # Rounding may leave a certain token a little above 0.
-            if likely.max() > 1e-3 or np.exp(likely).sum() > 1.01:
+            if likely.max() > HIGHEST_LOGPROB or np.exp(likely).sum() > 1.01:
                 raise ModelError(f"{api.url}: gives logits, not log-probabilities: {_LOGPROBS_MODE}")
         return token_logprobs(entries, tokens, 1)
 

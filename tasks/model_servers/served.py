@@ -1,14 +1,19 @@
 """A model on servers, for code that is not asynchronous."""
 
 import asyncio
+import resource
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from schemas.config import ServersConfig
+from schemas.errors import ConfigError
 from tasks.model_servers.api import Body, Choice, ServerApi, open_client
 from tasks.model_servers.pool import SelfTest, ServerPool
 
 K = TypeVar("K")
+
+_OTHER_FILES = 512
+"""What a stage may have open beside its requests' connections."""
 
 
 class ServedModel:
@@ -19,14 +24,16 @@ class ServedModel:
         self_test: What each must pass; a ``Probe``. They are tested here.
 
     Raises:
-        ConfigError: the variable with the API key is not set.
+        ConfigError: the variable with the API key is not set, or this process may not open a connection for each
+            request that the servers hold together.
         ModelError: a server serves something else, or none answers.
     """
 
     def __init__(self, config: ServersConfig, self_test: SelfTest) -> None:
+        _allow_connections(config)
         self._client = open_client(config)
         self._runner = asyncio.Runner()
-        apis = [ServerApi(self._client, url, config.model) for url in config.urls]
+        apis = [ServerApi(self._client, url, config) for url in config.urls]
         self._pool = ServerPool(apis, config, self_test)
         try:
             self._runner.run(self._pool.open())
@@ -81,3 +88,21 @@ class ServedModel:
         self._runner.run(self._pool.close())
         self._runner.run(self._client.aclose())
         self._runner.close()
+
+
+def _allow_connections(config: ServersConfig) -> None:
+    """Let this process open as many files as it may have connections: 1024 are usual, which four servers fill.
+
+    Where no file can be opened, every server looks as if it did not answer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(config.urls) * config.max_in_flight + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError):
+        raise ConfigError(
+            f"{config.section}.max_in_flight: {len(config.urls)} servers with {config.max_in_flight} requests each "
+            f"need {needed} open files, and this process may have {hard}: lower it, or raise that limit (`ulimit -n`)"
+        ) from None

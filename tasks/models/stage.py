@@ -27,7 +27,7 @@ from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, preset_template, require_chat_template
 from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint, model_files
-from tasks.language_model.loading import UNREADABLE, require_safetensors
+from tasks.language_model.loading import UNREADABLE, require_no_adapters, require_plain_weights
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models import read_template
@@ -121,7 +121,9 @@ def _check_files(job: StageJob, found: Found) -> None:
         if key == "student" and (source, trusted[key]) == (found.teacher, trusted["teacher"]):
             continue
         if source.gguf_file is None:
-            require_safetensors(_folder(source))
+            require_plain_weights(_folder(source))
+        else:
+            require_no_adapters(_folder(source))
         if trusted[key]:
             job.warn(f"{key}.trust_remote_code: code that comes with {source.name} runs on this machine")
 
@@ -194,8 +196,8 @@ def _tokenizer(source: SourcePath, trust_remote_code: bool) -> PreTrainedTokeniz
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _folder(source), trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
     return tokenizer
 
 
@@ -205,8 +207,8 @@ def _config(source: SourcePath, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             _folder(source), trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.name}: its config cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"{source.name}: its config cannot be loaded: {type(error).__name__}: {error}") from error
     return config
 
 

@@ -1,9 +1,12 @@
 """One row of a source becomes the messages of a prompt, or a reason why it cannot."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 from schemas.manifest import hash_json
@@ -15,6 +18,13 @@ ROLES = ("system", "user", "assistant")
 _OWN_ROLES = {role: role for role in ROLES}
 _SHAREGPT_ROLES = _OWN_ROLES | {"human": "user", "gpt": "assistant"}
 """Roles of `{from, value}` messages, as ShareGPT writes them, and what they are called here."""
+
+_MOST_MARKS = 30
+"""Accents and the like on one letter that are put into one order; no language has as many (Unicode's UAX #15)."""
+
+_LONG = 1000
+_FAR_FROM_LATIN = re.compile(f"[^\x00-\u02ff]{{{_MOST_MARKS}}}")
+"""What any such number of marks is found by; other scripts' letters too, where they stand as close."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,31 @@ def wording_id(messages: list[dict[str, str]]) -> str:
     ... )
     True
     """
-    said = ([m["role"], *unicodedata.normalize("NFKC", m["content"]).casefold().split()] for m in messages)
+    said = ([m["role"], *_normal_form(m["content"]).casefold().split()] for m in messages)
     return hash_json([" ".join(words) for words in said])[:16]
+
+
+def _normal_form(text: str) -> str:
+    """Return NFKC of a text, but of more than _MOST_MARKS on one letter each so many apart.
+
+    All of them would be put into order together, which takes the square of their number: hours for a line of some
+    megabytes, in which nothing else is done, Ctrl-C included.
+    """
+    pieces = [text]
+    if len(text) > _LONG and _FAR_FROM_LATIN.search(text):
+        cuts, marks = [0], 0
+        for place, character in enumerate(text):
+            marks = marks + 1 if _is_mark(character) else 0
+            if marks > _MOST_MARKS:
+                cuts.append(place)
+                marks = 1
+        pieces = [text[start:end] for start, end in pairwise([*cuts, len(text)])]
+    return "".join(unicodedata.normalize("NFKC", piece) for piece in pieces)
+
+
+@cache
+def _is_mark(character: str) -> bool:
+    return unicodedata.combining(unicodedata.normalize("NFKD", character)[0]) != 0
 
 
 def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:

@@ -9,8 +9,8 @@ from transformers import AutoConfig
 from schemas.config import ServersConfig
 from schemas.errors import StageError
 from tasks.language_model.sources import ModelRef
-from tasks.model_servers.api import Body, Choice
-from tasks.model_servers.completions import PLAIN_SAMPLING, RETURN_SAMPLED
+from tasks.model_servers.api import Body, Choice, reading_answer
+from tasks.model_servers.completions import PLAIN_SAMPLING, RETURN_SAMPLED, logprobs_in
 from tasks.model_servers.self_test import make_probe
 from tasks.model_servers.served import ServedModel
 from tasks.rollout.context import response_limits
@@ -92,14 +92,23 @@ def _response(choice: Choice, limit: int, settings: SamplingSettings) -> tuple[T
     """Return a response's tokens and their log-probabilities.
 
     Raises:
+        ModelError: the answer has another form than vLLM's.
         StageError: it ended neither with an end token nor at its limit, or has a token that is none.
     """
-    tokens = np.asarray(choice.fields["token_ids"], np.int32)
-    logprobs = np.asarray(choice.fields["logprobs"]["token_logprobs"], np.float32)
+    with reading_answer(choice.url):
+        tokens = np.asarray(choice.fields["token_ids"], np.int32)
+        logprobs = logprobs_in(np.asarray(choice.fields["logprobs"]["token_logprobs"], np.float32))
+        if tokens.shape != logprobs.shape or tokens.min(initial=0) < 0:
+            raise ValueError(f"{tokens.size} tokens with {logprobs.size} log-probabilities, or an id below 0")
     if len(tokens) != limit and (len(tokens) == 0 or tokens[-1] not in settings.end_ids):
         raise StageError(
             f"{choice.url}: a response of {len(tokens)} tokens ended before its limit of {limit} without an end token; "
             "the server adds limits or stop tokens of its own: start it with `--generation-config vllm`"
+        )
+    if len(tokens) > limit or np.isin(tokens[:-1], settings.end_ids).any():
+        raise StageError(
+            f"{choice.url}: a response of {len(tokens)} tokens went on beyond its limit of {limit}, or beyond an end "
+            "token: the server ignores `max_tokens` or `stop_token_ids`; is it vLLM's own?"
         )
     if tokens.max() >= settings.vocab_size:
         raise StageError(

@@ -12,7 +12,7 @@ from tasks.language_model.control_tokens import TokenIds
 from tasks.language_model.prefill import Prefill, TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
-from tasks.model_servers.api import Body
+from tasks.model_servers.api import Body, reading_answer
 from tasks.model_servers.completions import likely_tokens, scoring_body, token_logprobs
 from tasks.model_servers.self_test import make_probe
 from tasks.model_servers.served import ServedModel
@@ -52,8 +52,8 @@ class ServedPrefill:
         """Score responses after their contexts; arguments and result as those of ``prefill``.
 
         Raises:
-            ModelError: a server refuses a request; where padding of the vocabulary is among the most likely, more of
-                them are asked for than ``top_k``, which may be more than its `--max-logprobs`.
+            ModelError: a server refuses a request, or answers something else; where padding of the vocabulary is among
+                the most likely, more of them are asked for than ``top_k``, which may be more than its `--max-logprobs`.
             StageError: no server is left.
         """
         wanted = np.repeat(topk_rows & (top_k > 0), response.lengths)
@@ -66,11 +66,14 @@ class ServedPrefill:
             asked, short = top_k + self._more, []
             for row, choice in self._served.answers(_bodies(context, response, missing, asked * topk_rows)):
                 tokens, start = _sequence(context, response, row), max(1, len(context[row]))
-                answer, stop = choice.fields["prompt_logprobs"], int(response.offsets[row + 1])
+                stop = int(response.offsets[row + 1])
                 first = stop - (len(tokens) - start)
-                logprobs[first:stop] = token_logprobs(answer, tokens, start)
+                with reading_answer(choice.url):
+                    answer = choice.fields["prompt_logprobs"]
+                    logprobs[first:stop] = token_logprobs(answer, tokens, start)
                 if wanted[first]:
-                    found = likely_tokens(answer, start, asked=asked, top_k=top_k, shared_vocab=shared_vocab)
+                    with reading_answer(choice.url):
+                        found = likely_tokens(answer, start, asked=asked, top_k=top_k, shared_vocab=shared_vocab)
                     if found is None:
                         short.append(row)
                         continue

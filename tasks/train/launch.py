@@ -15,6 +15,7 @@ from typing import Any
 
 from schemas.config import LaunchConfig
 from schemas.errors import StageError, error_by_name
+from schemas.local_files import open_to_append
 from tasks.cores import available_cores
 from tasks.process import Job, out_of_memory_hint
 from tasks.stage import Progress, StageJob
@@ -40,7 +41,7 @@ def train_on_ranks(job: StageJob) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     launch, key = job.config.train.launch, job.key
     order = Job(job.store.url, job.config.model_dump(mode="json"), [(key.stage, key.round)], str(log))
-    with _listening() as (server, address), log.open("ab") as sink, Ranks(server, order, job.progress) as ranks:
+    with _listening() as (server, address), open_to_append(log) as sink, Ranks(server, order, job.progress) as ranks:
         launcher = subprocess.Popen(
             launch_command(launch, machine=0),
             env=rank_environment(job.config.devices.trainer) | {LINK: address},

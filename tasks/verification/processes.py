@@ -2,7 +2,8 @@
 
 import json
 import os
-import select
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ Kind = Literal["math", "reasoning_gym"]
 WALL_SECONDS = 60.0
 """Wait for one score before its process is ended. The limit of processor time in ``worker`` comes first for whatever
 computes; this one is for what sleeps."""
+
+END_SECONDS = 1.0
+"""Wait for a process that has closed its end to be gone."""
 
 START_SECONDS = 300.0
 """Wait for a process to import its verifiers."""
@@ -70,15 +74,30 @@ class _Worker:
         self._owner = os.getpid()
 
     def score(self, request: dict[str, Any]) -> float:
-        """Return the score of one request: 0.0 where it ends its process or outlasts it."""
-        if self._process is None or self._owner != os.getpid():
-            self._start()
-        self._send(request)
-        answer = self._answer(WALL_SECONDS)
-        if answer is None:
-            self.close()
-            return 0.0
-        return float("nan") if answer["score"] is None else float(answer["score"])
+        """Return the score of one request: 0.0 where it ends its process or outlasts it.
+
+        A process that was killed is no verdict: the system does that to whatever is large where memory runs out. Its
+        own limits end it otherwise. One that is killed twice at the same request is.
+        """
+        for _ in range(2):
+            if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+                self._start()
+            self._send(request)
+            answer = self._answer(WALL_SECONDS)
+            if answer is not None:
+                return float("nan") if answer["score"] is None else float(answer["score"])
+            if not self._was_killed():
+                break
+        self.close()
+        return 0.0
+
+    def _was_killed(self) -> bool:
+        """Say whether the process has been killed by another, not by the system for its limit of processor time."""
+        assert self._process is not None
+        try:
+            return self._process.wait(END_SECONDS) == -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            return False
 
     def close(self) -> None:
         """End the process."""
@@ -119,8 +138,11 @@ class _Worker:
     def _answer(self, seconds: float) -> dict[str, Any] | None:
         """Return the next line; None if the process ended or is not done after ``seconds``."""
         stdout = self._pipe("stdout")
-        if not select.select([stdout], [], [], seconds)[0]:
-            return None
+        # Not `select.select`, which takes no descriptor above 1023: servers' connections may have the lower ones.
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return None
         line = stdout.readline()
         answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
         return answer

@@ -1,9 +1,10 @@
 """A program of its own: scores responses with code that would run what they say, in a process that can be lost.
 
-The verifiers of reasoning-gym call ``eval`` on answers, and sympy's parsers do too. So this process takes only
-literals and plain formulas (``_guarded``), refuses to write, to connect and to start programs once it works
-(``_refuse``), and has limits of processor time and memory. It is started by path, with a fixed PYTHONHASHSEED and
-without the environment's secrets, by ``tasks.verification.processes``; it imports nothing of this project.
+The verifiers of reasoning-gym call ``eval`` on answers, and on what a prompts table says of its prompts, and sympy's
+parsers do too. So this process takes only literals, arithmetic and plain formulas (``_guarded``), refuses to write, to
+connect and to start programs once it works (``_refuse``), and has limits of processor time and memory. It is started by
+path, with a fixed PYTHONHASHSEED and without the environment's secrets, by ``tasks.verification.processes``; it imports
+nothing of this project.
 
 Argument: `math` or `reasoning_gym`. Input and output: JSON lines. First comes ``{"ready": true}``; then for every
 request one ``{"score"}``, a number in [0, 1], or null where the prompt has nothing to check against.
@@ -42,8 +43,11 @@ _EVALUATING = (
     "algorithmic.string_insertion",
     "algorithmic.spiral_matrix",
     "algorithmic.binary_matrix",
+    "algorithmic.number_sorting",
     "games.n_queens",
 )
+_CALCULATING = "arithmetic.bitwise_arithmetic"
+_ARITHMETIC = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Constant)
 _PARSING = ("games.puzzle24", "games.countdown")
 
 _FORBIDDEN = re.compile(
@@ -112,6 +116,14 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(f"a verifier may not do this: {event}")
 
 
+def _arithmetic(text: str) -> Any:
+    """Evaluate numbers and operations on them, nothing else."""
+    tree = ast.parse(text, mode="eval")
+    if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(tree)):
+        raise ValueError("not arithmetic")
+    return eval(compile(tree, "arithmetic", "eval"))
+
+
 def _guarded(parse: Callable[..., Any]) -> Callable[..., Any]:
     """Return sympy's parser for plain formulas only: names of one letter and of functions, no attributes, no texts."""
 
@@ -164,6 +176,7 @@ def _load_reasoning_gym() -> Callable[[dict[str, Any]], float]:
 
     for name in _EVALUATING:
         importlib.import_module(f"reasoning_gym.{name}").__dict__["eval"] = ast.literal_eval
+    importlib.import_module(f"reasoning_gym.{_CALCULATING}").__dict__["eval"] = _arithmetic
     guarded = _guarded(sympy.parsing.sympy_parser.parse_expr)
     sympy.parse_expr = guarded
     for name in _PARSING:

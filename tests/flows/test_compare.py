@@ -1,6 +1,7 @@
 """A whole comparison of tiny models: made, resumed, and changed in one method."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_a_comparison_is_made_resumed_and_changed(
     assert learned.finished(RL).inputs == learned.finished(StageKey("prompts")).outputs
     assert (folder / "comparison.md").read_text(encoding="utf-8").startswith("# tiny")
     # Prefect's UI shows the report's figures, too.
-    found = httpx.post(f"{shared_server}/artifacts/filter", json={"artifacts": {"key": {"like_": "tiny-%"}}}).json()
+    auth = httpx.BasicAuth(*os.environ["PREFECT_API_AUTH_STRING"].split(":"))
+    wanted = {"artifacts": {"key": {"like_": "tiny-%"}}}
+    found = httpx.post(f"{shared_server}/artifacts/filter", json=wanted, auth=auth).json()
     images = {artifact["key"] for artifact in found if artifact["type"] == "image"}
     assert images == {f"tiny-figure-{key}" for key in ("time", "bars-accuracy", "bars-rl", "bars-kl")}
 
@@ -205,6 +208,7 @@ def test_a_comparison_is_made_resumed_and_changed(
         ({"methods": {"sft": {"role": "baseline"}}}, "one of `methods` has `role: npd`"),
         ({"methods": {"base": {"role": "npd"}}}, "methods.base"),
         ({"methods": METHODS | {"sft\n": {"role": "baseline"}}}, "a method's name is a folder's"),
+        ({"methods": METHODS | {"SFT": {"role": "baseline"}}}, r"methods\.sft`: .* would be that of `SFT`"),
         ({"methods": {"npd": {"role": "npd", "rate_of": "sft"}}}, "methods.npd.rate_of"),
         ({"methods": {"npd": {"role": "npd", "set": {"train.kd_wieght": 1}}}}, "did you mean `kd_weight`"),
         ({"methods": {"npd": {"role": "npd", "set": {"train.learning_rate": "fast"}}}}, "learning_rate: 'fast' is no"),

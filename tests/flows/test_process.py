@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from flows.process import cancelling, run_in_process, threads_of
+from flows.stage_process import fork_server
 from schemas.config import RunConfig
 from schemas.errors import PromptError, RunLockedError, StageError, StorageError
 from schemas.run_lock import LOCK_NAME, StoreLease
@@ -20,6 +21,7 @@ from schemas.stage_key import WARMUP, StageKey
 from tasks.graph import PROMPTS
 from tasks.process import Job, describe_failure
 from tests.faults.object_server import ObjectServer
+from tests.faults.test_disks import largest_file
 from tests.run_fixtures import make_config, make_store
 
 SECONDS = 300.0
@@ -130,10 +132,21 @@ def test_a_killed_process_fails_its_stage_and_says_what_to_lower(tmp_path: Path)
 def test_a_log_that_takes_no_more_is_an_error_that_says_so(tmp_path: Path) -> None:
     config = prompts_config(tmp_path)
     store = make_store(tmp_path, config)
-    store.log(PROMPTS).parent.mkdir()
-    store.log(PROMPTS).symlink_to("/dev/full")
-    with pytest.raises(StorageError, match=r"prompts\.log: no space is left on the disk.*continues"):
+    # What it starts later would keep the limit.
+    fork_server()
+    with largest_file(0), pytest.raises(StorageError, match=r"prompts\.log: the file is larger than.*continues"):
         run_in_process(store, config, PROMPTS)
+
+
+def test_no_log_is_written_through_a_link(tmp_path: Path) -> None:
+    config = prompts_config(tmp_path)
+    store = make_store(tmp_path, config)
+    outside = tmp_path / "outside.txt"
+    store.log(PROMPTS).parent.mkdir()
+    store.log(PROMPTS).symlink_to(outside)
+    with pytest.raises(StorageError, match=r"prompts\.log: is a link"):
+        run_in_process(store, config, PROMPTS)
+    assert not outside.exists()
 
 
 def test_an_error_is_told_where_the_log_takes_no_traceback(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "pl4nted/Storage+Secret/0123456789abcdefgh",
     "WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c",
 }
-PLANTED = [PASSWORD, *ENVIRONMENT.values()]
+PLANTED = [PASSWORD, *ENVIRONMENT.values(), os.environ["PREFECT_API_AUTH_STRING"]]
 
 VALUES: list[tuple[str, Any]] = [
     ("root", f"s3://me:{PASSWORD}@bucket/runs"),

@@ -14,13 +14,16 @@ from tests.flows.conftest import CONFIGS
 
 pytestmark = pytest.mark.server
 
+AUTH = "test:planted"
+
 _START = """
+import os
 from flows.server import start_temporary_server
 from prefect.settings import PREFECT_API_URL
 server = start_temporary_server()
 server.wait(180)
 assert PREFECT_API_URL.value() == server.api
-print(server.api, flush=True)
+print(server.api, os.environ["PREFECT_API_AUTH_STRING"], flush=True)
 input()
 """
 
@@ -32,7 +35,7 @@ def answers(api: str) -> bool:
         return False
 
 
-def test_it_ends_with_the_process_that_started_it_and_tells_nobody(
+def test_it_answers_its_process_alone_ends_with_it_and_tells_nobody(
     prefect_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PREFECT_SERVER_ANALYTICS_ENABLED", raising=False)
@@ -41,9 +44,11 @@ def test_it_ends_with_the_process_that_started_it_and_tells_nobody(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent
     ) as process:
         assert process.stdout is not None
-        api = process.stdout.readline().strip()
+        api, auth = process.stdout.readline().split()
         assert answers(api)
-        assert httpx.get(f"{api}/admin/settings").json()["server"]["analytics_enabled"] is False
+        assert httpx.post(f"{api}/flow_runs/filter", json={}).status_code == httpx.codes.UNAUTHORIZED
+        settings = httpx.get(f"{api}/admin/settings", auth=httpx.BasicAuth(*auth.split(":"))).json()
+        assert settings["server"]["analytics_enabled"] is False
         process.kill()
     deadline = time.monotonic() + 60
     while answers(api):
@@ -55,7 +60,7 @@ def test_several_come_up_at_once_where_there_is_no_database_yet(
     prefect_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    servers = [TemporaryServer() for _ in range(3)]
+    servers = [TemporaryServer(AUTH) for _ in range(3)]
     try:
         for server in servers:
             server.wait(180)
@@ -68,7 +73,7 @@ def test_several_come_up_at_once_where_there_is_no_database_yet(
 def test_one_that_cannot_come_up_is_told(prefect_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/file/prefect.db")
-    server = TemporaryServer()
+    server = TemporaryServer(AUTH)
     try:
         with pytest.raises(OrchestrationError, match=r"ended as it came up \(exit code 3\).*prefect server start"):
             server.wait(180)

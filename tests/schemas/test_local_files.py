@@ -1,6 +1,8 @@
 """Temporary names: what a living process writes stays, what a dead one left goes."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,3 +50,22 @@ def test_a_file_is_made_with_the_rights_that_the_user_gives_files(tmp_path: Path
         temporary.write_bytes(b"whole")
     (tmp_path / "other").write_bytes(b"")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_disk_that_flushes_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SMB's and VirtualBox's shared folders; what a file's flush reports counts there too."""
+    fsync = os.fsync
+    refused = [stat.S_ISDIR]
+
+    def shared_folder(descriptor: int) -> None:
+        if any(is_kind(os.fstat(descriptor).st_mode) for is_kind in refused):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", shared_folder)
+    with writing_folder(tmp_path / "folder") as temporary:
+        (temporary / "below").mkdir()
+    assert (tmp_path / "folder" / "below").is_dir()
+    refused.append(stat.S_ISREG)
+    with pytest.raises(OSError, match="Invalid argument"), writing_file(tmp_path / "file"):
+        pass

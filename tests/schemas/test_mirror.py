@@ -72,6 +72,17 @@ def test_an_unfinished_stage_gets_back_its_whole_files_and_folders_and_nothing_e
     assert not half.exists()
 
 
+def test_no_object_gets_out_of_the_working_copy(store: RunStore, tmp_path: Path) -> None:
+    """Whoever may write to the bucket, not this project, names such an object."""
+    store.begin(KEY, "f")
+    assert store.objects is not None
+    for name in (".whole-..", "../../../../escaped.txt"):
+        store.objects.write(f"{KEY.folder}/{name}", b"")
+    with pytest.raises(ArtifactError, match=r"\.\./escaped\.txt: no run writes such an object; delete it"):
+        store.begin(KEY, "f")
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
 def prompts_of(store: RunStore) -> list[str]:
     names: list[str] = store.read_table(PROMPTS_KEY, PROMPTS).column("prompt_id").to_pylist()
     return names

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from flows.states import stage_key
 from schemas.config import parse_config
-from schemas.errors import ArtifactError, ConfigError
+from schemas.errors import ArtifactError, ConfigError, StorageError
 from schemas.manifest import FileRecord
+from schemas.run_lock import LOCK_NAME, STAGES_LOCK_NAME
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
@@ -119,6 +120,16 @@ def test_nothing_is_written_through_a_files_link(store: RunStore, tmp_path: Path
     assert outside.read_text() == "mine"
     assert not store.path(KEY, "notes.json").is_symlink()
     assert store.path(KEY, "notes.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("name", [LOCK_NAME, STAGES_LOCK_NAME])
+def test_no_lock_is_written_through_a_link(store: RunStore, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    (store.folder / name).symlink_to(outside)
+    with pytest.raises(StorageError, match=rf"{name}: is a link.* Remove the link"), store.lock.held():
+        pass
+    assert outside.read_text() == "mine"
 
 
 def test_what_links_lead_to_is_not_removed(store: RunStore, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[str, dict[str, Any]], tuple[int, Any] | None]
-"""From path and body to status and JSON; None: the connection breaks."""
+"""From path and body to status and JSON, or bytes as they come; None: the connection breaks."""
 
 MODEL = {"id": "tiny", "root": "tiny-folder", "max_model_len": 128}
 
@@ -33,7 +34,7 @@ class LoopbackServer:
 
     def start(self) -> None:
         """Listen, on the same port as before if there was one."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), _handler(self))
+        self._server = _Server(("127.0.0.1", self._port), _handler(self))
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -59,6 +60,11 @@ class LoopbackServer:
                 self._in_flight -= 1
 
 
+class _Server(ThreadingHTTPServer):
+    # Else connections that come at once are reset.
+    request_queue_size = 128
+
+
 def _handler(server: LoopbackServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -74,7 +80,10 @@ def _handler(server: LoopbackServer) -> type[BaseHTTPRequestHandler]:
             status, content = answer
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+            # The other end may have had enough of bytes that drip in.
+            with suppress(ConnectionError):
+                for part in content if isinstance(content, Iterator) else [json.dumps(content).encode()]:
+                    self.wfile.write(part)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

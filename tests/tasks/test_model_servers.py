@@ -1,7 +1,10 @@
 """How the servers of a model are used: bounded, tried again, left out. Against real HTTP servers on loopback."""
 
+import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,35 @@ def test_servers_share_the_work_and_hold_no_more_than_they_may(start: Start) -> 
         assert len(server.completions) >= 10
 
 
+@pytest.fixture
+def twenty_files() -> Iterator[None]:
+    """Lets this process open twenty files beside those it has, as far as it does not ask for more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(path.name) for path in Path("/dev/fd").iterdir()}
+    free = (number for number in count() if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, 20, None)), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("twenty_files")
+def test_each_request_in_flight_gets_a_connection(start: Start) -> None:
+    together = threading.Barrier(40, timeout=10)
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/v1/completions":
+            together.wait()
+        return echo(path, body)
+
+    assert answers(served(start(answer), max_in_flight=40, retry_seconds=0), 40) == same(40)
+
+
+def test_more_connections_than_the_system_lets_are_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 64))
+    with pytest.raises(ConfigError, match=r"generate\.server\.max_in_flight: 1 servers with 256 requests .* have 64"):
+        served(start(echo))
+
+
 def test_what_fails_in_the_world_is_sent_again(start: Start) -> None:
     server = start(failing(error(503, "loading"), error(429, "busy"), None, error(500, "oops")))
     model = served(server, max_in_flight=1)
@@ -171,6 +203,32 @@ def test_what_the_server_refuses_is_not_sent_again(start: Start) -> None:
     with pytest.raises(ModelError, match=rf"{server.url}/v1/completions: HTTP 400: too long"):
         answers(served(server, max_in_flight=1), 5)
     assert len(server.completions) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], {}, {"choices": []}, {"choices": None}, {"choices": ["x"]}, iter([b"["] * 9_999), iter([b'{"\xff"'])],
+)
+def test_what_is_no_answer_of_vllm_is_told_with_the_server(start: Start, content: Any) -> None:
+    server = start(lambda path, body: echo(path, body) if path == "/v1/models" else (200, content))
+    with pytest.raises(ModelError, match=rf"{server.url}.*(is not one of vLLM's|is no JSON object)"):
+        answers(served(server), 1)
+    server = start(lambda path, body: (200, {"data": content}))
+    with pytest.raises(ModelError, match=server.url):
+        served(server)
+
+
+def test_an_answer_that_drips_in_is_waited_for_no_longer_than_told(start: Start) -> None:
+    def spaces() -> Iterator[bytes]:
+        for _ in range(50):
+            time.sleep(0.1)
+            yield b" "
+
+    def dripping(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        return echo(path, body) if path == "/v1/models" else (200, spaces())
+
+    with pytest.raises(StageError, match=r"no whole answer within 0\.3 s"):
+        answers(served(start(dripping), timeout_seconds=0.3, retry_seconds=0), 1)
 
 
 def test_the_start_waits_for_a_server_as_long_as_it_is_told(start: Start) -> None:

@@ -143,6 +143,30 @@ def test_tokens_only_one_model_has_are_a_mismatch(tmp_path: Path, teacher_dir: P
         resolve(tmp_path, teacher_dir, {"model": str(other)})
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", "[]", "its .* cannot be loaded"),
+        ("config.json", '{"model_type": "llama", "max_position_embeddings": null}', "its .* cannot be loaded"),
+        ("tokenizer.json", "{}", "its tokenizer cannot be loaded"),
+        ("tokenizer_config.json", "[]", "its tokenizer cannot be loaded"),
+        (
+            "chat_template.jinja",
+            "{{ raise_exception('no users') }}",
+            "the chat template fails .* user: no users; leave",
+        ),
+        ("chat_template.jinja", "{{ ''.__class__.__mro__ }}", "the chat template fails .*unsafe"),
+    ],
+)
+def test_what_is_wrong_with_a_models_files_is_told(
+    tmp_path: Path, teacher_dir: Path, file: str, text: str, words: str
+) -> None:
+    folder = save_model(tmp_path / "wrong", make_model(seed=2, layers=2))
+    (folder / file).write_text(text)
+    with pytest.raises(ModelError, match=words if file.endswith("jinja") else f"wrong: {words}"):
+        resolve(tmp_path, teacher_dir, {"model": str(folder)})
+
+
 def test_no_chat_template_and_a_given_one(tmp_path: Path, teacher_dir: Path) -> None:
     bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
     with pytest.raises(ModelError, match=r"no chat template.*student.chat_template"):

@@ -1,5 +1,7 @@
 """Prompt files that are hostile, or only unlucky."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from schemas.config import PromptsConfig
 from tasks.prompts import sources
+from tasks.prompts.messages import wording_id
 from tests.tasks.prompt_files import read_prompts
 from tests.tasks.test_prompts_errors import fails
 
@@ -21,6 +24,21 @@ def test_a_key_twice_in_a_row_is_no_prompt(tmp_path: Path) -> None:
     fails({"type": "jsonl", "path": str(path)}, f"{path}: row 2: has `prompt` more than once")
     path.write_text('{"messages": [{"role": "system", "role": "user", "content": "c"}]}\n')
     fails({"type": "jsonl", "path": str(path)}, f"{path}: row 1: has `role` more than once")
+
+
+def test_rows_made_to_take_long_do_not(tmp_path: Path) -> None:
+    """What took the square of a line's length: finding a key that is there twice, ordering a letter's accents."""
+    begun = time.process_time()
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(dict.fromkeys(map(str, range(50_000)), 0))[:-1] + ', "last": 0, "last": 0}\n')
+    fails({"type": "jsonl", "path": str(path)}, "row 1: has `last` more than once")
+    one, other = "\u0301", "\u0316"
+    wording_id([{"role": "user", "content": "e" + 40_000 * one + 40_000 * other}])
+    assert time.process_time() - begun < 5
+    asked = [
+        wording_id([{"role": "user", "content": f"{text} {'e' * 1_000}"}]) for text in ("e" + one + other, "é" + other)
+    ]
+    assert asked[0] == asked[1]
 
 
 def test_an_answer_beyond_every_float_is_text(tmp_path: Path) -> None:

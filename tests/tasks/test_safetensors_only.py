@@ -100,6 +100,18 @@ def test_an_index_cannot_name_a_pickle(tmp_path: Path) -> None:
             load_model(folder)
 
 
+def test_adapters_beside_weights_are_refused(tmp_path: Path, teacher_dir: Path) -> None:
+    """Where peft is installed transformers would add them, and read their pickle; vLLM would not."""
+    folder = save_model(tmp_path / "adapted", make_model(seed=3))
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(teacher_dir)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapted: has adapters \(adapter_config.json\)"):
+        load_model(folder)
+    with pytest.raises(ModelError, match="adapted: has adapters"):
+        resolve(tmp_path / "run", teacher_dir, {"model": str(folder)})
+
+
 @pytest.mark.parametrize("keep", [0, 4, 2_000])
 def test_damaged_safetensors_are_a_model_error(tmp_path: Path, keep: int) -> None:
     folder = save_model(tmp_path / "damaged", make_model(seed=3))

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from schemas.config import ScoreConfig, ServersConfig, TeacherServersConfig
-from schemas.errors import ModelError
+from schemas.errors import ModelError, NPDError
 from tasks.language_model.loading import load_ref
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
 from tasks.model_servers.completions import likely_tokens
 from tasks.model_servers.self_test import Probe, make_probe
 from tasks.model_servers.served import ServedModel
+from tasks.rollout.engine import Requests, SamplingSettings
+from tasks.rollout.server_engine import ServerEngine
 from tasks.score.scoring import local_prefill, score_rollouts
 from tasks.score.server import ServedPrefill
 from tests.tasks.loopback_server import Answer, LoopbackServer
@@ -145,6 +147,59 @@ def test_scores_and_targets_are_those_of_the_local_prefill(
     np.testing.assert_array_equal(found.conditional.topk_ids, expected.conditional.topk_ids)
     np.testing.assert_allclose(found.conditional.topk_logprobs, expected.conditional.topk_logprobs, atol=1e-4)
     assert max(body.get("prompt_logprobs", 0) for body in server.completions) > 7
+
+
+def always(choice: dict[str, Any]) -> Answer:
+    return lambda path, body: (200, {"choices": [choice]})
+
+
+def test_targets_that_are_none_are_refused_as_they_come(
+    server: LoopbackServer, right: ModelAnswers, ref: ModelRef
+) -> None:
+    """They would end training, hours later."""
+    server.answer = right
+    served = ServedPrefill(ref, TeacherServersConfig(urls=[server.url]), 64, top_k=2)
+    one = Ragged.from_rows([np.array([5], np.int32)])
+    own: dict[str, Any] = {"5": {"logprob": -0.5, "rank": 1}}
+    for answer in (
+        own | {"9": {"logprob": float("nan"), "rank": 2}},
+        own | {"9": {"logprob": 0.5, "rank": 2}},
+        own | {"-9": {"logprob": -1.0, "rank": 2}},
+        own | {"05": {"logprob": -0.6, "rank": 2}},
+        own | {"9": {"logprob": None, "rank": 2}},
+        own | {"9": -1.0},
+        {},
+    ):
+        choice = {"prompt_logprobs": [None, answer]}
+        server.answer = always(choice)
+        with pytest.raises(ModelError, match=rf"{server.url}: its answer is not one of vLLM's own server"):
+            served(one, one, top_k=2, topk_rows=np.array([True]), shared_vocab=259, on_tokens=None)
+    served.close()
+
+
+def test_responses_that_are_none_are_refused_as_they_come(
+    server: LoopbackServer, right: ModelAnswers, ref: ModelRef
+) -> None:
+    server.answer = right
+    engine = ServerEngine(ref, ServersConfig(urls=[server.url]), 64)
+    settings = SamplingSettings(max_new_tokens=2, context=64, temperature=1.0, top_p=1.0, end_ids=(2,), vocab_size=259)
+    requests = Requests([np.array([5], np.int32)], np.zeros(1, np.int64))
+    wrong: list[tuple[list[int], list[float] | None, str]] = [
+        ([5, 6], [-1.0], "2 tokens with 1 log-probabilities"),
+        ([5, -6], [-1.0, -1.0], "an id below 0"),
+        ([5, 6], [-1.0, float("nan")], "nan is no log-probability"),
+        ([5, 6], None, "is not one of vLLM's own server"),
+        ([5, 6, 2], [-1.0] * 3, "went on beyond its limit of 2"),
+        ([2, 6], [-1.0] * 2, "or beyond an end token"),
+        ([5], [-1.0], "ended before its limit of 2 without an end token"),
+        ([5, 260], [-1.0] * 2, "a padding row"),
+    ]
+    for tokens, logprobs, words in wrong:
+        choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}
+        server.answer = always(choice)
+        with pytest.raises(NPDError, match=f"{server.url}: .*{words}"):
+            list(engine.generate([requests], settings, lambda count: None))
+    engine.close()
 
 
 def test_the_prompts_own_token_is_a_target_only_by_its_rank() -> None:

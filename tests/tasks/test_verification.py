@@ -2,11 +2,16 @@
 
 import json
 import os
+import resource
+import signal
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import reasoning_gym
@@ -14,7 +19,7 @@ from reasoning_gym.factory import DATASETS
 
 from schemas.errors import ArtifactError
 from tasks.prompts.procedural import plain_entry
-from tasks.verification import final_answer, verify
+from tasks.verification import final_answer, processes, verify
 from tasks.verification.answers import verification_of_task
 
 
@@ -89,6 +94,19 @@ def test_answers_are_checked_where_the_system_names_no_cores_of_a_process(monkey
     assert scores("math", [("1/2", "0.5")]) == [1.0]
 
 
+def test_answers_are_checked_where_many_files_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_idle", {"math": [], "reasoning_gym": []})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        assert scores("math", [("1/2", "0.5")]) == [1.0]
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_what_cannot_be_checked_is_nan() -> None:
     prose = "The sea is wide and blue. " * 20
     unchecked = [*scores(None, [("42", "42")]), *scores("exact", [(None, "42")]), *scores("math", [(prose, prose)])]
@@ -133,6 +151,34 @@ def test_a_hostile_response_runs_nothing(tmp_path: Path) -> None:
     rows += [("42", json.dumps({"type": "math"}), text) for text in (touch, f"${touch}$", f"\\boxed{{exec({char})}}")]
     assert max(scored(rows)) < 1.0
     assert not mark.exists()
+
+
+def test_a_forged_prompts_table_runs_nothing() -> None:
+    """Its entries are right only for who evaluates them."""
+    numbers = {"answer": "[str(1), str(2)]", "metadata": {"direction": "ascending"}}
+    problem = {"answer": "0x3", "metadata": {"problem": "int('3')"}}
+    checks = [
+        verification_of_task(task, {}, entry)
+        for task, entry in (("number_sorting", numbers), ("bitwise_arithmetic", problem))
+    ]
+    assert scored([("", checks[0], '["1", "2"]'), ("", checks[1], "0x3")]) == [0.0, 0.0]
+
+
+def signal_workers(number: int) -> None:
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "worker.py" in " ".join(process.cmdline()):
+                process.send_signal(number)
+
+
+def test_a_process_that_is_killed_is_no_verdict() -> None:
+    """Before it is asked, and before it answers: the system does so where memory runs out."""
+    assert scores("math", [("1/2", "0.5")]) == [1.0]
+    signal_workers(signal.SIGKILL)
+    assert scores("math", [("1/3", "$\\frac{1}{3}$")]) == [1.0]
+    signal_workers(signal.SIGSTOP)
+    threading.Timer(0.1, signal_workers, [signal.SIGKILL]).start()
+    assert scores("math", [("1/4", "$\\frac{1}{4}$")]) == [1.0]
 
 
 def test_a_bomb_costs_only_its_own_response() -> None:
