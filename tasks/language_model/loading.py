@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from schemas.config import Quantization
 from schemas.errors import ModelError
-from tasks.language_model.head import agree, probe_states, rounding
+from tasks.language_model.head import agree, pad_rows_if_needed, probe_states, rounding
 from tasks.language_model.packed_attention import PACKED_SEQUENCES
 from tasks.language_model.quantization import bitsandbytes_config, compute_as_asked
 from tasks.language_model.sources import ModelRef, Spread
@@ -178,6 +178,8 @@ def load_model(
             loaded.set_attn_implementation("eager")
         if packed:
             prefer_packed_attention(loaded)
+    if packed:
+        pad_rows_if_needed(loaded)
     return loaded
 
 

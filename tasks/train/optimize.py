@@ -11,10 +11,11 @@ from transformers import TrainerState
 from trl.trainer.sft_config import SFTConfig
 
 from schemas.config import LoraConfig, OptimizerConfig
+from schemas.errors import ModelError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
-from tasks.language_model.head import check_head
+from tasks.language_model.head import check_head, pads_rows
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
 from tasks.stage import StageJob
@@ -51,6 +52,12 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     # As it trains: flash attention takes no float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         check_head(model)
+    shard = launch.world_size > 1 and launch.strategy == "fsdp2"
+    if shard and pads_rows(model):
+        raise ModelError(
+            f"train.launch.strategy: `fsdp2` cannot train {type(model).__name__}, whose packs are passed as batches, "
+            "as many as each pack needs, while all processes must make equally many passes; set `ddp`"
+        )
     model.config.use_cache = False
     if settings.liger_kernels:
         fuse_layers(model, device)
@@ -75,7 +82,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
             peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
             on_steps=lambda done, total: job.progress(done, total, "steps"),
             checkpoint_folder=lambda step: keep_checkpoint(job, step),
-            shard=launch.world_size > 1 and launch.strategy == "fsdp2",
+            shard=shard,
         )
         keep_tensorboard(trainer, job)
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
