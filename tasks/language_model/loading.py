@@ -5,8 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from schemas.config import Quantization
 from schemas.errors import ModelError
@@ -77,6 +86,29 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     except UNREADABLE as error:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     return tokenizer
+
+
+def model_class(config: PreTrainedConfig, name: str) -> Any:
+    """Return the class of `transformers` that loads a model which continues text.
+
+    Of models that see images, too, some are known to `transformers` under that name alone (Mistral 3, Qwen2.5-VL).
+
+    Args:
+        config: The model's.
+        name: What errors call the model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    own = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        known = type(config) in auto._model_mapping or auto.__name__ in own
+        if known and not config.is_encoder_decoder:
+            return auto
+    raise ModelError(
+        f"{name}: `transformers` {transformers.__version__} has no decoder-only language model of type "
+        f"`{config.model_type}`; name a causal language model, or a newer `transformers` if it is one"
+    )
 
 
 def require_safetensors(folder: str | Path) -> None:
@@ -164,7 +196,8 @@ def load_model(
         limits = None if spread.max_memory is None else dict(spread.max_memory)
         options |= {"device_map": spread.device_map, "max_memory": limits, "offload_folder": spread.offload_folder}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = model_class(config, str(folder)).from_pretrained(folder, **options)
     except (*UNREADABLE, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
     if quantization is None and spread is None and tensor_parallel == 1:
