@@ -1,6 +1,7 @@
 """Load tokenizers and causal language models for inference."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,10 @@ def load_model(
         options |= {"device_map": spread.device_map, "max_memory": limits, "offload_folder": spread.offload_folder}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = model_class(config, str(folder)).from_pretrained(folder, **options)
+        model, found = model_class(config, str(folder)).from_pretrained(folder, output_loading_info=True, **options)
     except (*UNREADABLE, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
+    _require_found(model, found["missing_keys"], folder)
     if quantization is None and spread is None and tensor_parallel == 1:
         model.to(target)  # type: ignore[arg-type]
     compute_as_asked(model)
@@ -214,6 +216,16 @@ def load_model(
     if packed:
         pad_rows_if_needed(loaded)
     return loaded
+
+
+def _require_found(model: PreTrainedModel, missing: Iterable[str], folder: str | Path) -> None:
+    """Check that no weight is missing: `transformers` draws those at random, others each time."""
+    absent = sorted({name for name, _ in model.named_parameters()}.intersection(missing))
+    if absent:
+        raise ModelError(
+            f"{folder}: {len(absent)} of the weights of a {type(model).__name__} are not in its files, `{absent[0]}` "
+            "first: it is another kind of model (a reward or embedding model has no output head), or incomplete"
+        )
 
 
 @torch.no_grad()

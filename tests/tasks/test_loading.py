@@ -41,6 +41,17 @@ def test_without_a_word_in_the_config_it_is_that_of_the_weights(tmp_path: Path, 
     assert load_model(folder, device="cpu").dtype == torch.float32
 
 
+@pytest.mark.parametrize("missing", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_there_is_not_drawn_at_random(tmp_path: Path, missing: str) -> None:
+    """As of an embedding or reward model, or where a file was cut."""
+    path = save_model(tmp_path, make_model(seed=1, tie=False)) / "model.safetensors"
+    weights = load_file(path)
+    del weights[missing]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 of the weights of a LlamaForCausalLM are not in its files, `{missing}`"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_of_a_model_that_sees_images_too_the_text_is_what_is_computed_and_trained(tmp_path: Path) -> None:
     """Mistral 3 is known to transformers by its images alone."""
     torch.manual_seed(0)
