@@ -20,7 +20,7 @@ from transformers import (
 
 from schemas.config import Quantization
 from schemas.errors import ModelError
-from tasks.language_model.head import agree, pad_rows_if_needed, probe_states, rounding
+from tasks.language_model.head import agree, probe_states, rounding
 from tasks.language_model.packed_attention import PACKED_SEQUENCES
 from tasks.language_model.quantization import bitsandbytes_config, compute_as_asked
 from tasks.language_model.sources import ModelRef, Spread
@@ -203,7 +203,7 @@ def load_model(
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
     _require_found(model, found["missing_keys"], folder)
     if quantization is None and spread is None and tensor_parallel == 1:
-        model.to(target)  # type: ignore[arg-type]
+        model.to(target)
     compute_as_asked(model)
     loaded: PreTrainedModel = model.eval()
     if attn_implementation is None:
@@ -213,8 +213,6 @@ def load_model(
             loaded.set_attn_implementation("eager")
         if packed:
             prefer_packed_attention(loaded)
-    if packed:
-        pad_rows_if_needed(loaded)
     return loaded
 
 

@@ -46,6 +46,7 @@ def load_whole(ref: ModelRef) -> PreTrainedModel:
         ModelError: it cannot be loaded, or packed rows are not for it.
     """
     model = load_ref(ref, packed=True)
+    pad_rows_if_needed(model)
     check_head(model)
     return model
 

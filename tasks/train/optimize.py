@@ -15,7 +15,7 @@ from schemas.errors import ModelError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
-from tasks.language_model.head import OutputHead, check_head, pads_rows
+from tasks.language_model.head import OutputHead, check_head, pad_rows_if_needed, pads_rows
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
 from tasks.stage import StageJob
@@ -51,6 +51,7 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     model = load_ref(replace(start, dtype="float32", device=str(device)), packed=True)
     # As it trains: flash attention takes no float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        pad_rows_if_needed(model)
         check_head(model)
     shard = launch.world_size > 1 and launch.strategy == "fsdp2"
     if shard and pads_rows(model):
