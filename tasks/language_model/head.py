@@ -41,6 +41,8 @@ class OutputHead:
         config = model.config.get_text_config()
         multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         divisor = getattr(config, "logits_scaling", None)
+        if config.model_type == "hyperclovax":  # it multiplies by what Granite divides by
+            multiplier, divisor = divisor, None
         scale = multiplier if multiplier is not None else (1.0 if divisor is None else 1.0 / divisor)
         softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return cls(projection, float(scale), softcap)

@@ -79,6 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     "gemma4_text": SLIDING
     | {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "global_head_dim": 16},
+    "hyperclovax": {"logits_scaling": 2.0},
     "cohere2": SLIDING | {"logit_scale": 0.25},
 }
 PROMPTS = (3, 30, 1, 6, 25, 9)
