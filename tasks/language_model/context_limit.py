@@ -26,7 +26,7 @@ def context_limit(config: PreTrainedConfig, name: str) -> int:
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if longest is None:
-        raise ModelError(f"{name}: its config does not say how long a sequence may be (max_position_embeddings)")
+        raise ModelError(f"{name}: its config does not say how long a sequence may be; add `max_position_embeddings`")
     limits = [int(longest)]
     for rope in _rope_parameters(text):
         if rope.get("rope_type", rope.get("type")) in _LONG_ROPE:

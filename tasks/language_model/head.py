@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from schemas.errors import ModelError
-from tasks.language_model.packed_attention import packed_row
+from tasks.language_model.packed_attention import PackedRow, packed_row
 
 # Two sequences in one row, to see whether the second sees the first.
 _PROBE_LENGTHS = (6, 5)
+_PADS_ROWS = "npd_pads_rows"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class OutputHead:
         config = model.config.get_text_config()
         multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         divisor = getattr(config, "logits_scaling", None)
+        if config.model_type == "hyperclovax":  # it multiplies by what Granite divides by
+            multiplier, divisor = divisor, None
         scale = multiplier if multiplier is not None else (1.0 if divisor is None else 1.0 / divisor)
-        return cls(projection, float(scale), getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(projection, float(scale), softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [n, vocabulary] of hidden states [n, width]."""
@@ -75,17 +79,58 @@ def module_device(module: nn.Module) -> torch.device:
     return weight.device
 
 
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal language model that makes the hidden states which its head turns into logits.
+
+    Raises:
+        ModelError: it has none of its own.
+    """
+    # Llama 4's text model names its body after the one of the model that sees images, too.
+    body: nn.Module | None = model.base_model if model.base_model is not model else getattr(model, "model", None)
+    if body is None:
+        raise ModelError(f"{type(model).__name__} has no body apart from its head; it cannot be distilled")
+    return body
+
+
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Return the last hidden states [1, tokens, width] of packed sequences that do not see each other.
 
     ``position_ids`` restart at 0 with each sequence. transformers isolates the sequences from them only without a
-    cache and without an attention mask; `packed_sequences` attention does so without a mask matrix. They lie on the
-    device of the model's last layer.
+    cache and without an attention mask; `packed_sequences` attention does so without a mask matrix. A model that
+    ``pads_rows`` gets the sequences as padded batches instead. The states lie on the device of the model's last layer.
     """
+    if pads_rows(model):
+        return _padded_states(model, input_ids, position_ids)
     with packed_row(model, position_ids) as options:
-        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+        output = body_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
     states: Tensor = output.last_hidden_state
     return states
+
+
+def _padded_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Pass sequences of similar length as batches, padded right: no causal layer sees what comes behind a token."""
+    groups, places = PackedRow.of(position_ids).layout
+    batches = [body_of(model)(input_ids=group.rows(input_ids[0]), use_cache=False) for group in groups]
+    states = torch.cat([batch.last_hidden_state.flatten(0, 1) for batch in batches])
+    return (states if places is None else states.index_select(0, places.to(states.device)))[None]
+
+
+def pads_rows(model: PreTrainedModel) -> bool:
+    """Say whether ``hidden_states`` gives a model the sequences of a row as padded batches."""
+    return bool(getattr(model, _PADS_ROWS, False))
+
+
+@torch.no_grad()
+def pad_rows_if_needed(model: PreTrainedModel) -> None:
+    """Let ``hidden_states`` pad a row's sequences if the model cannot keep them apart in one row.
+
+    Layers that carry a state from token to token cannot (Mamba, linear attention, short convolutions), nor models that
+    take no positions (ALiBi), nor layers that cut a sequence where the row, not the sequence, has so many tokens.
+    """
+    chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+    # The probe is shorter than a chunk.
+    if chunked or not agree(*probe_states(model), rounding(model)):
+        setattr(model, _PADS_ROWS, True)
 
 
 def probe_states(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -172,12 +217,11 @@ def check_isolation(model: PreTrainedModel) -> None:
     """Check that packed sequences do not see each other, whatever the model's layers and its attention implementation.
 
     Raises:
-        ModelError: they do: layers carry a state from token to token, or masks are made without the positions.
+        ModelError: they do, though ``pad_rows_if_needed`` may have looked, or padding behind a token changes its state.
     """
     if not agree(*probe_states(model), rounding(model)):
         attention = model.config.get_text_config()._attn_implementation
         raise ModelError(
-            f"{type(model).__name__}: sequences packed into one row see each other or get wrong positions with "
-            f"attention `{attention}`; try `attn_implementation: eager` or `flash_attention_2`. If that does not help, "
-            "its layers carry a state (Mamba, linear attention) or take no positions: it cannot be distilled in packs"
+            f"{type(model).__name__}: packed sequences see each other, or what pads them, with attention `{attention}`"
+            "; try `attn_implementation: eager`. If that does not help, the model is not causal: it cannot be distilled"
         )

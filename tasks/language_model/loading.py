@@ -1,13 +1,23 @@
 """Load tokenizers and causal language models for inference."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from schemas.config import Quantization
 from schemas.errors import ModelError
@@ -79,6 +89,29 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     except UNREADABLE as error:
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     return tokenizer
+
+
+def model_class(config: PreTrainedConfig, name: str) -> Any:
+    """Return the class of `transformers` that loads a model which continues text.
+
+    Of models that see images, too, some are known to `transformers` under that name alone (Mistral 3, Qwen2.5-VL).
+
+    Args:
+        config: The model's.
+        name: What errors call the model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    own = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        known = type(config) in auto._model_mapping or auto.__name__ in own
+        if known and not config.is_encoder_decoder:
+            return auto
+    raise ModelError(
+        f"{name}: `transformers` {transformers.__version__} has no decoder-only language model of type "
+        f"`{config.model_type}`; name a causal language model, or a newer `transformers` if it is one"
+    )
 
 
 def require_plain_weights(folder: str | Path) -> None:
@@ -184,11 +217,13 @@ def load_model(
         limits = None if spread.max_memory is None else dict(spread.max_memory)
         options |= {"device_map": spread.device_map, "max_memory": limits, "offload_folder": spread.offload_folder}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model, found = model_class(config, str(folder)).from_pretrained(folder, output_loading_info=True, **options)
     except (*UNREADABLE, RuntimeError, ImportError) as error:
         raise ModelError(f"{folder}: its weights cannot be loaded: {error}") from error
+    _require_found(model, found["missing_keys"], folder)
     if quantization is None and spread is None and tensor_parallel == 1:
-        model.to(target)  # type: ignore[arg-type]
+        model.to(target)
     compute_as_asked(model)
     loaded: PreTrainedModel = model.eval()
     if attn_implementation is None:
@@ -199,6 +234,16 @@ def load_model(
         if packed:
             prefer_packed_attention(loaded)
     return loaded
+
+
+def _require_found(model: PreTrainedModel, missing: Iterable[str], folder: str | Path) -> None:
+    """Check that no weight is missing: `transformers` draws those at random, others each time."""
+    absent = sorted({name for name, _ in model.named_parameters()}.intersection(missing))
+    if absent:
+        raise ModelError(
+            f"{folder}: {len(absent)} of the weights of a {type(model).__name__} are not in its files, `{absent[0]}` "
+            "first: it is another kind of model (a reward or embedding model has no output head), or incomplete"
+        )
 
 
 @torch.no_grad()

@@ -47,10 +47,14 @@ class LengthGroup:
     length: int
     index: Tensor | None
 
+    def rows(self, values: Tensor) -> Tensor:
+        """Return values [tokens, ...] as [sequences, length, ...]."""
+        taken = values if self.index is None else values.index_select(0, self.index)
+        return taken.view(-1, self.length, *values.shape[1:])
+
     def batch(self, states: Tensor) -> Tensor:
         """Return states [tokens, heads, width] as [sequences, heads, length, width]."""
-        taken = states if self.index is None else states.index_select(0, self.index)
-        return taken.view(-1, self.length, *states.shape[1:]).transpose(1, 2)
+        return self.rows(states).transpose(1, 2)
 
 
 @dataclass

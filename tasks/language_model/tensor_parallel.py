@@ -19,7 +19,15 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 from transformers import AutoConfig, PreTrainedModel
 
 from schemas.errors import ModelError
-from tasks.language_model.head import OutputHead, check_head, hidden_states, input_device
+from tasks.language_model.head import (
+    OutputHead,
+    body_of,
+    check_head,
+    hidden_states,
+    input_device,
+    pad_rows_if_needed,
+    pads_rows,
+)
 from tasks.language_model.loading import load_ref, prefer_packed_attention
 from tasks.language_model.sources import ModelRef
 
@@ -38,6 +46,7 @@ def load_whole(ref: ModelRef) -> PreTrainedModel:
         ModelError: it cannot be loaded, or packed rows are not for it.
     """
     model = load_ref(ref, packed=True)
+    pad_rows_if_needed(model)
     check_head(model)
     return model
 
@@ -119,6 +128,12 @@ def _load_part(ref: ModelRef) -> PreTrainedModel:
     dist.all_reduce(torch.zeros(1))
     if ref.attn_implementation is None:
         prefer_packed_attention(model)
+    pad_rows_if_needed(model)
+    if pads_rows(model):
+        raise ModelError(
+            f"teacher.tensor_parallel: {type(model).__name__} cannot keep the sequences of a packed row apart, which "
+            "the ranks need; set it to 1, and spread the teacher by `teacher.device_map`"
+        )
     return model
 
 
@@ -131,7 +146,7 @@ def _tell(model: PreTrainedModel, device: torch.device) -> None:
     def send_head(module: nn.Module, args: tuple[Any, ...]) -> None:
         _send(_HEAD, args[0], device)
 
-    model.base_model.register_forward_pre_hook(send_body, prepend=True, with_kwargs=True)
+    body_of(model).register_forward_pre_hook(send_body, prepend=True, with_kwargs=True)
     OutputHead.of(model).projection.register_forward_pre_hook(send_head, prepend=True)
 
 

@@ -11,10 +11,11 @@ from schemas.config import ServersConfig
 from schemas.errors import ModelError
 from schemas.untrusted_text import readable
 from tasks.collector import free_memory
-from tasks.language_model.loading import load_ref, load_tokenizer
+from tasks.language_model.loading import load_tokenizer
 from tasks.language_model.prefill import gap_tolerance, prefill
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef
+from tasks.language_model.tensor_parallel import load_whole
 from tasks.model_servers.api import ServerApi, reading_answer
 from tasks.model_servers.completions import (
     HIGHEST_LOGPROB,
@@ -211,7 +212,7 @@ def make_probe(
 
 
 def _local_scores(model: ModelRef, rows: Sequence[NDArray[np.int32]]) -> LocalScores:
-    loaded = load_ref(model, packed=True)
+    loaded = load_whole(model)
     first, rest = (Ragged.from_rows([row[part] for row in rows]) for part in (slice(1), slice(1, None)))
     found = prefill(loaded, first, rest, batch_tokens=len(rows) * _PROBE_TOKENS, logits_chunk=_PROBE_TOKENS)
     scores = LocalScores(model.path, found.logprobs, loaded.dtype)

@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
@@ -27,7 +26,7 @@ from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, preset_template, require_chat_template
 from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint, model_files
-from tasks.language_model.loading import UNREADABLE, require_no_adapters, require_plain_weights
+from tasks.language_model.loading import UNREADABLE, model_class, require_no_adapters, require_plain_weights
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models import read_template
@@ -51,6 +50,8 @@ def resolve_models(job: StageJob) -> None:
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
     student_config = teacher_config if same else _config(found.student, found.trust_student)
+    for key, own in (("teacher.model", teacher_config), ("student.model", student_config)):
+        model_class(own, key)
     require_loadable(teacher_config, config.teacher.quantization)
     require_full_weights(student_config, "teacher.model" if config.student.model is None else "student.model")
     teacher_context = _context(job, teacher_config, found.teacher)
@@ -234,7 +235,8 @@ def _load(
         if config is not None:
             options["config"] = config
     try:
-        model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        auto = model_class(config or _config(source, trust_remote_code), source.name)
+        model: transformers.PreTrainedModel = auto.from_pretrained(
             _folder(source), trust_remote_code=trust_remote_code, **options
         )
     except (*UNREADABLE, RuntimeError) as error:

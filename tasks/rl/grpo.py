@@ -21,7 +21,7 @@ from tasks.checkpoint import keep_checkpoint, name_last_checkpoint, newest_check
 from tasks.graph import PROMPTS
 from tasks.language_model.chat import end_ids, require_chat_template
 from tasks.language_model.context_limit import context_limit
-from tasks.language_model.head import check_head
+from tasks.language_model.head import check_head, pad_rows_if_needed
 from tasks.language_model.loading import load_model, load_tokenizer, resolve_device
 from tasks.language_model.model_folder import write_model_folder
 from tasks.language_model.ragged import Ragged
@@ -72,6 +72,7 @@ def _trained(
     device = resolve_device(config.device)
     check_engine(grpo, device)
     model = load_model(start, dtype="float32", device=str(device), trust_remote_code=config.trust_remote_code)
+    pad_rows_if_needed(model)
     check_head(model)
     model.config.use_cache = False
     ends = end_ids(tokenizer, start)

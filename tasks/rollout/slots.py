@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tasks.language_model.head import OutputHead, input_device
+from tasks.language_model.head import OutputHead, body_of, input_device
 from tasks.rollout.context import response_limits
 from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.open_shard import OpenShard
@@ -222,7 +222,7 @@ class _Decoding:
         self._finished(len(slots))
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
-        states: Tensor = self._model.base_model(
+        states: Tensor = body_of(self._model)(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=mask,

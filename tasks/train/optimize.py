@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 from trl.trainer.sft_config import SFTConfig
 
 from schemas.config import LoraConfig, OptimizerConfig
+from schemas.errors import ModelError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
-from tasks.language_model.head import check_head
+from tasks.language_model.head import OutputHead, check_head, pad_rows_if_needed, pads_rows
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
 from tasks.stage import StageJob
@@ -50,7 +51,15 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
     model = load_ref(replace(start, dtype="float32", device=str(device)), packed=True)
     # As it trains: flash attention takes no float32.
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        pad_rows_if_needed(model)
         check_head(model)
+    shard = launch.world_size > 1 and launch.strategy == "fsdp2"
+    if shard and pads_rows(model):
+        raise ModelError(
+            f"train.launch.strategy: `fsdp2` cannot train {type(model).__name__}, whose packs are passed as batches, "
+            "as many as each pack needs, while all processes must make equally many passes; set `ddp`"
+        )
+    freeze_beside_text(model)
     model.config.use_cache = False
     if settings.liger_kernels:
         fuse_layers(model, device)
@@ -72,10 +81,10 @@ def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:
             ),
             guard=plan.guard,
             probe=probe,
-            peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora),
+            peft_config=None if warmup or config.train.lora is None else peft_config(config.train.lora, model),
             on_steps=lambda done, total: job.progress(done, total, "steps"),
             checkpoint_folder=lambda step: keep_checkpoint(job, step),
-            shard=launch.world_size > 1 and launch.strategy == "fsdp2",
+            shard=shard,
         )
         keep_tensorboard(trainer, job)
         trainer.train(resume_from_checkpoint=None if plan.checkpoint is None else str(plan.checkpoint))
@@ -131,8 +140,31 @@ def trainer_arguments(
     return on_device(arguments, device)
 
 
-def peft_config(lora: LoraConfig) -> Any:
-    """Return the adapter settings as `peft` takes them.
+def _beside_text(model: PreTrainedModel) -> list[str]:
+    """Return the names of a multi-modal model's modules that text does not pass through, outermost first."""
+    if model.config.get_text_config() is model.config:
+        return []
+    used = {
+        id(weight) for part in (model.get_decoder(), OutputHead.of(model).projection) for weight in part.parameters()
+    }
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and not any(id(weight) in used for weight in module.parameters())
+    ]
+
+
+def freeze_beside_text(model: PreTrainedModel) -> None:
+    """Leave what text does not pass through (a vision tower) as it is.
+
+    It gets no gradients, and with several processes DDP waits for one of each weight that could have some.
+    """
+    for name in _beside_text(model):
+        model.get_submodule(name).requires_grad_(False)
+
+
+def peft_config(lora: LoraConfig, model: PreTrainedModel) -> Any:
+    """Return the adapter settings as `peft` takes them for ``model``.
 
     Raises:
         ConfigError: `peft` is not installed.
@@ -145,5 +177,6 @@ def peft_config(lora: LoraConfig) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=_beside_text(model) or None,
         task_type="CAUSAL_LM",
     )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from schemas.config import GuardConfig, OptimizerConfig
 from schemas.tables import IGNORE_LABEL
-from tasks.language_model.head import OutputHead, hidden_states
+from tasks.language_model.head import OutputHead, hidden_states, pad_rows_if_needed
 from tasks.language_model.loading import load_ref
 from tasks.language_model.prefill import most_likely
 from tasks.language_model.sources import ModelRef
@@ -129,6 +129,7 @@ def open_probe(sampler: ModelRef, device: torch.device, row: ProbeRow, settings:
     target, head = row.to(device), OutputHead.of(model)
     ids, logprobs = [], []
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        pad_rows_if_needed(model)
         states = hidden_states(model, target.input_ids, target.position_ids)[0]
         for places in target.places.split(_CHUNK):
             logits = head.logits(states[places])

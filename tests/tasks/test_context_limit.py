@@ -100,7 +100,7 @@ def test_layers_with_rotary_parameters_of_their_own_are_looked_through() -> None
 
 
 def test_a_config_without_a_longest_sequence_is_refused() -> None:
-    with pytest.raises(ModelError, match="some/model: its config does not say"):
+    with pytest.raises(ModelError, match=r"some/model: its config does not say.*add `max_position_embeddings`"):
         context_limit(PreTrainedConfig(), "some/model")
 
 

@@ -14,6 +14,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    T5Config,
 )
 
 from benchmarks.random_models import CHAT_TEMPLATE
@@ -292,6 +293,17 @@ def test_damaged_weights_are_a_model_error(tmp_path: Path, teacher_dir: Path) ->
     (damaged / "config.json").write_text("{not json")
     with pytest.raises(ModelError, match="damaged"):
         resolve(tmp_path, teacher_dir, {"model": str(damaged)})
+    assert not store_exists(tmp_path)
+
+
+def test_a_model_that_continues_no_text_is_found_before_weights_load(tmp_path: Path, teacher_dir: Path) -> None:
+    other = save_model(tmp_path / "other", make_model(seed=3))
+    T5Config(d_model=8, vocab_size=259).save_pretrained(other)
+    (other / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(
+        ModelError, match=r"student\.model: `transformers` .* no decoder-only language model of type `t5`"
+    ):
+        resolve(tmp_path, teacher_dir, {"model": str(other)})
     assert not store_exists(tmp_path)
 
 

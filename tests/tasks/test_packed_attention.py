@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from schemas.errors import ModelError
-from tasks.language_model.head import check_head, check_isolation, hidden_states
+from tasks.language_model.head import check_head, check_isolation, hidden_states, pad_rows_if_needed, pads_rows
 from tasks.language_model.loading import load_model, prefer_packed_attention
 from tasks.language_model.packed_attention import (
     PACKED_SEQUENCES,
@@ -230,6 +232,9 @@ def test_models_that_isolate_pass_the_check(attention: str) -> None:
     "config",
     [
         MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2),
+        # No positions reach its masks.
+        GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
+        BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2),
         Qwen3NextConfig(
             **SIZES,
             layer_types=["linear_attention", "full_attention"],
@@ -243,13 +248,24 @@ def test_models_that_isolate_pass_the_check(attention: str) -> None:
             shared_expert_intermediate_size=16,
         ),
     ],
-    ids=["mamba", "linear_attention"],
+    ids=["mamba", "gpt_oss", "alibi", "linear_attention"],
 )
-def test_models_with_a_state_are_refused(config: Any) -> None:
-    model = make(config)
+def test_a_model_that_cannot_take_a_row_gets_padded_batches(config: Any) -> None:
+    model, reference = make(config), make(config, "eager")
     prefer_packed_attention(model)
     with pytest.raises(ModelError, match=rf"{type(model).__name__}.*see each other.*attn_implementation"):
         check_isolation(model)
+    pad_rows_if_needed(model)
+    check_head(model)
+    states, expected = hidden_states(model, *row_of(ROWS["odd"]))[0], alone(reference, ROWS["odd"])
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model, states), gradients(reference, expected))
+
+
+def test_a_model_that_can_take_a_row_gets_it() -> None:
+    model = make_packed(ARCHITECTURES["llama"])
+    pad_rows_if_needed(model)
+    assert not pads_rows(model)
 
 
 @pytest.mark.parametrize(
