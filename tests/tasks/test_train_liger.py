@@ -95,7 +95,18 @@ def interpret() -> None:
     rms_norm.rsqrt = lambda value: tl.rsqrt(value)
 
 
+def prefer_another() -> None:
+    """Let Liger have kernels that it likes better than Triton's, as it has beside CUTLASS on newer GPUs."""
+    from liger_kernel.backends import register_impl
+
+    def rope(*args: Any, **options: Any) -> Any:
+        raise AssertionError("not Triton's")
+
+    register_impl("rope", impl_name="nvidia-another", preference_rank=1)(rope)
+
+
 if __name__ == "__main__":
+    prefer_another()
     if DEVICE == "cpu":
         interpret()
     results = {}
