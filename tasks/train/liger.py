@@ -6,6 +6,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from schemas.errors import ConfigError
+from tasks.language_model.triton_kernels import missing_for_triton
 
 
 def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -14,10 +15,10 @@ def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
     The same formulas in fewer passes over the activations (arXiv 2410.10989). The loss stays this project's.
 
     Raises:
-        ConfigError: the device is no GPU, Liger is not installed, or does not know the architecture.
+        ConfigError: Triton does not run on the device, Liger is not installed, or does not know the architecture.
     """
-    if device.type != "cuda":
-        raise ConfigError(f"liger_kernels: needs a CUDA device, the student trains on {device}; say `false`")
+    if (missing := missing_for_triton(device)) is not None:
+        raise ConfigError(f"liger_kernels: Triton {missing}, or say `false`")
     if not is_liger_kernel_available():
         raise ConfigError("liger_kernels: needs the extra `liger`: pip install -e '.[liger]'")
     from liger_kernel.backends import set_impl

@@ -2,6 +2,7 @@
 
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -61,11 +62,24 @@ def test_fused_layers_give_the_states_and_gradients_of_transformers(kind: str, f
         assert (values[name].double() - value).norm() <= TOLERANCE * value.norm(), name
 
 
+@pytest.fixture
+def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.train.liger.missing_for_triton", lambda device: None)
+
+
 def test_they_are_refused_without_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="liger_kernels: needs a CUDA device"):
+    with pytest.raises(ConfigError, match="liger_kernels: Triton needs a CUDA device, not cpu, or say `false`"):
         fuse_layers(make_model(seed=0), torch.device("cpu"))
 
 
+def test_they_are_refused_where_triton_can_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="liger_kernels: Triton finds no C compiler; install gcc"):
+        fuse_layers(make_model(seed=0), torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("triton_runs")
 def test_they_are_refused_where_liger_does_not_know_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(seed=0)
     monkeypatch.setattr(type(model.config), "model_type", "other")
@@ -73,6 +87,7 @@ def test_they_are_refused_where_liger_does_not_know_the_model(monkeypatch: pytes
         fuse_layers(model, torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("triton_runs")
 def test_they_are_refused_without_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.train.liger.is_liger_kernel_available", lambda: False)
     with pytest.raises(ConfigError, match=r"needs the extra `liger`: pip install -e '\.\[liger\]'"):
@@ -113,7 +128,8 @@ if __name__ == "__main__":
     results = {}
     for kind in KINDS:
         model = draw_model(kind)
-        fuse_layers(model, torch.device("cuda"))
+        with patch("tasks.train.liger.missing_for_triton", return_value=None):
+            fuse_layers(model, torch.device("cuda"))
         fused = [name for name, module in model.named_modules() if module.forward.__module__.startswith("liger")]
         results[kind] = states_and_gradients(model), fused
     torch.save(results, sys.argv[1])
