@@ -26,6 +26,10 @@ _QUEUE = 32768
 """Requests that the engine is given before the next shard waits. Far more than it runs at a time, so that it never has
 to wait for the next; each costs some kilobytes of Python objects, so that millions would not do."""
 
+_MOST_BIASES = 1024
+"""Ids that a request may bar with vLLM's newer model runner, V2, which it takes on a GPU and fails with if there are
+more. The older one takes any number."""
+
 
 class VllmEngine:
     """vLLM's `LLM`. It picks its own attention kernels: `attn_implementation` does not apply.
@@ -55,9 +59,13 @@ class VllmEngine:
                 raise
             raise ModelError(INSTALL_HINT) from None
         import torch
+        from transformers import AutoConfig
 
         from tasks.language_model.loading import resolve_dtype, stored_dtype
 
+        text = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).get_text_config()
+        if text.vocab_size - model.shared_vocab > _MOST_BIASES:
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         on_cpu = current_platform.device_type == "cpu"
         if model.device is not None and model.device.split(":")[0] != current_platform.device_type:
             raise ModelError(

@@ -6,6 +6,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from schemas.errors import ConfigError
+from tasks.language_model.triton_kernels import missing_for_triton
 
 
 def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -14,15 +15,19 @@ def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
     The same formulas in fewer passes over the activations (arXiv 2410.10989). The loss stays this project's.
 
     Raises:
-        ConfigError: the device is no GPU, Liger is not installed, or does not know the architecture.
+        ConfigError: Triton does not run on the device, Liger is not installed, or does not know the architecture.
     """
-    if device.type != "cuda":
-        raise ConfigError(f"liger_kernels: needs a CUDA device, the student trains on {device}; say `false`")
+    if (missing := missing_for_triton(device)) is not None:
+        raise ConfigError(f"liger_kernels: Triton {missing}, or say `false`")
     if not is_liger_kernel_available():
         raise ConfigError("liger_kernels: needs the extra `liger`: pip install -e '.[liger]'")
+    from liger_kernel.backends import set_impl
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
     kind = model.config.model_type
     if kind not in known:
         raise ConfigError(f"liger_kernels: Liger has none for a model of type `{kind}`; say `false`")
+    # Beside vLLM, which brings CUTLASS, Liger would turn queries and keys by that from Hopper on: it compiles anew for
+    # every length of a row, and hardly two packs have the same.
+    set_impl("nvidia-triton")
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})

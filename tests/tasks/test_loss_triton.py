@@ -1,6 +1,7 @@
 """The loss's Triton kernel against the float64 definitions, all cases in one process (`triton_process`)."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -189,31 +190,49 @@ def test_the_kernel_is_refused_without_a_cuda_device() -> None:
         choose_kernel("triton", torch.device("cpu"))
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *, triton: bool = True, compiler: str | None = "gcc") -> None:
-    """Make this one that has Triton and a C compiler, or has not."""
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
-    monkeypatch.setattr("shutil.which", lambda name: name if name == compiler else None)
+Machine = Callable[..., None]
 
 
-def test_auto_takes_the_kernel_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """Make this one that has Triton, a C compiler and Python's headers, or has not."""
+
+    def make(*, triton: bool = True, compiler: str | None = "gcc", headers: bool = True) -> None:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr("shutil.which", lambda name: name if name == compiler else None)
+        folder = tmp_path / str(headers)
+        folder.mkdir(exist_ok=True)
+        if headers:
+            (folder / "Python.h").touch()
+        monkeypatch.setattr("sysconfig.get_path", lambda *wanted: str(folder))
+
+    return make
+
+
+def test_auto_takes_the_kernel_where_it_runs(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    machine()
     assert choose_kernel("auto", torch.device("cpu")) == "torch"
     assert choose_kernel("auto", torch.device("cuda")) == "triton"
-    machine(monkeypatch, triton=False)
+    machine(triton=False)
     assert choose_kernel("auto", torch.device("cuda")) == "torch"
-    machine(monkeypatch, compiler=None)
+    machine(headers=False)
+    assert choose_kernel("auto", torch.device("cuda")) == "torch"
+    machine(compiler=None)
     assert choose_kernel("auto", torch.device("cuda")) == "torch"
     monkeypatch.setenv("CC", "cc")
     assert choose_kernel("auto", torch.device("cuda")) == "triton"
 
 
-def test_the_kernel_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, triton=False)
+def test_the_kernel_is_refused_where_it_does_not_run(machine: Machine) -> None:
+    machine(triton=False)
     with pytest.raises(ConfigError, match="loss_kernel: `triton` is not installed; install it"):
         choose_kernel("triton", torch.device("cuda"))
-    machine(monkeypatch, compiler=None)
+    machine(compiler=None)
     with pytest.raises(ConfigError, match="loss_kernel: `triton` finds no C compiler; install gcc"):
+        choose_kernel("triton", torch.device("cuda"))
+    machine(headers=False)
+    with pytest.raises(ConfigError, match=r"loss_kernel: `triton` finds no Python\.h; install Python's headers"):
         choose_kernel("triton", torch.device("cuda"))
 
 

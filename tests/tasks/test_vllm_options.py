@@ -1,5 +1,6 @@
 """What vLLM is asked for, without vLLM."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,15 @@ def test_weights_are_sampled_from_in_the_type_they_are_scored_in(
     made = fake_vllm.install(monkeypatch, device)
     VllmEngine(ModelRef(str(folder), "v", 0, 512, 259, dtype=wanted), VllmOptions(), longest_sequence=64)
     assert [arguments["dtype"] for arguments in made] == [given]
+
+
+@pytest.mark.parametrize(("padding_rows", "runner"), [(1024, None), (1025, "0")])
+def test_the_newer_runner_is_left_where_more_ids_are_barred_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, padding_rows: int, runner: str | None
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "")
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    folder = save_model(tmp_path, make_model(seed=1, vocab_size=259 + padding_rows))
+    fake_vllm.install(monkeypatch)
+    VllmEngine(ModelRef(str(folder), "v", 0, 512, 259), VllmOptions(), longest_sequence=64)
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == runner
