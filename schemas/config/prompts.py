@@ -21,7 +21,8 @@ class _Rows(Section):
     `messages`."""
 
     answer: str | None = "answer"
-    """Column holding the reference answer, if rows have one; null: ignore it."""
+    """Column holding the reference answer, if rows have one; null: ignore it. Of every column's name, dots lead into
+    objects: `reward_model.ground_truth`."""
 
     verifier: Literal["math", "exact"] | None = "math"
     """How a response is checked where a row has an answer: `math`, equal as mathematics (`math-verify`) or as text;

@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ _SHAREGPT_ROLES = _OWN_ROLES | {"human": "user", "gpt": "assistant"}
 class RowColumns:
     """Where a row keeps what: names of its columns, and the system message for rows that bring none.
 
-    ``last_reply`` says what becomes of the assistant's reply that a conversation ends with.
+    A name with dots that no column has is a path into objects: `reward_model.ground_truth`. ``last_reply`` says what
+    becomes of the assistant's reply that a conversation ends with.
     """
 
     messages: str = "messages"
@@ -30,9 +31,9 @@ class RowColumns:
     system: str | None = None
     last_reply: Literal["error", "answer", "drop"] = "error"
 
-    def present_in(self, names: Iterable[str]) -> list[str]:
+    def present_in(self, names: Collection[str]) -> list[str]:
         """Return the columns of ``names`` that are read, without repetition."""
-        wanted = (self.messages, self.prompt, self.answer)
+        wanted = {outer_column(name, names) for name in (self.messages, self.prompt, self.answer) if name is not None}
         return [name for name in dict.fromkeys(names) if name in wanted]
 
 
@@ -43,6 +44,40 @@ class RowProblem(Exception):
         self.column = column
         self.what = what
         super().__init__(f"column `{column}`: {what}" if column else what)
+
+
+def outer_column(name: str, columns: Collection[str]) -> str:
+    """Return the column of a table that holds what ``name`` says: the one called so, or that its path begins with.
+
+    >>> outer_column("reward_model.ground_truth", ["prompt", "reward_model"]), outer_column("a.b", ["a", "a.b"])
+    ('reward_model', 'a.b')
+    """
+    return name if name in columns else name.partition(".")[0]
+
+
+def has_column(row: dict[str, Any], name: str | None) -> bool:
+    """Say whether a row has what ``name`` says, be it null.
+
+    >>> has_column({"reward_model": {"ground_truth": None}}, "reward_model.ground_truth")
+    True
+    """
+    if name is None:
+        return False
+    place, key = _place(row, name)
+    return key in place
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    place, key = _place(row, name)
+    return place.get(key)
+
+
+def _place(row: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Return the object that ``name`` leads into, and the key there."""
+    outer, _, rest = name.partition(".")
+    if rest and name not in row and isinstance(row.get(outer), dict):
+        return _place(row[outer], rest)
+    return row, name
 
 
 def prompt_id(messages: list[dict[str, str]]) -> str:
@@ -92,7 +127,7 @@ def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str,
 def _row_messages(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:
     """Return a row's own messages, and the reply after them where it is to be the answer."""
     for column in (columns.messages, columns.prompt):
-        value = row.get(column)
+        value = _value(row, column)
         if isinstance(value, list) or (value is not None and column == columns.messages):
             return _conversation(value, column, columns.last_reply)
         if value is not None:
@@ -104,7 +139,7 @@ def _row_messages(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[s
 
 def _row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
     """Return a row's reference answer, a number as its text; None if it has none."""
-    value = None if columns.answer is None else row.get(columns.answer)
+    value = None if columns.answer is None else _value(row, columns.answer)
     if value is None:
         return None
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):

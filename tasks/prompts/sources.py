@@ -21,7 +21,7 @@ from schemas.errors import PromptError
 from schemas.table_files import UNREADABLE
 from schemas.untrusted_text import readable
 from tasks.prompts import procedural
-from tasks.prompts.messages import RowColumns, RowProblem, quoted
+from tasks.prompts.messages import RowColumns, RowProblem, outer_column, quoted
 from tasks.verification.answers import verification_of_row, verification_of_task
 
 Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
@@ -243,14 +243,14 @@ def _needed_columns(where: str, names: list[str], columns: RowColumns) -> list[s
         PromptError: no column holds prompts, or the one configured for answers is missing.
     """
     have = f"it has {quoted(names)}"
-    if columns.messages not in names and columns.prompt not in names:
+    if not {outer_column(name, names) for name in (columns.messages, columns.prompt)} & set(names):
         hint = _nearest(columns.messages, names) or _nearest(columns.prompt, names) or "."
         raise PromptError(
             f"{where}: no column `{columns.messages}` or `{columns.prompt}`{hint} Set `messages` or `prompt` of this "
             f"source to the column that holds prompts; {have}"
         )
-    if columns.answer not in (None, "answer", *names):
-        hint = _nearest(str(columns.answer), names) or "."
+    if columns.answer not in (None, "answer") and outer_column(columns.answer, names) not in names:
+        hint = _nearest(columns.answer, names) or "."
         raise PromptError(f"{where}: no column `{columns.answer}`{hint} Correct `answer` of this source; {have}")
     present = columns.present_in(names)
     if twice := [name for name in present if names.count(name) > 1]:

@@ -12,7 +12,7 @@ from schemas.config import PromptsConfig
 from schemas.errors import PromptError
 from schemas.tables import PROMPTS
 from schemas.untrusted_text import readable
-from tasks.prompts.messages import RowProblem, prompt_id, row_prompt, wording_id
+from tasks.prompts.messages import RowProblem, has_column, prompt_id, row_prompt, wording_id
 from tasks.prompts.sources import SourceRows, open_sources
 from tasks.prompts.split import Ids, draw_splits, ids_of
 from tasks.stage import Progress, StageJob
@@ -187,7 +187,7 @@ def _read_source(
             first = first or (number, problem)
             unusable += 1
             continue
-        answered = answered or source.columns.answer in row
+        answered = answered or has_column(row, source.columns.answer)
         check = source.verification(row, answer)
         found = (prompt_id(messages), messages, answer, check, source.label, number)
         for values, value in zip(columns.values(), found, strict=True):

@@ -104,6 +104,31 @@ def test_other_column_names_and_a_row_limit(tmp_path: Path) -> None:
     assert manifest.counters["rows"] == 3
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
+def test_names_with_dots_lead_into_objects(tmp_path: Path, kind: str) -> None:
+    """As verl and DAPO keep answers."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": SAID[:1], "reward_model": {"ground_truth": "34", "style": "rule"}, "extra": {"index": {"at": 1}}},
+        {"prompt": SAID[:1] * 2, "reward_model": {"ground_truth": None, "style": "rule"}, "extra": {"index": None}},
+    ]
+    path = write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    if kind == "parquet":
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    place = {"dataset": str(path.parent)} if kind == "dataset" else {"path": str(path)}
+    made, _ = run_prompts(make_config(tmp_path, [{"type": kind, **place, "answer": "reward_model.ground_truth"}]))
+    assert [row["answer"] for row in made] == ["34", None]
+    deep = {"type": kind, **place, "answer": "extra.index.at"}
+    assert [row["answer"] for row in run_prompts(make_config(tmp_path, [deep], name="deep"))[0]] == ["1", None]
+
+
+def test_a_column_of_the_whole_name_comes_before_a_path(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "a": {"b": "inner"}, "a.b": "outer"}, {"prompt": "Bye", "a": {"b": "inner"}}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path), "answer": "a.b"}]))
+    assert [row["answer"] for row in made] == ["outer", "inner"]
+
+
 @pytest.mark.parametrize(
     ("verifier", "check"), [({}, "math"), ({"verifier": "exact"}, "exact"), ({"verifier": None}, None)]
 )

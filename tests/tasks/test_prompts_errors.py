@@ -176,6 +176,14 @@ def test_an_answer_column_that_no_row_has(tmp_path: Path) -> None:
     )
 
 
+def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "x", "reward_model": {"ground_truth": "1"}}]), path)
+    source = {"type": "parquet", "path": str(path)}
+    fails(source | {"answer": "reward_model.truth"}, "column `reward_model.truth` is in none of its 1 rows")
+    fails(source | {"answer": "reward.ground_truth"}, "no column `reward.ground_truth`")
+
+
 def test_parquet_that_is_not_parquet(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.parquet", [{"prompt": "x"}])
     fails({"type": "parquet", "path": str(path)}, f"{path}: is not a readable Parquet file")
