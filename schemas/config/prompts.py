@@ -32,6 +32,10 @@ class _Rows(Section):
     system: str | None = None
     """System message put before every prompt that does not bring its own."""
 
+    tools: Literal["error", "drop"] = "error"
+    """What becomes of a row whose column `tools` holds tools to call, as TRL has it. `error`: it cannot be used, since
+    no model here is told of them. `drop`: it is asked without them."""
+
     limit: int | None = Field(default=None, ge=1)
     """Take the first so many rows; null: all."""
 

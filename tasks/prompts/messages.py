@@ -16,13 +16,16 @@ _OWN_ROLES = {role: role for role in ROLES}
 _SHAREGPT_ROLES = _OWN_ROLES | {"human": "user", "gpt": "assistant"}
 """Roles of `{from, value}` messages, as ShareGPT writes them, and what they are called here."""
 
+_TOOLS = "tools"
+"""Column in which TRL, verl and others keep the tools that a row's conversation may call."""
+
 
 @dataclass(frozen=True)
 class RowColumns:
     """Where a row keeps what: names of its columns, and the system message for rows that bring none.
 
     A name with dots that no column has is a path into objects: `reward_model.ground_truth`. ``last_reply`` says what
-    becomes of the assistant's reply that a conversation ends with.
+    becomes of the assistant's reply that a conversation ends with, ``tools`` what of those that a row brings.
     """
 
     messages: str = "messages"
@@ -30,10 +33,13 @@ class RowColumns:
     answer: str | None = "answer"
     system: str | None = None
     last_reply: Literal["error", "answer", "drop"] = "error"
+    tools: Literal["error", "drop"] = "error"
 
     def present_in(self, names: Collection[str]) -> list[str]:
         """Return the columns of ``names`` that are read, without repetition."""
         wanted = {outer_column(name, names) for name in (self.messages, self.prompt, self.answer) if name is not None}
+        if self.tools == "error":
+            wanted.add(_TOOLS)
         return [name for name in dict.fromkeys(names) if name in wanted]
 
 
@@ -117,6 +123,12 @@ def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str,
     Raises:
         RowProblem: there are no messages, or what is there cannot be a prompt or an answer.
     """
+    if columns.tools == "error" and _brings_tools(row.get(_TOOLS)):
+        raise RowProblem(
+            _TOOLS,
+            "holds tools, which no prompt here is given: leave such rows out, or have them asked without, by "
+            "`tools: drop` of this source",
+        )
     messages, reply = _row_messages(row, columns)
     if columns.system is not None and all(message["role"] != "system" for message in messages):
         messages.insert(0, {"role": "system", "content": columns.system})
@@ -135,6 +147,11 @@ def _row_messages(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[s
             _not_blank(text, column)
             return [{"role": "user", "content": text}], None
     raise RowProblem(None, _nothing_to_ask(row, columns))
+
+
+def _brings_tools(value: Any) -> bool:
+    """Say whether a column `tools` has any: as a list, or as that list's JSON."""
+    return value.strip() not in ("", "[]", "null") if isinstance(value, str) else bool(value)
 
 
 def _row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
@@ -180,6 +197,9 @@ def _checked_message(value: Any, column: str) -> dict[str, str]:
         raise RowProblem(column, f"should be an object with `role` and `content`, is {_type_name(value)}")
     sharegpt = value.get("role") is None and value.get("from") is not None
     keys, known = (("from", "value"), _SHAREGPT_ROLES) if sharegpt else (("role", "content"), _OWN_ROLES)
+    for key in ("tool_calls", "function_call"):
+        if value.get(key):
+            raise RowProblem(f"{column}.{key}", "is no text, and prompts here are texts only: leave such rows out")
     for key in keys:
         if value.get(key) is None:
             raise RowProblem(f"{column}.{key}", f"is missing; the message has {quoted(value)}")

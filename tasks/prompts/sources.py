@@ -346,7 +346,7 @@ def reasoning_gym_version() -> str:
 
 
 def _row_columns(source: JsonlSource | ParquetSource | DatasetSource) -> RowColumns:
-    return RowColumns(source.messages, source.prompt, source.answer, source.system, source.last_reply)
+    return RowColumns(source.messages, source.prompt, source.answer, source.system, source.last_reply, source.tools)
 
 
 def _row_verification(source: JsonlSource | ParquetSource | DatasetSource) -> Callable[[Any, str | None], str | None]:

@@ -129,6 +129,16 @@ def test_a_column_of_the_whole_name_comes_before_a_path(tmp_path: Path) -> None:
     assert [row["answer"] for row in made] == ["outer", "inner"]
 
 
+def test_rows_with_tools_are_asked_without_where_that_is_said(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "tools": [{"name": "search"}]}, {"prompt": "Bye", "tools": "[]"}, {"prompt": "a"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path), "tools": "drop"}]))
+    assert [prompt_of(row) for row in made] == ["Hi", "Bye", "a"]
+    write_jsonl(path, [{"prompt": "Hi", "tools": None}, {"prompt": "Bye", "tools": "[]"}])
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], name="none"))
+    assert [prompt_of(row) for row in made] == ["Hi", "Bye"]
+
+
 @pytest.mark.parametrize(
     ("verifier", "check"), [({}, "math"), ({"verifier": "exact"}, "exact"), ({"verifier": None}, None)]
 )

@@ -91,6 +91,14 @@ BAD_ROWS = [
         "messages[1].content",
         "is empty",
     ),
+    ("tools", {"prompt": "Hi", "tools": [{"name": "f"}]}, "tools", "holds tools, which no prompt here is given: leave"),
+    ("tools as JSON", {"prompt": "Hi", "tools": '[{"name": "f"}]'}, "tools", "`tools: drop` of this source"),
+    (
+        "a tool's call",
+        {"messages": [USER, {"role": "assistant", "content": "Wait.", "tool_calls": [{"name": "f"}]}, USER]},
+        "messages[1].tool_calls",
+        "is no text, and prompts here are texts only: leave such rows out",
+    ),
     ("list as answer", {"prompt": "Hi", "answer": ["x"]}, "answer", "should be text, is a list"),
     ("boolean answer", {"prompt": "Hi", "answer": False}, "answer", "should be text, is true or false"),
 ]
