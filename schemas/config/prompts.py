@@ -41,7 +41,7 @@ class _Rows(Section):
 
 
 class JsonlSource(_Rows):
-    """A JSON Lines file, one prompt a line."""
+    """A JSON Lines file, one prompt a line; it may be compressed by gzip."""
 
     type: Literal["jsonl"]
     """Which kind of source this is."""

@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,10 @@ class RowProblem(Exception):
         self.column = column
         self.what = what
         super().__init__(f"column `{column}`: {what}" if column else what)
+
+
+Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
+"""Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
 
 
 def outer_column(name: str, columns: Collection[str]) -> str:

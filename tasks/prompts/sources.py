@@ -21,16 +21,11 @@ from schemas.errors import PromptError
 from schemas.table_files import UNREADABLE
 from schemas.untrusted_text import readable
 from tasks.prompts import procedural
-from tasks.prompts.messages import RowColumns, RowProblem, outer_column, quoted
+from tasks.prompts.json_lines import count_lines, json_lines
+from tasks.prompts.messages import RowColumns, RowProblem, Rows, outer_column, quoted
 from tasks.verification.answers import verification_of_row, verification_of_task
 
-Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
-"""Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
-
 _BATCH_ROWS = 4096
-
-_LONGEST_LINE = 1 << 26
-"""Bytes of one line of JSON Lines; beyond them it is no prompt, and need not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -80,67 +75,13 @@ def open_sources(sources: Sequence[PromptSource]) -> list[SourceRows]:
 
 def _open_jsonl(source: JsonlSource, label: str) -> SourceRows:
     path = existing_file(source.path)
-    lines = _count_lines(path)
+    lines = count_lines(path)
     if lines == 0:
         raise PromptError(f"{path}: is empty; it needs at least one prompt")
-    rows = islice(_jsonl_rows(path), source.limit)
+    rows = islice(json_lines(path), source.limit)
     return SourceRows(
         label, str(path), _row_columns(source), _row_verification(source), min(lines, source.limit or lines), rows
     )
-
-
-def _count_lines(path: Path) -> int:
-    """Count lines, the last one also without its newline."""
-    newlines, last = 0, b"\n"
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            newlines += chunk.count(b"\n")
-            last = chunk[-1:]
-    return newlines + (last != b"\n")
-
-
-def _jsonl_rows(path: Path) -> Rows:
-    with path.open("rb") as file:
-        lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            if len(line) > _LONGEST_LINE:
-                yield number, RowProblem(None, f"is longer than {_LONGEST_LINE} bytes; write one JSON object a line")
-                return
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, _parse_line(line.rstrip(b"\r\n"))
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
-    try:
-        row = json.loads(line.decode(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        return RowProblem(
-            None, f"byte {error.start + 1} (0x{line[error.start]:02x}) is not valid UTF-8; save the file as UTF-8"
-        )
-    except json.JSONDecodeError as error:
-        return RowProblem(
-            None,
-            f"is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); write one JSON object a line",
-        )
-    except RowProblem as problem:
-        return problem
-    except (ValueError, RecursionError) as error:
-        return RowProblem(None, f"is not JSON that can be read ({error}); write one JSON object a line")
-    if not isinstance(row, dict):
-        return RowProblem(None, f"is not a JSON object but {line[:40].decode(errors='replace').strip()!r}")
-    return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; one with a key twice would lose a value without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RowProblem(None, f"has {quoted([twice])} more than once; keep one of them")
-    return found
 
 
 # -- Parquet and datasets ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The prompts stage, run whole: real files in, the table and the manifest out."""
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -137,6 +138,16 @@ def test_rows_with_tools_are_asked_without_where_that_is_said(tmp_path: Path) ->
     write_jsonl(path, [{"prompt": "Hi", "tools": None}, {"prompt": "Bye", "tools": "[]"}])
     made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], name="none"))
     assert [prompt_of(row) for row in made] == ["Hi", "Bye"]
+
+
+def test_json_lines_compressed_by_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n'))
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}]))
+    assert [(prompt_of(row), row["source"], row["source_row"]) for row in made] == [
+        ("a", "a.jsonl.gz", 1),
+        ("b", "a.jsonl.gz", 2),
+    ]
 
 
 @pytest.mark.parametrize(

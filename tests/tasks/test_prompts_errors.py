@@ -1,5 +1,6 @@
 """Prompt sources that cannot be used: every error names the file, the row, the column and what to do."""
 
+import gzip
 import json
 import re
 from importlib import metadata
@@ -190,6 +191,14 @@ def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
     source = {"type": "parquet", "path": str(path)}
     fails(source | {"answer": "reward_model.truth"}, "column `reward_model.truth` is in none of its 1 rows")
     fails(source | {"answer": "reward.ground_truth"}, "no column `reward.ground_truth`")
+
+
+def test_compressed_json_lines_that_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % number for number in range(1_000)))
+    for damaged in (whole[:-100], whole[:50] + b"\0\0\0\0" + whole[54:], whole[:2]):
+        path.write_bytes(damaged)
+        fails({"type": "jsonl", "path": str(path)}, f"{path}: is damaged: ")
 
 
 def test_parquet_that_is_not_parquet(tmp_path: Path) -> None:
