@@ -63,13 +63,14 @@ class ParquetSource(_Rows):
 
 
 class DatasetSource(_Rows):
-    """A dataset that `datasets.load_dataset` finds: a Hub id or a local dataset folder."""
+    """A dataset that `datasets` loads: a Hub id, a local folder (of files, or of `save_to_disk`), or a CSV, TSV or JSON
+    file."""
 
     type: Literal["dataset"]
     """Which kind of source this is."""
 
     dataset: str = Field(min_length=1, json_schema_extra=SOURCE)
-    """Hub id or folder."""
+    """Hub id, folder, or file (`.csv`, `.tsv`, `.json`)."""
 
     config: str | None = None
     """The dataset's configuration, where it has several."""

@@ -53,6 +53,9 @@ def json_lines(path: Path) -> Rows:
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
+    advice = "write one JSON object a line"
+    if line.lstrip().startswith(b"["):
+        advice += ", or read a list of them by `type: dataset`"
     try:
         row = json.loads(line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
@@ -62,14 +65,14 @@ def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
     except json.JSONDecodeError as error:
         return RowProblem(
             None,
-            f"is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); write one JSON object a line",
+            f"is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); {advice}",
         )
     except RowProblem as problem:
         return problem
     except (ValueError, RecursionError) as error:
         return RowProblem(None, f"is not JSON that can be read ({error}); write one JSON object a line")
     if not isinstance(row, dict):
-        return RowProblem(None, f"is not a JSON object but {line[:40].decode(errors='replace').strip()!r}")
+        return RowProblem(None, f"is not a JSON object but {line[:40].decode(errors='replace').strip()!r}; {advice}")
     return row
 
 

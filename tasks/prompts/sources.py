@@ -1,5 +1,6 @@
 """Opens prompt sources and reads their rows, one at a time, from batches."""
 
+import csv
 import difflib
 import json
 import os
@@ -26,6 +27,10 @@ from tasks.prompts.messages import RowColumns, RowProblem, Rows, outer_column, q
 from tasks.verification.answers import verification_of_row, verification_of_task
 
 _BATCH_ROWS = 4096
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_DATASET_FILES = (*_SEPARATORS, ".json")
+"""Ends of the names of files that are a dataset by themselves."""
 
 
 @dataclass(frozen=True)
@@ -115,25 +120,29 @@ def _open_dataset(source: DatasetSource) -> SourceRows:
     arrow = dataset.select_columns(names).with_format("arrow")
     batches = (batch for table in arrow.iter(batch_size=_BATCH_ROWS) for batch in table.to_batches())
     total = min(len(dataset), source.limit or len(dataset))
-    folder = dataset_folder(source)
-    label = source.dataset if folder is None else folder.name
+    local = local_dataset(source)
+    label = source.dataset if local is None else local.name
     rows = islice(_arrow_rows(batches), source.limit)
     return SourceRows(label, source.dataset, columns, _row_verification(source), total, rows)
 
 
 def _load_dataset(source: DatasetSource) -> Any:
-    """Return the `datasets.Dataset` of a folder made by `save_to_disk`, a folder of files, or a Hub id."""
+    """Return the `datasets.Dataset` of a file, a folder made by `save_to_disk`, a folder of files, or a Hub id."""
     from datasets import DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
-    folder = dataset_folder(source)
-    saved = folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    local = local_dataset(source)
+    saved = local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
+        if local is not None and local.is_file():
+            module, options = _reader(local)
+            return load_dataset(module, data_files=str(local), split=source.dataset_split, **options)
         if not saved:
             return load_dataset(source.dataset, source.config, split=source.dataset_split, revision=source.revision)
         loaded = load_from_disk(source.dataset)
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
-        raise PromptError(f"{source.dataset}: cannot be loaded as a dataset: {error}") from error
+        where = "" if local is not None else "not a local folder or file, and "
+        raise PromptError(f"{source.dataset}: {where}cannot be loaded as a dataset: {error}") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
     if source.dataset_split not in loaded:
@@ -143,13 +152,36 @@ def _load_dataset(source: DatasetSource) -> Any:
     return loaded[source.dataset_split]
 
 
-def dataset_folder(source: DatasetSource) -> Path | None:
-    """Return the local folder of a dataset, or None for a Hub id."""
+def _reader(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return what `datasets` calls a kind of file, and how it is to read this one: all columns of a table as text."""
+    from datasets import Features, Value
+
+    separator = _SEPARATORS.get(path.suffix.lower())
+    if separator is None:
+        return "json", {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator), [])
+    return "csv", {"sep": separator, "features": Features({name: Value("string") for name in names})}
+
+
+def local_dataset(source: DatasetSource) -> Path | None:
+    """Return the local folder or file of a dataset, or None for a Hub id.
+
+    Raises:
+        PromptError: it is not there, or a file of another kind.
+    """
     path = Path(source.dataset)
     if path.is_dir():
         return path
+    if path.is_file():
+        if path.suffix.lower() not in _DATASET_FILES:
+            raise PromptError(
+                f"{path}: as a file, a dataset ends in {', '.join(_DATASET_FILES)}; there are also `type: jsonl` and "
+                "`type: parquet`"
+            )
+        return path
     if path.is_absolute() or source.dataset.startswith(".") or source.dataset.count("/") > 1:
-        raise PromptError(f"{source.dataset}: no such dataset folder")
+        raise PromptError(f"{source.dataset}: no such dataset folder or file")
     return None
 
 

@@ -151,6 +151,30 @@ def test_json_lines_compressed_by_gzip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'question,answer\n"one, two",3\nb,\n'),
+        ("a.tsv", "question\tanswer\none, two\t3\nb\t\n"),
+        ("a.json", '[{"question": "one, two", "answer": 3},\n {"question": "b", "answer": null}]'),
+    ],
+)
+def test_a_dataset_that_is_one_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    # The card of a project is none of the file's.
+    (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: x, data_files: y.csv}]\n---\n")
+    source = {"type": "dataset", "dataset": str(tmp_path / name), "prompt": "question"}
+    config = make_config(tmp_path, [source])
+    rows, _ = run_prompts(config)
+    assert [(prompt_of(row), row["answer"], row["source"]) for row in rows] == [
+        ("one, two", "3", name),
+        ("b", None, name),
+    ]
+    before = source_fingerprints(config)
+    (tmp_path / name).write_text(text.replace("two", "four"))
+    assert source_fingerprints(config) != before
+
+
+@pytest.mark.parametrize(
     ("verifier", "check"), [({}, "math"), ({"verifier": "exact"}, "exact"), ({"verifier": None}, None)]
 )
 def test_a_row_with_an_answer_says_how_it_is_checked(

@@ -127,7 +127,16 @@ BAD_LINES = [
     ("not JSON", b"{prompt: Hi}", "is not JSON (Expecting property name enclosed in double quotes at character 2)"),
     ("cut off", b'{"prompt": "Hi', "is not JSON (Unterminated string"),
     ("two objects", b'{"prompt": "a"} {"prompt": "b"}', "is not JSON (Extra data"),
-    ("a list", b'["Hi"]', "is not a JSON object but '[\"Hi\"]'"),
+    (
+        "a list",
+        b'["Hi"]',
+        "is not a JSON object but '[\"Hi\"]'; write one JSON object a line, or read a list of them by",
+    ),
+    (
+        "the start of a list",
+        b"[",
+        "is not JSON (Expecting value at character 2); write one JSON object a line, or read a list",
+    ),
     ("a text", b'"Hi"', "is not a JSON object but '\"Hi\"'"),
     ("null", b"null", "is not a JSON object but 'null'"),
     ("invalid UTF-8", b'{"prompt": "caf\xe9"}', "byte 16 (0xe9) is not valid UTF-8; save the file as UTF-8"),
@@ -199,6 +208,15 @@ def test_compressed_json_lines_that_are_damaged(tmp_path: Path) -> None:
     for damaged in (whole[:-100], whole[:50] + b"\0\0\0\0" + whole[54:], whole[:2]):
         path.write_bytes(damaged)
         fails({"type": "jsonl", "path": str(path)}, f"{path}: is damaged: ")
+
+
+def test_a_file_that_is_no_dataset(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    fails(
+        {"type": "dataset", "dataset": str(path)}, f"{path}: as a file, a dataset ends in .csv, .tsv, .json; there are"
+    )
+    (tmp_path / "a.json").write_text("{")
+    fails({"type": "dataset", "dataset": str(tmp_path / "a.json")}, "a.json: cannot be loaded as a dataset")
 
 
 def test_parquet_that_is_not_parquet(tmp_path: Path) -> None:
