@@ -221,7 +221,7 @@ def _explain(detail: ErrorDetails, kind: type[Section]) -> str:
 
 
 _SOURCES = {"jsonl", "parquet", "dataset", "reasoning_gym"}
-_TYPES = {"float", "Quantile", "int", "list[int]"}
+_TYPES = {"float", "Quantile", "int", "list[int]", "str", "list[str]"}
 
 
 def _parts(location: Sequence[int | str]) -> list[tuple[int | str, bool]]:

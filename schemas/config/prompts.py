@@ -16,9 +16,9 @@ class _Rows(Section):
     """What becomes of the assistant's reply where messages end with one. `error`: the row cannot be used. `answer`: it
     is the row's answer, unless its column `answer` has one. `drop`: it is left out, and the student answers itself."""
 
-    prompt: str = "prompt"
-    """Column holding a single user message as text, or a list as `messages` does; used where a row has no
-    `messages`."""
+    prompt: str | Annotated[list[str], Field(min_length=1)] = "prompt"
+    """Column holding a single user message as text, or a list as `messages` does; used where a row has no `messages`.
+    Texts of several columns, `[instruction, input]`, are joined by an empty line, those left out that a row lacks."""
 
     answer: str | None = "answer"
     """Column holding the reference answer, if rows have one; null: ignore it. Of every column's name, dots lead into

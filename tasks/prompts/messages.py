@@ -24,20 +24,28 @@ _TOOLS = "tools"
 class RowColumns:
     """Where a row keeps what: names of its columns, and the system message for rows that bring none.
 
-    A name with dots that no column has is a path into objects: `reward_model.ground_truth`. ``last_reply`` says what
-    becomes of the assistant's reply that a conversation ends with, ``tools`` what of those that a row brings.
+    Texts of several columns of ``prompt`` are joined. A name with dots that no column has is a path into objects:
+    `reward_model.ground_truth`. ``last_reply`` says what becomes of the assistant's reply that a conversation ends
+    with, ``tools`` what of those that a row brings.
     """
 
     messages: str = "messages"
-    prompt: str = "prompt"
+    prompt: tuple[str, ...] = ("prompt",)
     answer: str | None = "answer"
     system: str | None = None
     last_reply: Literal["error", "answer", "drop"] = "error"
     tools: Literal["error", "drop"] = "error"
 
+    @property
+    def needed(self) -> set[str]:
+        """Names that are in no source by chance: the config is wrong about one that has no such column."""
+        answer = () if self.answer in (None, "answer") else (self.answer,)
+        return {*answer, *(self.prompt if len(self.prompt) > 1 else ())}
+
     def present_in(self, names: Collection[str]) -> list[str]:
         """Return the columns of ``names`` that are read, without repetition."""
-        wanted = {outer_column(name, names) for name in (self.messages, self.prompt, self.answer) if name is not None}
+        own = (self.messages, *self.prompt, self.answer)
+        wanted = {outer_column(name, names) for name in own if name is not None}
         if self.tools == "error":
             wanted.add(_TOOLS)
         return [name for name in dict.fromkeys(names) if name in wanted]
@@ -65,14 +73,12 @@ def outer_column(name: str, columns: Collection[str]) -> str:
     return name if name in columns else name.partition(".")[0]
 
 
-def has_column(row: dict[str, Any], name: str | None) -> bool:
+def has_column(row: dict[str, Any], name: str) -> bool:
     """Say whether a row has what ``name`` says, be it null.
 
     >>> has_column({"reward_model": {"ground_truth": None}}, "reward_model.ground_truth")
     True
     """
-    if name is None:
-        return False
     place, key = _place(row, name)
     return key in place
 
@@ -142,15 +148,19 @@ def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str,
 
 def _row_messages(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:
     """Return a row's own messages, and the reply after them where it is to be the answer."""
-    for column in (columns.messages, columns.prompt):
-        value = _value(row, column)
-        if isinstance(value, list) or (value is not None and column == columns.messages):
-            return _conversation(value, column, columns.last_reply)
-        if value is not None:
-            text = _checked_text(value, column)
-            _not_blank(text, column)
-            return [{"role": "user", "content": text}], None
-    raise RowProblem(None, _nothing_to_ask(row, columns))
+    value = _value(row, columns.messages)
+    if value is not None:
+        return _conversation(value, columns.messages, columns.last_reply)
+    values = {name: value for name in columns.prompt if (value := _value(row, name)) is not None}
+    if not values:
+        raise RowProblem(None, _nothing_to_ask(row, columns))
+    first, *others = values
+    if isinstance(values[first], list) and not others:
+        return _conversation(values[first], first, columns.last_reply)
+    texts = [_checked_text(value, name) for name, value in values.items()]
+    text = "\n\n".join(text for text in texts if text.strip())
+    _not_blank(text, first)
+    return [{"role": "user", "content": text}], None
 
 
 def _brings_tools(value: Any) -> bool:
@@ -231,8 +241,9 @@ def _not_blank(text: str, column: str) -> None:
 
 
 def _nothing_to_ask(row: dict[str, Any], columns: RowColumns) -> str:
-    wanted = f"neither `{columns.messages}` nor `{columns.prompt}`"
-    others = quoted(name for name in row if name not in (columns.messages, columns.prompt))
+    asking = (columns.messages, *columns.prompt)
+    wanted = f"neither {' nor '.join(f'`{name}`' for name in asking)}"
+    others = quoted(name for name in row if name not in asking)
     if not others:
         return f"has {wanted}; write one of them or delete the row"
     return f"has {wanted}, only {others}; set `messages` or `prompt` of this source to the column that holds prompts"

@@ -216,11 +216,12 @@ def _needed_columns(where: str, names: list[str], columns: RowColumns) -> list[s
         PromptError: no column holds prompts, or the one configured for answers is missing.
     """
     have = f"it has {quoted(names)}"
-    if not {outer_column(name, names) for name in (columns.messages, columns.prompt)} & set(names):
-        hint = _nearest(columns.messages, names) or _nearest(columns.prompt, names) or "."
+    asking = (columns.messages, *columns.prompt)
+    if not {outer_column(name, names) for name in asking} & set(names):
+        hint = next(filter(None, (_nearest(name, names) for name in asking)), ".")
         raise PromptError(
-            f"{where}: no column `{columns.messages}` or `{columns.prompt}`{hint} Set `messages` or `prompt` of this "
-            f"source to the column that holds prompts; {have}"
+            f"{where}: no column {' or '.join(f'`{name}`' for name in asking)}{hint} Set `messages` or `prompt` of "
+            f"this source to the column that holds prompts; {have}"
         )
     if columns.answer not in (None, "answer") and outer_column(columns.answer, names) not in names:
         hint = _nearest(columns.answer, names) or "."
@@ -249,7 +250,7 @@ def _open_reasoning_gym(source: ReasoningGymSource) -> list[SourceRows]:
         reserved = sorted({"size", "seed"} & set(options))
         if reserved:
             raise PromptError(f"reasoning_gym:{task}: set `{reserved[0]}` beside `tasks`, not in `options`")
-    columns = RowColumns(prompt="question", answer="answer", system=source.system)
+    columns = RowColumns(prompt=("question",), answer="answer", system=source.system)
     tasks = list(dict.fromkeys(source.tasks))
     entries = _reasoning_gym_entries(source, tasks)
     return [
@@ -319,7 +320,8 @@ def reasoning_gym_version() -> str:
 
 
 def _row_columns(source: JsonlSource | ParquetSource | DatasetSource) -> RowColumns:
-    return RowColumns(source.messages, source.prompt, source.answer, source.system, source.last_reply, source.tools)
+    prompt = (source.prompt,) if isinstance(source.prompt, str) else tuple(source.prompt)
+    return RowColumns(source.messages, prompt, source.answer, source.system, source.last_reply, source.tools)
 
 
 def _row_verification(source: JsonlSource | ParquetSource | DatasetSource) -> Callable[[Any, str | None], str | None]:

@@ -97,6 +97,16 @@ def test_a_prompt_may_be_messages_too(tmp_path: Path) -> None:
     assert [row["messages"] for row in made] == [SAID[:1], [{"role": "user", "content": "Bye"}]]
 
 
+def test_texts_of_several_columns_are_one_prompt(tmp_path: Path) -> None:
+    """As Alpaca keeps prompts."""
+    texts = [("Translate.", "Hallo"), ("Sing.", ""), ("Count.", None)]
+    rows = [{"instruction": one, "input": other, "output": "x"} for one, other in texts]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    source = {"type": "jsonl", "path": str(path), "prompt": ["instruction", "input"], "answer": "output"}
+    made, _ = run_prompts(make_config(tmp_path, [source]))
+    assert [prompt_of(row) for row in made] == ["Translate.\n\nHallo", "Sing.", "Count."]
+
+
 def test_other_column_names_and_a_row_limit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": f"q{n}", "response": f"r{n}"} for n in range(5)])
     source = {"type": "jsonl", "path": str(path), "prompt": "query", "answer": "response", "limit": 3}

@@ -194,6 +194,16 @@ def test_an_answer_column_that_no_row_has(tmp_path: Path) -> None:
     )
 
 
+def test_one_of_several_columns_that_no_row_has(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "input": "y"}])
+    source = {"type": "jsonl", "path": str(path)}
+    fails(
+        source | {"prompt": ["instruction", "inptu"]},
+        "column `inptu` is in none of its 1 rows; correct this source's `prompt`",
+    )
+    fails(source | {"prompt": ["a", "b"]}, "has neither `messages` nor `a` nor `b`, only `instruction`, `input`")
+
+
 def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([{"prompt": "x", "reward_model": {"ground_truth": "1"}}]), path)
