@@ -33,17 +33,20 @@ from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models import read_template
 from tasks.models.prune import prune_layers, require_same_model
 from tasks.models.tokenizers import check_same_tokenizer
+from tasks.packages import check_packages
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.stage import StageJob
 from tasks.trackers import check_trackers
-from tasks.trainer_settings import require_lora
 
 
 def resolve_models(job: StageJob) -> None:
     """See ``tasks.models.run``."""
     store, config = job.store, job.config
     job.progress(0, 3, "steps")
-    _check_packages(config)
+    check_packages(config)
+    check_trackers(config.train.report_to, "train.report_to")
+    if config.warmup is not None:
+        check_trackers(config.warmup.report_to, "warmup.report_to")
     found = _find(config)
     _check_files(job, found)
     tokenizers = fitting_tokenizers(found, config)
@@ -74,15 +77,6 @@ def resolve_models(job: StageJob) -> None:
         shared_vocab=len(tokenizers.student),
     ).write(store, store.path(job.key, "models.json"))
     job.progress(3, 3, "steps")
-
-
-def _check_packages(config: RunConfig) -> None:
-    """Check now that what training needs is installed, not after hours of sampling."""
-    check_trackers(config.train.report_to, "train.report_to")
-    if config.warmup is not None:
-        check_trackers(config.warmup.report_to, "warmup.report_to")
-    if config.train.lora is not None:
-        require_lora()
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils.import_utils import is_liger_kernel_available
 
 from schemas.errors import ConfigError
+from tasks.packages import require_liger
 
 
 def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -18,8 +18,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise ConfigError(f"liger_kernels: needs a CUDA device, the student trains on {device}; say `false`")
-    if not is_liger_kernel_available():
-        raise ConfigError("liger_kernels: needs the extra `liger`: pip install -e '.[liger]'")
+    require_liger()
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 
     kind = model.config.model_type
