@@ -49,7 +49,7 @@ def resolve_models(job: StageJob) -> None:
         check_trackers(config.warmup.report_to, "warmup.report_to")
     found = _find(config)
     _check_files(job, found)
-    tokenizers = fitting_tokenizers(found, config)
+    tokenizers = fitting_tokenizers(job, found)
     _tell_of_dates(job, tokenizers.student)
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
@@ -120,11 +120,11 @@ def _check_files(job: StageJob, found: Found) -> None:
             job.warn(f"{key}.trust_remote_code: code that comes with {source.name} runs on this machine")
 
 
-def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
+def fitting_tokenizers(job: StageJob, found: Found) -> Tokenizers:
     """Load both tokenizers and check that the teacher can score what the student writes.
 
     The student takes the teacher's EOS where they differ (a base model's often does): a reply must end for both at the
-    same token.
+    same token. It takes the teacher's chat template where it has none.
 
     Raises:
         ModelError: no chat template or no EOS.
@@ -134,8 +134,12 @@ def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
     student = teacher if found.student == found.teacher else _tokenizer(found.student, found.trust_student)
     if student is not teacher:
         check_same_tokenizer(teacher, student)
+    config = job.config
     if config.student.chat_template is not None:
         student.chat_template = read_template(config.student.chat_template)
+    elif student.chat_template is None and teacher.chat_template is not None:
+        job.warn("student.model: its tokenizer has no chat template; it takes the teacher's")
+        student.chat_template = teacher.chat_template
     require_chat_template(student, "student.model")
     if config.student.chat_template_kwargs:
         student.chat_template = preset_template(

@@ -146,13 +146,17 @@ def test_tokens_only_one_model_has_are_a_mismatch(tmp_path: Path, teacher_dir: P
 def test_no_chat_template_and_a_given_one(tmp_path: Path, teacher_dir: Path) -> None:
     bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
     with pytest.raises(ModelError, match=r"no chat template.*student.chat_template"):
-        resolve(tmp_path / "a", teacher_dir, {"model": str(bare)})
+        resolve(tmp_path / "a", bare, {"model": str(bare)})
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0]['content'] }}{% if add_generation_prompt %}>>{% endif %}")
     store, config = resolve(tmp_path / "b", teacher_dir, {"model": str(bare), "chat_template": str(template)})
     tokenizer = AutoTokenizer.from_pretrained(policy_model(store, config, 0).path)
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "hi>>"
+
+    store, config = resolve(tmp_path / "c", teacher_dir, {"model": str(bare)})
+    assert AutoTokenizer.from_pretrained(policy_model(store, config, 0).path).chat_template == CHAT_TEMPLATE
+    assert "it takes the teacher's" in store.finished(MODELS).counters["warnings"][0]
 
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"
