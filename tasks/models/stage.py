@@ -27,7 +27,7 @@ from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, preset_template, require_chat_template
 from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint, model_files
-from tasks.language_model.loading import UNREADABLE, require_safetensors
+from tasks.language_model.loading import UNREADABLE, require_safetensors, resolve_device
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models import read_template
@@ -47,6 +47,7 @@ def resolve_models(job: StageJob) -> None:
     check_trackers(config.train.report_to, "train.report_to")
     if config.warmup is not None:
         check_trackers(config.warmup.report_to, "warmup.report_to")
+    _check_devices(config)
     found = _find(config)
     _check_files(job, found)
     tokenizers = fitting_tokenizers(job, found)
@@ -77,6 +78,15 @@ def resolve_models(job: StageJob) -> None:
         shared_vocab=len(tokenizers.student),
     ).write(store, store.path(job.key, "models.json"))
     job.progress(3, 3, "steps")
+
+
+def _check_devices(config: RunConfig) -> None:
+    """Check that devices are here that later stages name; an actor of Ray has those of its own machine."""
+    for key in ("trainer",) if config.ray is not None else ("sampler", "teacher", "trainer"):
+        try:
+            resolve_device(getattr(config.devices, key))
+        except ModelError as error:
+            raise ModelError(f"devices.{key}: {str(error).removeprefix('device: ')}") from None
 
 
 @dataclass(frozen=True)

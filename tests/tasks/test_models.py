@@ -143,6 +143,19 @@ def test_tokens_only_one_model_has_are_a_mismatch(tmp_path: Path, teacher_dir: P
         resolve(tmp_path, teacher_dir, {"model": str(other)})
 
 
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ({"sampler": "gpu"}, r"devices\.sampler: `gpu` is no torch device"),
+        ({"trainer": "cuda:99"}, r"devices\.trainer: `cuda:99` is not here"),
+    ],
+)
+def test_a_device_of_a_later_stage_is_looked_for_first(tmp_path: Path, devices: dict[str, str], message: str) -> None:
+    # Neither is there such a teacher, nor a Hub that could be asked.
+    with pytest.raises(ModelError, match=message):
+        resolve(tmp_path, "teacher", {"model": "student"}, devices=devices)
+
+
 def test_no_chat_template_and_a_given_one(tmp_path: Path, teacher_dir: Path) -> None:
     bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
     with pytest.raises(ModelError, match=r"no chat template.*student.chat_template"):
