@@ -128,9 +128,11 @@ def _open_dataset(source: DatasetSource) -> SourceRows:
 
 def _load_dataset(source: DatasetSource) -> Any:
     """Return the `datasets.Dataset` of a file, a folder made by `save_to_disk`, a folder of files, or a Hub id."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
+    # The stage has a bar of its own in a terminal, and none belongs into a file.
+    disable_progress_bars()
     local = local_dataset(source)
     saved = local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:

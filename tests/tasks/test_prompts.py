@@ -168,7 +168,7 @@ def test_json_lines_compressed_by_gzip(tmp_path: Path) -> None:
         ("a.json", '[{"question": "one, two", "answer": 3},\n {"question": "b", "answer": null}]'),
     ],
 )
-def test_a_dataset_that_is_one_file(tmp_path: Path, name: str, text: str) -> None:
+def test_a_dataset_that_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     # The card of a project is none of the file's.
     (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: x, data_files: y.csv}]\n---\n")
@@ -179,6 +179,7 @@ def test_a_dataset_that_is_one_file(tmp_path: Path, name: str, text: str) -> Non
         ("one, two", "3", name),
         ("b", None, name),
     ]
+    assert capsys.readouterr().err == ""
     before = source_fingerprints(config)
     (tmp_path / name).write_text(text.replace("two", "four"))
     assert source_fingerprints(config) != before
