@@ -195,8 +195,10 @@ def held_out_tables(summary: RunSummary) -> list[TextTable]:
     """Return the held-out metrics by model, as text: agreement with the teacher, then the models' own responses."""
     agreement = [name for name in summary.metric_names if not _of_responses(name)]
     responses = [name for name in summary.metric_names if _of_responses(name)]
+    told_with_rounds = {row.label for row in summary.rounds if row.metrics}
     models = [
-        *((model, metrics) for model, metrics in summary.baseline.items()),
+        # Without a warm-up the start is evaluated with the rounds, too.
+        *((model, metrics) for model, metrics in summary.baseline.items() if model not in told_with_rounds),
         *((row.label, row.metrics) for row in summary.rounds),
     ]
     told = f" ({summary.resolution})" if summary.resolution else ""
@@ -211,7 +213,7 @@ def held_out_tables(summary: RunSummary) -> list[TextTable]:
             [
                 [label, *(metric_text(metrics.get(name)) for name in names)]
                 for label, metrics in models
-                # The teacher has no agreement with itself; the start without a warm-up is told with the rounds.
+                # The teacher has no agreement with itself.
                 if metrics.keys() & set(names) or label not in summary.baseline
             ],
         )

@@ -28,6 +28,7 @@ from schemas.errors import ArtifactError, ConfigError, StageError
 from schemas.local_files import remove_temporaries, storage_errors
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
+from tasks.packages import require_ray
 from tasks.process import limit_threads, out_of_memory_hint
 from tasks.stage import StageJob
 
@@ -187,15 +188,8 @@ def joined(settings: RayConfig) -> Iterator[Cluster]:
     """
     # Before the import, which reads it.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ConfigError(
-            "`ray` needs Ray, which is not installed: `pip install -e '.[ray]'` on every machine "
-            "of the cluster; or set `ray: null`"
-        ) from None
+    require_ray()
+    ray: Any = importlib.import_module("ray")
     if settings.address is None:
         # Else its workers give way to whatever else runs on the machine, unlike a stage of one process.
         os.environ.setdefault("RAY_worker_niceness", "0")

@@ -1,7 +1,6 @@
 """What every trainer is told alike, whatever it trains by."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +8,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from schemas.config import GRPOConfig, OptimizerConfig
-from schemas.errors import ConfigError
 
 A = TypeVar("A", bound=TrainingArguments)
 
@@ -26,16 +24,6 @@ class StepProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell it."""
         self._on_steps(state.global_step - self._start, state.max_steps - self._start)
-
-
-def require_lora() -> None:
-    """Check that adapters can be trained.
-
-    Raises:
-        ConfigError: `peft` is not installed.
-    """
-    if find_spec("peft") is None:
-        raise ConfigError("train.lora: needs the extra `lora`: pip install -e '.[lora]'")
 
 
 def trainer_settings(

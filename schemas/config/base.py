@@ -1,7 +1,8 @@
 """What every config section shares: strictness, docstrings as descriptions, and what a stage's fingerprint reads."""
 
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -47,6 +48,15 @@ class Section(BaseModel):
             else:
                 values[name] = _section_values(getattr(self, name), values[name], sources)
         return values
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a field with this annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, list, dict):
+        return [section for argument in get_args(annotation) for section in sections_in(argument)]
+    return []
 
 
 def _section_values(value: Any, dumped: Any, sources: bool) -> Any:

@@ -43,7 +43,8 @@ def read_document(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: byte {error.start + 1} is not valid UTF-8; save the file as UTF-8") from None
     values = parse_document(text, f"{path}: cannot be read as YAML")
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
+        found = {list: "a list", type(None): "nothing"}.get(type(values), "a single value")
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, found {found}")
     return values
 
 
@@ -56,9 +57,13 @@ def parse_document(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _PlainLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        what, mark = error.problem or error.context or "no YAML", error.problem_mark or error.context_mark
+        if "could not find expected ':'" in what:
+            what, mark = "expected `: ` (colon and space) after the key", error.context_mark or mark
+        elif "'\\t'" in what:
+            what = "a tab, where YAML takes spaces alone"
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{origin}: {readable(error.problem or error.context or 'no YAML')}{place}") from None
+        raise ConfigError(f"{origin}: {readable(what)}{place}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: {readable(' '.join(str(error).split()))}") from None
     except RecursionError:

@@ -1,17 +1,14 @@
 """From YAML and `--set` overrides to a validated config, with errors that name the key and the nearest known one."""
 
-import difflib
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from schemas.config.base import Section
 from schemas.config.document import parse_document, read_document, value_problems
+from schemas.config.explain import explain
 from schemas.config.prompts import DatasetSource, JsonlSource, ParquetSource, PromptsConfig, PromptSource
 from schemas.config.rl import RLConfig
 from schemas.config.run import RunConfig
@@ -107,7 +104,7 @@ def parse_section(values: dict[str, Any], kind: type[S], origin: str) -> S:
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise _config_error(
-            origin, [_explain(detail, kind) for detail in details[:_MOST_PROBLEMS]], len(details)
+            origin, [explain(detail, kind) for detail in details[:_MOST_PROBLEMS]], len(details)
         ) from None
 
 
@@ -196,75 +193,6 @@ def _list_item(node: list[Any], name: str, shown: str) -> Any:
     if not name.isdecimal() or len(name) > 9 or int(name) >= len(node):
         raise ConfigError(f"{shown}: `{readable(name)}` is not one of the list's {len(node)} entries (from 0)")
     return node[int(name)]
-
-
-def _explain(detail: ErrorDetails, kind: type[Section]) -> str:
-    location = [part for part, tag in _parts(detail["loc"]) if not tag]
-    key = readable(".".join(str(part) for part in location), 80) or "config"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "union_tag_invalid":
-        # pydantic's own words quote the value whole, however long it is.
-        message = f"its {detail['ctx']['discriminator']} is none of {detail['ctx']['expected_tags']}"
-    if detail["type"] == "union_tag_not_found":
-        return f"{key}.type: missing; it has no default"
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1], kind)
-        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-        hint = f"did you mean `{nearest[0]}`?" if nearest else ""
-        return f"{key}: unknown key; {hint} Known here: {', '.join(known)}"
-    if detail["type"] == "missing":
-        return f"{key}: missing; it has no default"
-    if not location:
-        return message if detail["type"] == "value_error" else f"{key}: {message}"
-    shown = "not shown" if holds_secret(repr(detail["input"])) else readable(reprlib.repr(detail["input"]), 80)
-    return f"{key}: {message} (got {shown})"
-
-
-_SOURCES = {"jsonl", "parquet", "dataset", "reasoning_gym"}
-_TYPES = {"float", "Quantile", "int", "list[int]"}
-
-
-def _parts(location: Sequence[int | str]) -> list[tuple[int | str, bool]]:
-    """Return the parts of a place, each with whether it only says which member of a union pydantic tried there.
-
-    A source's type stands behind the source's number: elsewhere, as in `prompts.sources.0.dataset`, it is a key.
-    """
-    return [
-        (part, part in _TYPES or (part in _SOURCES and isinstance(before, int)))
-        for before, part in zip([None, *location], location)
-    ]
-
-
-def _known_keys(location: Sequence[int | str], kind: type[Section]) -> list[str]:
-    """Return the field names of the section at ``location`` in ``kind``, following lists, names and tagged unions."""
-    candidates: list[type[Section]] = [kind]
-    for part, tag in _parts(location):
-        if isinstance(part, int):
-            continue
-        if tag:
-            tagged = [c for c in candidates if _is_tagged(c, str(part))]
-            candidates = tagged or candidates
-            continue
-        annotations = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
-        if not annotations:
-            # A name that users choose, of a mapping of sections.
-            continue
-        candidates = [section for annotation in annotations for section in sections_in(annotation)]
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
-
-
-def _is_tagged(section: type[Section], tag: str) -> bool:
-    field = section.model_fields.get("type")
-    return section.__name__ == tag or (field is not None and tag in get_args(field.annotation))
-
-
-def sections_in(annotation: Any) -> list[type[Section]]:
-    """Return the sections that a field with this annotation can hold."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, Annotated, list, dict):
-        return [section for argument in get_args(annotation) for section in sections_in(argument)]
-    return []
 
 
 def _resolve_paths(config: R, folder: Path) -> R:

@@ -97,7 +97,7 @@ class StudentConfig(Section):
     """With `init: prune`: how many layers to keep, spread evenly from the first to the last, or which (from 0)."""
 
     chat_template: str | None = Field(default=None, json_schema_extra=SOURCE)
-    """Path of a Jinja chat template, for models whose tokenizer has none; null: the tokenizer's own."""
+    """Path of a Jinja chat template; null: the tokenizer's own, or the teacher's where it has none."""
 
     chat_template_kwargs: dict[str, TemplateValue] = Field(default_factory=dict)
     """Variables of the chat template, as in `{enable_thinking: false}`: both models are asked with them, warm-up and

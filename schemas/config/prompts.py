@@ -16,12 +16,13 @@ class _Rows(Section):
     """What becomes of the assistant's reply where messages end with one. `error`: the row cannot be used. `answer`: it
     is the row's answer, unless its column `answer` has one. `drop`: it is left out, and the student answers itself."""
 
-    prompt: str = "prompt"
-    """Column holding a single user message as text, or a list as `messages` does; used where a row has no
-    `messages`."""
+    prompt: str | Annotated[list[str], Field(min_length=1)] = "prompt"
+    """Column holding a single user message as text, or a list as `messages` does; used where a row has no `messages`.
+    Texts of several columns, `[instruction, input]`, are joined by an empty line, those left out that a row lacks."""
 
     answer: str | None = "answer"
-    """Column holding the reference answer, if rows have one; null: ignore it."""
+    """Column holding the reference answer, if rows have one; null: ignore it. Of every column's name, dots lead into
+    objects: `reward_model.ground_truth`."""
 
     verifier: Literal["math", "exact"] | None = "math"
     """How a response is checked where a row has an answer: `math`, equal as mathematics (`math-verify`) or as text;
@@ -31,12 +32,16 @@ class _Rows(Section):
     system: str | None = None
     """System message put before every prompt that does not bring its own."""
 
+    tools: Literal["error", "drop"] = "error"
+    """What becomes of a row whose column `tools` holds tools to call, as TRL has it. `error`: it cannot be used, since
+    no model here is told of them. `drop`: it is asked without them."""
+
     limit: int | None = Field(default=None, ge=1)
     """Take the first so many rows; null: all."""
 
 
 class JsonlSource(_Rows):
-    """A JSON Lines file, one prompt a line."""
+    """A JSON Lines file, one prompt a line; it may be compressed by gzip."""
 
     type: Literal["jsonl"]
     """Which kind of source this is."""
@@ -58,13 +63,14 @@ class ParquetSource(_Rows):
 
 
 class DatasetSource(_Rows):
-    """A dataset that `datasets.load_dataset` finds: a Hub id or a local dataset folder."""
+    """A dataset that `datasets` loads: a Hub id, a local folder (of files, or of `save_to_disk`), or a CSV, TSV or JSON
+    file."""
 
     type: Literal["dataset"]
     """Which kind of source this is."""
 
     dataset: str = Field(min_length=1, json_schema_extra=SOURCE)
-    """Hub id or folder."""
+    """Hub id, folder, or file (`.csv`, `.tsv`, `.json`)."""
 
     config: str | None = None
     """The dataset's configuration, where it has several."""

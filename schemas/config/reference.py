@@ -7,9 +7,8 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from schemas.config.base import Section
+from schemas.config.base import Section, sections_in
 from schemas.config.comparison import ComparisonConfig
-from schemas.config.load import sections_in
 from schemas.config.rl import RLConfig
 from schemas.config.run import RunConfig
 

@@ -2,7 +2,6 @@
 
 import math
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from schemas.config import LmEvalConfig
@@ -14,19 +13,6 @@ from tasks.stage import StageJob
 
 PREFIX = "lm_eval"
 """Begins the names of the metrics: `lm_eval/<task>/<metric>`."""
-
-
-def require_lm_eval() -> None:
-    """Check that `lm-eval` is there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if find_spec("lm_eval") is None:
-        raise ConfigError(
-            "evaluate.lm_eval: the package `lm-eval` is not installed; install the extra: "
-            "pip install -e '.[lm-eval]', or set `evaluate.lm_eval: null`"
-        )
 
 
 def benchmark_means(job: StageJob, settings: LmEvalConfig, model: ModelRef) -> dict[str, Mean]:

@@ -22,7 +22,7 @@ from schemas.tables import (
 )
 from tasks.collector import free_memory
 from tasks.evaluate.agreement import KeptStates, compare_with_teacher, keep_states
-from tasks.evaluate.benchmarks import benchmark_means, require_lm_eval
+from tasks.evaluate.benchmarks import benchmark_means
 from tasks.evaluate.means import Mean, metrics_table, response_means
 from tasks.evaluate.resolution import TARGET, detectable_difference, noisiest_accuracy, prompts_needed
 from tasks.evaluate.responses import Sampling, held_out_prompts, own_responses
@@ -31,6 +31,7 @@ from tasks.language_model.prefill import TokensDone
 from tasks.language_model.ragged import Ragged
 from tasks.language_model.sources import ModelRef, result_model, start_model, teacher_model
 from tasks.language_model.tensor_parallel import prefill_model
+from tasks.packages import require_lm_eval
 from tasks.stage import StageJob
 
 _LOGITS_CHUNK = 512

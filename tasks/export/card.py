@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.config import RunConfig
+from schemas.config import RunConfig, StudentConfig, TeacherConfig
 from schemas.stage_key import WARMUP, StageKey
 from schemas.untrusted_text import code_markdown, escape_markdown
 from tasks.language_model.model_card import model_card
@@ -56,11 +56,11 @@ def student_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
     """
     source = config.teacher if config.student.model is None else config.student
     pruned = "" if config.student.init == "pretrained" else "layers of "
-    student = pruned + code_markdown(source.model or "")
+    student = pruned + _name(source)
     names = [*_METRICS] if key.round != WARMUP else ["step", "epoch", "loss", "ce"]
     nobody = "nobody: warm-up" if key.round == WARMUP else "itself: on-policy"
     rows = [
-        ("teacher", f"{code_markdown(config.teacher.model)}{_revision(config.teacher.revision)}"),
+        ("teacher", f"{_name(config.teacher)}{_revision(config.teacher.revision)}"),
         ("teacher's weights", f"`{lineage.teacher_version}`"),
         ("student", f"{student}{_revision(source.revision)}"),
         ("run id", f"`{lineage.run_id}`"),
@@ -82,6 +82,11 @@ def student_card(config: RunConfig, key: StageKey, lineage: Lineage) -> str:
             "every sample through them."
         ],
     )
+
+
+def _name(source: TeacherConfig | StudentConfig) -> str:
+    """Return a model's name; of a local folder its own, since where it lies is nobody's business but this machine's."""
+    return code_markdown(source.identified()["model"] or "")
 
 
 def _revision(revision: str | None) -> str:

@@ -26,26 +26,36 @@ from tasks.language_model import hub
 from tasks.language_model.chat import encode_prompts, end_ids, preset_template, require_chat_template
 from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint, model_files
-from tasks.language_model.loading import UNREADABLE, model_class, require_no_adapters, require_plain_weights
+from tasks.language_model.loading import (
+    UNREADABLE,
+    model_class,
+    require_no_adapters,
+    require_plain_weights,
+    resolve_device,
+)
 from tasks.language_model.quantization import require_full_weights, require_loadable
 from tasks.language_model.sources import ResolvedModels, SourcePath, find_source
 from tasks.models import read_template
 from tasks.models.prune import prune_layers, require_same_model
 from tasks.models.tokenizers import check_same_tokenizer
+from tasks.packages import check_packages
 from tasks.rollout.context import prompts_that_fit, source_in
 from tasks.stage import StageJob
 from tasks.trackers import check_trackers
-from tasks.trainer_settings import require_lora
 
 
 def resolve_models(job: StageJob) -> None:
     """See ``tasks.models.run``."""
     store, config = job.store, job.config
     job.progress(0, 3, "steps")
-    _check_packages(config)
+    check_packages(config)
+    check_trackers(config.train.report_to, "train.report_to")
+    if config.warmup is not None:
+        check_trackers(config.warmup.report_to, "warmup.report_to")
+    _check_devices(config)
     found = _find(config)
     _check_files(job, found)
-    tokenizers = fitting_tokenizers(found, config)
+    tokenizers = fitting_tokenizers(job, found)
     _tell_of_dates(job, tokenizers.student)
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
@@ -77,13 +87,13 @@ def resolve_models(job: StageJob) -> None:
     job.progress(3, 3, "steps")
 
 
-def _check_packages(config: RunConfig) -> None:
-    """Check now that what training needs is installed, not after hours of sampling."""
-    check_trackers(config.train.report_to, "train.report_to")
-    if config.warmup is not None:
-        check_trackers(config.warmup.report_to, "warmup.report_to")
-    if config.train.lora is not None:
-        require_lora()
+def _check_devices(config: RunConfig) -> None:
+    """Check that devices are here that later stages name; an actor of Ray has those of its own machine."""
+    for key in ("trainer",) if config.ray is not None else ("sampler", "teacher", "trainer"):
+        try:
+            resolve_device(getattr(config.devices, key))
+        except ModelError as error:
+            raise ModelError(f"devices.{key}: {str(error).removeprefix('device: ')}") from None
 
 
 @dataclass(frozen=True)
@@ -129,11 +139,11 @@ def _check_files(job: StageJob, found: Found) -> None:
             job.warn(f"{key}.trust_remote_code: code that comes with {source.name} runs on this machine")
 
 
-def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
+def fitting_tokenizers(job: StageJob, found: Found) -> Tokenizers:
     """Load both tokenizers and check that the teacher can score what the student writes.
 
     The student takes the teacher's EOS where they differ (a base model's often does): a reply must end for both at the
-    same token.
+    same token. It takes the teacher's chat template where it has none.
 
     Raises:
         ModelError: no chat template or no EOS.
@@ -143,8 +153,12 @@ def fitting_tokenizers(found: Found, config: RunConfig) -> Tokenizers:
     student = teacher if found.student == found.teacher else _tokenizer(found.student, found.trust_student)
     if student is not teacher:
         check_same_tokenizer(teacher, student)
+    config = job.config
     if config.student.chat_template is not None:
         student.chat_template = read_template(config.student.chat_template)
+    elif student.chat_template is None and teacher.chat_template is not None:
+        job.warn("student.model: its tokenizer has no chat template; it takes the teacher's")
+        student.chat_template = teacher.chat_template
     require_chat_template(student, "student.model")
     if config.student.chat_template_kwargs:
         student.chat_template = preset_template(

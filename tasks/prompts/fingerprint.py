@@ -5,7 +5,7 @@ from pathlib import Path
 
 from schemas.config import DatasetSource, JsonlSource, ParquetSource, PromptSource, ReasoningGymSource
 from schemas.manifest import hash_file, hash_json
-from tasks.prompts.sources import dataset_folder, existing_file, file_labels, reasoning_gym_version
+from tasks.prompts.sources import existing_file, file_labels, local_dataset, reasoning_gym_version
 
 
 def sources_fingerprints(sources: Sequence[PromptSource]) -> dict[str, str]:
@@ -23,11 +23,11 @@ def _fingerprint(source: PromptSource, labels: dict[Path, str]) -> str:
         case JsonlSource() | ParquetSource():
             return hash_json([labels[Path(source.path)], hash_file(existing_file(source.path))])
         case DatasetSource():
-            folder = dataset_folder(source)
-            if folder is None:
+            local = local_dataset(source)
+            if local is None:
                 return f"{source.dataset}@{source.revision or 'default'}"
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            hashes = [[path.relative_to(folder).as_posix(), hash_file(path)] for path in files]
-            return hash_json([folder.name, hashes])
+            files = [local] if local.is_file() else sorted(path for path in local.rglob("*") if path.is_file())
+            hashes = [[path.relative_to(local).as_posix(), hash_file(path)] for path in files]
+            return hash_json([local.name, hashes])
         case ReasoningGymSource():
             return f"reasoning-gym=={reasoning_gym_version()}"

@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -26,23 +26,38 @@ _LONG = 1000
 _FAR_FROM_LATIN = re.compile(f"[^\x00-\u02ff]{{{_MOST_MARKS}}}")
 """What any such number of marks is found by; other scripts' letters too, where they stand as close."""
 
+_TOOLS = "tools"
+"""Column in which TRL, verl and others keep the tools that a row's conversation may call."""
+
 
 @dataclass(frozen=True)
 class RowColumns:
     """Where a row keeps what: names of its columns, and the system message for rows that bring none.
 
-    ``last_reply`` says what becomes of the assistant's reply that a conversation ends with.
+    Texts of several columns of ``prompt`` are joined. A name with dots that no column has is a path into objects:
+    `reward_model.ground_truth`. ``last_reply`` says what becomes of the assistant's reply that a conversation ends
+    with, ``tools`` what of those that a row brings.
     """
 
     messages: str = "messages"
-    prompt: str = "prompt"
+    prompt: tuple[str, ...] = ("prompt",)
     answer: str | None = "answer"
     system: str | None = None
     last_reply: Literal["error", "answer", "drop"] = "error"
+    tools: Literal["error", "drop"] = "error"
 
-    def present_in(self, names: Iterable[str]) -> list[str]:
+    @property
+    def needed(self) -> set[str]:
+        """Names that are in no source by chance: the config is wrong about one that has no such column."""
+        answer = () if self.answer in (None, "answer") else (self.answer,)
+        return {*answer, *(self.prompt if len(self.prompt) > 1 else ())}
+
+    def present_in(self, names: Collection[str]) -> list[str]:
         """Return the columns of ``names`` that are read, without repetition."""
-        wanted = (self.messages, self.prompt, self.answer)
+        own = (self.messages, *self.prompt, self.answer)
+        wanted = {outer_column(name, names) for name in own if name is not None}
+        if self.tools == "error":
+            wanted.add(_TOOLS)
         return [name for name in dict.fromkeys(names) if name in wanted]
 
 
@@ -53,6 +68,42 @@ class RowProblem(Exception):
         self.column = column
         self.what = what
         super().__init__(f"column `{column}`: {what}" if column else what)
+
+
+Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
+"""Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
+
+
+def outer_column(name: str, columns: Collection[str]) -> str:
+    """Return the column of a table that holds what ``name`` says: the one called so, or that its path begins with.
+
+    >>> outer_column("reward_model.ground_truth", ["prompt", "reward_model"]), outer_column("a.b", ["a", "a.b"])
+    ('reward_model', 'a.b')
+    """
+    return name if name in columns else name.partition(".")[0]
+
+
+def has_column(row: dict[str, Any], name: str) -> bool:
+    """Say whether a row has what ``name`` says, be it null.
+
+    >>> has_column({"reward_model": {"ground_truth": None}}, "reward_model.ground_truth")
+    True
+    """
+    place, key = _place(row, name)
+    return key in place
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    place, key = _place(row, name)
+    return place.get(key)
+
+
+def _place(row: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Return the object that ``name`` leads into, and the key there."""
+    outer, _, rest = name.partition(".")
+    if rest and name not in row and isinstance(row.get(outer), dict):
+        return _place(row[outer], rest)
+    return row, name
 
 
 def prompt_id(messages: list[dict[str, str]]) -> str:
@@ -115,6 +166,12 @@ def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str,
     Raises:
         RowProblem: there are no messages, or what is there cannot be a prompt or an answer.
     """
+    if columns.tools == "error" and _brings_tools(row.get(_TOOLS)):
+        raise RowProblem(
+            _TOOLS,
+            "holds tools, which no prompt here is given: leave such rows out, or have them asked without, by "
+            "`tools: drop` of this source",
+        )
     messages, reply = _row_messages(row, columns)
     if columns.system is not None and all(message["role"] != "system" for message in messages):
         messages.insert(0, {"role": "system", "content": columns.system})
@@ -124,20 +181,29 @@ def row_prompt(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str,
 
 def _row_messages(row: dict[str, Any], columns: RowColumns) -> tuple[list[dict[str, str]], str | None]:
     """Return a row's own messages, and the reply after them where it is to be the answer."""
-    for column in (columns.messages, columns.prompt):
-        value = row.get(column)
-        if isinstance(value, list) or (value is not None and column == columns.messages):
-            return _conversation(value, column, columns.last_reply)
-        if value is not None:
-            text = _checked_text(value, column)
-            _not_blank(text, column)
-            return [{"role": "user", "content": text}], None
-    raise RowProblem(None, _nothing_to_ask(row, columns))
+    value = _value(row, columns.messages)
+    if value is not None:
+        return _conversation(value, columns.messages, columns.last_reply)
+    values = {name: value for name in columns.prompt if (value := _value(row, name)) is not None}
+    if not values:
+        raise RowProblem(None, _nothing_to_ask(row, columns))
+    first, *others = values
+    if isinstance(values[first], list) and not others:
+        return _conversation(values[first], first, columns.last_reply)
+    texts = [_checked_text(value, name) for name, value in values.items()]
+    text = "\n\n".join(text for text in texts if text.strip())
+    _not_blank(text, first)
+    return [{"role": "user", "content": text}], None
+
+
+def _brings_tools(value: Any) -> bool:
+    """Say whether a column `tools` has any: as a list, or as that list's JSON."""
+    return value.strip() not in ("", "[]", "null") if isinstance(value, str) else bool(value)
 
 
 def _row_answer(row: dict[str, Any], columns: RowColumns) -> str | None:
     """Return a row's reference answer, a number as its text; None if it has none."""
-    value = None if columns.answer is None else row.get(columns.answer)
+    value = None if columns.answer is None else _value(row, columns.answer)
     if value is None:
         return None
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
@@ -178,6 +244,9 @@ def _checked_message(value: Any, column: str) -> dict[str, str]:
         raise RowProblem(column, f"should be an object with `role` and `content`, is {_type_name(value)}")
     sharegpt = value.get("role") is None and value.get("from") is not None
     keys, known = (("from", "value"), _SHAREGPT_ROLES) if sharegpt else (("role", "content"), _OWN_ROLES)
+    for key in ("tool_calls", "function_call"):
+        if value.get(key):
+            raise RowProblem(f"{column}.{key}", "is no text, and prompts here are texts only: leave such rows out")
     for key in keys:
         if value.get(key) is None:
             raise RowProblem(f"{column}.{key}", f"is missing; the message has {quoted(value)}")
@@ -205,8 +274,9 @@ def _not_blank(text: str, column: str) -> None:
 
 
 def _nothing_to_ask(row: dict[str, Any], columns: RowColumns) -> str:
-    wanted = f"neither `{columns.messages}` nor `{columns.prompt}`"
-    others = quoted(name for name in row if name not in (columns.messages, columns.prompt))
+    asking = (columns.messages, *columns.prompt)
+    wanted = f"neither {' nor '.join(f'`{name}`' for name in asking)}"
+    others = quoted(name for name in row if name not in asking)
     if not others:
         return f"has {wanted}; write one of them or delete the row"
     return f"has {wanted}, only {others}; set `messages` or `prompt` of this source to the column that holds prompts"

@@ -1,12 +1,12 @@
 """Opens prompt sources and reads their rows, one at a time, from batches."""
 
+import csv
 import difflib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,16 +22,15 @@ from schemas.errors import PromptError
 from schemas.table_files import UNREADABLE
 from schemas.untrusted_text import readable
 from tasks.prompts import procedural
-from tasks.prompts.messages import RowColumns, RowProblem, quoted
+from tasks.prompts.json_lines import count_lines, json_lines
+from tasks.prompts.messages import RowColumns, RowProblem, Rows, outer_column, quoted
 from tasks.verification.answers import verification_of_row, verification_of_task
-
-Rows = Iterator[tuple[int, dict[str, Any] | RowProblem]]
-"""Row numbers from 1 (in JSON Lines: line numbers), each with the row or why there is none."""
 
 _BATCH_ROWS = 4096
 
-_LONGEST_LINE = 1 << 26
-"""Bytes of one line of JSON Lines; beyond them it is no prompt, and need not fit into memory."""
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_DATASET_FILES = (*_SEPARATORS, ".json")
+"""Ends of the names of files that are a dataset by themselves."""
 
 
 @dataclass(frozen=True)
@@ -81,66 +80,13 @@ def open_sources(sources: Sequence[PromptSource]) -> list[SourceRows]:
 
 def _open_jsonl(source: JsonlSource, label: str) -> SourceRows:
     path = existing_file(source.path)
-    lines = _count_lines(path)
+    lines = count_lines(path)
     if lines == 0:
         raise PromptError(f"{path}: is empty; it needs at least one prompt")
-    rows = islice(_jsonl_rows(path), source.limit)
+    rows = islice(json_lines(path), source.limit)
     return SourceRows(
         label, str(path), _row_columns(source), _row_verification(source), min(lines, source.limit or lines), rows
     )
-
-
-def _count_lines(path: Path) -> int:
-    """Count lines, the last one also without its newline."""
-    newlines, last = 0, b"\n"
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            newlines += chunk.count(b"\n")
-            last = chunk[-1:]
-    return newlines + (last != b"\n")
-
-
-def _jsonl_rows(path: Path) -> Rows:
-    with path.open("rb") as file:
-        lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            if len(line) > _LONGEST_LINE:
-                yield number, RowProblem(None, f"is longer than {_LONGEST_LINE} bytes; write one JSON object a line")
-                return
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, _parse_line(line.rstrip(b"\r\n"))
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | RowProblem:
-    try:
-        row = json.loads(line.decode(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        return RowProblem(
-            None, f"byte {error.start + 1} (0x{line[error.start]:02x}) is not valid UTF-8; save the file as UTF-8"
-        )
-    except json.JSONDecodeError as error:
-        return RowProblem(
-            None,
-            f"is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}); write one JSON object a line",
-        )
-    except RowProblem as problem:
-        return problem
-    except (ValueError, RecursionError) as error:
-        return RowProblem(None, f"is not JSON that can be read ({error}); write one JSON object a line")
-    if not isinstance(row, dict):
-        return RowProblem(None, f"is not a JSON object but {line[:40].decode(errors='replace').strip()!r}")
-    return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; one with a key twice would lose a value without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise RowProblem(None, f"has {quoted([twice])} more than once; keep one of them")
-    return found
 
 
 # -- Parquet and datasets ------------------------------------------------------------------------------------------
@@ -174,25 +120,31 @@ def _open_dataset(source: DatasetSource) -> SourceRows:
     arrow = dataset.select_columns(names).with_format("arrow")
     batches = (batch for table in arrow.iter(batch_size=_BATCH_ROWS) for batch in table.to_batches())
     total = min(len(dataset), source.limit or len(dataset))
-    folder = dataset_folder(source)
-    label = source.dataset if folder is None else folder.name
+    local = local_dataset(source)
+    label = source.dataset if local is None else local.name
     rows = islice(_arrow_rows(batches), source.limit)
     return SourceRows(label, source.dataset, columns, _row_verification(source), total, rows)
 
 
 def _load_dataset(source: DatasetSource) -> Any:
-    """Return the `datasets.Dataset` of a folder made by `save_to_disk`, a folder of files, or a Hub id."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    """Return the `datasets.Dataset` of a file, a folder made by `save_to_disk`, a folder of files, or a Hub id."""
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
-    folder = dataset_folder(source)
-    saved = folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    # The stage has a bar of its own in a terminal, and none belongs into a file.
+    disable_progress_bars()
+    local = local_dataset(source)
+    saved = local is not None and any((local / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
+        if local is not None and local.is_file():
+            module, options = _reader(local)
+            return load_dataset(module, data_files=str(local), split=source.dataset_split, **options)
         if not saved:
             return load_dataset(source.dataset, source.config, split=source.dataset_split, revision=source.revision)
         loaded = load_from_disk(source.dataset)
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
-        raise PromptError(f"{source.dataset}: cannot be loaded as a dataset: {error}") from error
+        where = "" if local is not None else "not a local folder or file, and "
+        raise PromptError(f"{source.dataset}: {where}cannot be loaded as a dataset: {error}") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
     if source.dataset_split not in loaded:
@@ -202,13 +154,36 @@ def _load_dataset(source: DatasetSource) -> Any:
     return loaded[source.dataset_split]
 
 
-def dataset_folder(source: DatasetSource) -> Path | None:
-    """Return the local folder of a dataset, or None for a Hub id."""
+def _reader(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return what `datasets` calls a kind of file, and how it is to read this one: all columns of a table as text."""
+    from datasets import Features, Value
+
+    separator = _SEPARATORS.get(path.suffix.lower())
+    if separator is None:
+        return "json", {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator), [])
+    return "csv", {"sep": separator, "features": Features({name: Value("string") for name in names})}
+
+
+def local_dataset(source: DatasetSource) -> Path | None:
+    """Return the local folder or file of a dataset, or None for a Hub id.
+
+    Raises:
+        PromptError: it is not there, or a file of another kind.
+    """
     path = Path(source.dataset)
     if path.is_dir():
         return path
+    if path.is_file():
+        if path.suffix.lower() not in _DATASET_FILES:
+            raise PromptError(
+                f"{path}: as a file, a dataset ends in {', '.join(_DATASET_FILES)}; there are also `type: jsonl` and "
+                "`type: parquet`"
+            )
+        return path
     if path.is_absolute() or source.dataset.startswith(".") or source.dataset.count("/") > 1:
-        raise PromptError(f"{source.dataset}: no such dataset folder")
+        raise PromptError(f"{source.dataset}: no such dataset folder or file")
     return None
 
 
@@ -243,14 +218,15 @@ def _needed_columns(where: str, names: list[str], columns: RowColumns) -> list[s
         PromptError: no column holds prompts, or the one configured for answers is missing.
     """
     have = f"it has {quoted(names)}"
-    if columns.messages not in names and columns.prompt not in names:
-        hint = _nearest(columns.messages, names) or _nearest(columns.prompt, names) or "."
+    asking = (columns.messages, *columns.prompt)
+    if not {outer_column(name, names) for name in asking} & set(names):
+        hint = next(filter(None, (_nearest(name, names) for name in asking)), ".")
         raise PromptError(
-            f"{where}: no column `{columns.messages}` or `{columns.prompt}`{hint} Set `messages` or `prompt` of this "
-            f"source to the column that holds prompts; {have}"
+            f"{where}: no column {' or '.join(f'`{name}`' for name in asking)}{hint} Set `messages` or `prompt` of "
+            f"this source to the column that holds prompts; {have}"
         )
-    if columns.answer not in (None, "answer", *names):
-        hint = _nearest(str(columns.answer), names) or "."
+    if columns.answer not in (None, "answer") and outer_column(columns.answer, names) not in names:
+        hint = _nearest(columns.answer, names) or "."
         raise PromptError(f"{where}: no column `{columns.answer}`{hint} Correct `answer` of this source; {have}")
     present = columns.present_in(names)
     if twice := [name for name in present if names.count(name) > 1]:
@@ -276,7 +252,7 @@ def _open_reasoning_gym(source: ReasoningGymSource) -> list[SourceRows]:
         reserved = sorted({"size", "seed"} & set(options))
         if reserved:
             raise PromptError(f"reasoning_gym:{task}: set `{reserved[0]}` beside `tasks`, not in `options`")
-    columns = RowColumns(prompt="question", answer="answer", system=source.system)
+    columns = RowColumns(prompt=("question",), answer="answer", system=source.system)
     tasks = list(dict.fromkeys(source.tasks))
     entries = _reasoning_gym_entries(source, tasks)
     return [
@@ -346,7 +322,8 @@ def reasoning_gym_version() -> str:
 
 
 def _row_columns(source: JsonlSource | ParquetSource | DatasetSource) -> RowColumns:
-    return RowColumns(source.messages, source.prompt, source.answer, source.system, source.last_reply)
+    prompt = (source.prompt,) if isinstance(source.prompt, str) else tuple(source.prompt)
+    return RowColumns(source.messages, prompt, source.answer, source.system, source.last_reply, source.tools)
 
 
 def _row_verification(source: JsonlSource | ParquetSource | DatasetSource) -> Callable[[Any, str | None], str | None]:

@@ -12,7 +12,7 @@ from schemas.config import PromptsConfig
 from schemas.errors import PromptError
 from schemas.tables import PROMPTS
 from schemas.untrusted_text import readable
-from tasks.prompts.messages import RowProblem, prompt_id, row_prompt, wording_id
+from tasks.prompts.messages import RowProblem, has_column, prompt_id, row_prompt, wording_id
 from tasks.prompts.sources import SourceRows, open_sources
 from tasks.prompts.split import Ids, draw_splits, ids_of
 from tasks.stage import Progress, StageJob
@@ -169,7 +169,7 @@ def _read_source(
     columns: dict[str, list[Any]] = {name: [] for name in _READ.names}
     first: tuple[int, RowProblem] | None = None
     read = unusable = 0
-    answered = False
+    unseen = source.columns.needed
 
     def flush() -> None:
         if columns["prompt_id"]:
@@ -187,7 +187,8 @@ def _read_source(
             first = first or (number, problem)
             unusable += 1
             continue
-        answered = answered or source.columns.answer in row
+        if unseen:
+            unseen = {name for name in unseen if not has_column(row, name)}
         check = source.verification(row, answer)
         found = (prompt_id(messages), messages, answer, check, source.label, number)
         for values, value in zip(columns.values(), found, strict=True):
@@ -201,10 +202,11 @@ def _read_source(
         raise PromptError(_unusable_rows(source, first, unusable - 1))
     if read == 0:
         raise PromptError(f"{source.where}: has no rows; it needs at least one prompt")
-    if not answered and source.columns.answer not in (None, "answer"):
+    if unseen:
+        column = min(unseen)
+        what = "`answer`, or set it to null" if column == source.columns.answer else "`prompt`"
         raise PromptError(
-            f"{source.where}: column `{source.columns.answer}` is in none of its {read} rows; correct `answer` of this "
-            "source in the config, or set it to null"
+            f"{source.where}: column `{column}` is in none of its {read} rows; correct this source's {what}"
         )
     return read
 

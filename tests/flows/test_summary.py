@@ -97,6 +97,16 @@ def test_models_that_do_not_train_lead_the_tables_they_have_metrics_for(run: tup
     )
 
 
+def test_without_a_warm_up_the_start_is_told_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    store = make_store(tmp_path, config)
+    finish_stage(store, StageKey("baseline"), EVALUATE_METRICS, [evaluate_table(WARMUP, 7.0, "teacher", "start")])
+    labels = [[row[0] for row in rows] for _, _, rows in held_out_tables(summarize(store, config))]
+    assert labels == [["start"], ["teacher", "start"]]
+    finish_stage(store, StageKey("evaluate", WARMUP), EVALUATE_METRICS, [evaluate_table(WARMUP, 7.0)])
+    assert [[row[0] for row in rows] for _, _, rows in held_out_tables(summarize(store, config))] == labels
+
+
 def test_a_student_with_more_noise_than_the_baseline_decides_what_can_be_told(run: tuple[RunStore, RunConfig]) -> None:
     counters = {"detectable_difference": 0.3, "verified_prompts": 30, "prompts_for_two_points": 6750}
     finish_stage(run[0], StageKey("evaluate", 1), EVALUATE_METRICS, [evaluate_table(1, 1.0)], **counters)

@@ -20,6 +20,7 @@ from schemas.config import (
     parse_settings,
 )
 from schemas.config.document import parse_document
+from schemas.config.elsewhere import CALLED_HERE, CALLED_HERE_IN_RL, hint
 from schemas.errors import ConfigError
 from schemas.provenance import run_identity
 
@@ -75,7 +76,7 @@ def test_defaults_are_the_methods() -> None:
         ({"trian": {}}, "trian", "train"),
         ({"train": {"kd_wieght": 1}}, "train.kd_wieght", "kd_weight"),
         ({"generate": {"vllm": {"enforce_eagre": True}}}, "generate.vllm.enforce_eagre", "enforce_eager"),
-        ({"train": {"lora": {"rank": 4}}}, "train.lora.rank", "r"),
+        ({"learning_rte": 1}, "learning_rte", "warmup.learning_rate"),
         ({"filter": {"max_delta_ifd": {"quantil": 0.9}}}, "filter.max_delta_ifd.quantil", "quantile"),
         (
             {"prompts": {"sources": [{"type": "jsonl", "path": "p", "limt": 3}]}},
@@ -87,8 +88,6 @@ def test_defaults_are_the_methods() -> None:
             "prompts.sources.0.sizes",
             "size",
         ),
-        ({"dataset": "x"}, "dataset", "generate"),
-        ({"prompts": MINIMAL["prompts"] | {"jsonl": "x"}}, "prompts.jsonl", "sources"),
     ],
 )
 def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, Any], key: str, nearest: str) -> None:
@@ -98,8 +97,37 @@ def test_unknown_key_names_itself_and_the_nearest_known_one(changes: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"learning_rate": 1e-5}, "learning_rate: unknown key; it belongs elsewhere: `warmup.learning_rate`, `train."),
+        ({"train": {"top_k": 5}}, "train.top_k: unknown key; it belongs elsewhere: `score.top_k`. Known here: "),
+        ({"dataset": "x"}, "dataset: unknown key; it belongs elsewhere: `prompts.sources.0.dataset`. Known"),
+        ({"train": {"lora": {"rank": 4}}}, "train.lora.rank: unknown key; see `train.lora.r`. Known here: alpha"),
+        ({"train": {"num_train_epochs": 3}}, "unknown key; see `train.epochs_per_round`."),
+        ({"prompts": MINIMAL["prompts"] | {"zzz": "x"}}, "prompts.zzz: unknown key. Known here: held_out"),
+    ],
+)
+def test_an_unknown_key_that_has_another_place_or_name_here(changes: dict[str, Any], hint: str) -> None:
+    assert hint in error_of(**changes)
+
+
+def test_settings_by_the_names_of_other_projects_lead_to_places_there_are() -> None:
+    for kind, names in ((RunConfig, CALLED_HERE), (RLConfig, CALLED_HERE_IN_RL)):
+        for name, place in names.items():
+            assert hint(name, [], kind) == f"see `{place}`."
+
+
+@pytest.mark.parametrize(
     ("changes", "part"),
     [
+        ({"train": None}, "train: should be a section, that is keys with values below it; without any, leave it out"),
+        ({"teacher": "a"}, "teacher: should be a section, that is keys with values below it (got 'a')"),
+        ({"prompts": {"sources": ["p.jsonl"]}}, "prompts.sources.0: should be a section, that is keys with values"),
+        ({"train": {"report_to": "wandb"}}, "train.report_to: should be a list, in brackets or with a dash"),
+        ({"filter": {"min_delta_ifd": "None"}}, "(got 'None'; nothing is written `null` in YAML)"),
+        ({"name": "my run"}, "name: should be the name of a folder: letters"),
+        ({"prompts": {"sources": [{"type": "csv", "path": "p"}]}}, "did you mean `dataset`?"),
+        ({"prompts": {"sources": [{"type": "JSON", "path": "p"}]}}, "did you mean `jsonl`?"),
         ({"train": {"kd_weight": 1.5}}, "train.kd_weight"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
         ({"train": {"learning_rate": 1e-6, "min_learning_rate": 1e-5}}, "`min_learning_rate` 1e-05 is above"),

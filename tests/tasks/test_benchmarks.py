@@ -16,7 +16,7 @@ from schemas.errors import ConfigError
 from schemas.run_store import RunStore
 from schemas.tables import EVALUATE_METRICS, METRICS_FILE
 from tasks.evaluate import source_fingerprints
-from tasks.evaluate.benchmarks import metrics_of_results, require_lm_eval
+from tasks.evaluate.benchmarks import metrics_of_results
 from tasks.evaluate.means import Mean
 from tasks.graph import BASELINE, loop
 from tasks.stage import execute
@@ -24,12 +24,6 @@ from tests.run_fixtures import make_config
 from tests.test_loop import ROOT, smoke_config
 
 INSTALLED = find_spec("lm_eval") is not None
-
-
-@pytest.mark.skipif(INSTALLED, reason="the package is there")
-def test_a_missing_package_says_how_to_install_it() -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval: .*\[lm-eval\]"):
-        require_lm_eval()
 
 
 def test_metrics_are_taken_from_what_lm_eval_returns() -> None:

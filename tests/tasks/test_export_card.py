@@ -47,6 +47,14 @@ def test_the_warm_up_has_no_sampler(tmp_path: Path) -> None:
     assert "sampling policy" not in card
 
 
+def test_where_models_lie_on_this_machine_is_not_published(tmp_path: Path) -> None:
+    teacher, student = {"model": "/home/me/models/big"}, {"model": "/home/me/models/small"}
+    card = student_card(make_config(tmp_path, teacher=teacher, student=student), StageKey("export", 0), LINEAGE)
+    assert "/home/me" not in card
+    assert "| teacher | `big` |" in card
+    assert "| student | `small` |" in card
+
+
 def test_the_card_states_the_lineage_of_the_weights(tmp_path: Path, teacher_dir: Path, student_dir: Path) -> None:
     store, config = training_run(tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=random_packs())
     for stage in ("train", "export"):

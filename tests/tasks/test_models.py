@@ -168,16 +168,33 @@ def test_what_is_wrong_with_a_models_files_is_told(
         resolve(tmp_path, teacher_dir, {"model": str(folder)})
 
 
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ({"sampler": "gpu"}, r"devices\.sampler: `gpu` is no torch device"),
+        ({"trainer": "cuda:99"}, r"devices\.trainer: `cuda:99` is not here"),
+    ],
+)
+def test_a_device_of_a_later_stage_is_looked_for_first(tmp_path: Path, devices: dict[str, str], message: str) -> None:
+    # Neither is there such a teacher, nor a Hub that could be asked.
+    with pytest.raises(ModelError, match=message):
+        resolve(tmp_path, "teacher", {"model": "student"}, devices=devices)
+
+
 def test_no_chat_template_and_a_given_one(tmp_path: Path, teacher_dir: Path) -> None:
     bare = save_model(tmp_path / "bare", make_model(seed=3), make_tokenizer(chat_template=None))
     with pytest.raises(ModelError, match=r"no chat template.*student.chat_template"):
-        resolve(tmp_path / "a", teacher_dir, {"model": str(bare)})
+        resolve(tmp_path / "a", bare, {"model": str(bare)})
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0]['content'] }}{% if add_generation_prompt %}>>{% endif %}")
     store, config = resolve(tmp_path / "b", teacher_dir, {"model": str(bare), "chat_template": str(template)})
     tokenizer = AutoTokenizer.from_pretrained(policy_model(store, config, 0).path)
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "hi>>"
+
+    store, config = resolve(tmp_path / "c", teacher_dir, {"model": str(bare)})
+    assert AutoTokenizer.from_pretrained(policy_model(store, config, 0).path).chat_template == CHAT_TEMPLATE
+    assert "it takes the teacher's" in store.finished(MODELS).counters["warnings"][0]
 
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"

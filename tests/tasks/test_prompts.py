@@ -1,5 +1,6 @@
 """The prompts stage, run whole: real files in, the table and the manifest out."""
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -96,12 +97,92 @@ def test_a_prompt_may_be_messages_too(tmp_path: Path) -> None:
     assert [row["messages"] for row in made] == [SAID[:1], [{"role": "user", "content": "Bye"}]]
 
 
+def test_texts_of_several_columns_are_one_prompt(tmp_path: Path) -> None:
+    """As Alpaca keeps prompts."""
+    texts = [("Translate.", "Hallo"), ("Sing.", ""), ("Count.", None)]
+    rows = [{"instruction": one, "input": other, "output": "x"} for one, other in texts]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    source = {"type": "jsonl", "path": str(path), "prompt": ["instruction", "input"], "answer": "output"}
+    made, _ = run_prompts(make_config(tmp_path, [source]))
+    assert [prompt_of(row) for row in made] == ["Translate.\n\nHallo", "Sing.", "Count."]
+
+
 def test_other_column_names_and_a_row_limit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": f"q{n}", "response": f"r{n}"} for n in range(5)])
     source = {"type": "jsonl", "path": str(path), "prompt": "query", "answer": "response", "limit": 3}
     rows, manifest = run_prompts(make_config(tmp_path, [source]))
     assert [(prompt_of(row), row["answer"]) for row in rows] == [("q0", "r0"), ("q1", "r1"), ("q2", "r2")]
     assert manifest.counters["rows"] == 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "dataset"])
+def test_names_with_dots_lead_into_objects(tmp_path: Path, kind: str) -> None:
+    """As verl and DAPO keep answers."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": SAID[:1], "reward_model": {"ground_truth": "34", "style": "rule"}, "extra": {"index": {"at": 1}}},
+        {"prompt": SAID[:1] * 2, "reward_model": {"ground_truth": None, "style": "rule"}, "extra": {"index": None}},
+    ]
+    path = write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    if kind == "parquet":
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    place = {"dataset": str(path.parent)} if kind == "dataset" else {"path": str(path)}
+    made, _ = run_prompts(make_config(tmp_path, [{"type": kind, **place, "answer": "reward_model.ground_truth"}]))
+    assert [row["answer"] for row in made] == ["34", None]
+    deep = {"type": kind, **place, "answer": "extra.index.at"}
+    assert [row["answer"] for row in run_prompts(make_config(tmp_path, [deep], name="deep"))[0]] == ["1", None]
+
+
+def test_a_column_of_the_whole_name_comes_before_a_path(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "a": {"b": "inner"}, "a.b": "outer"}, {"prompt": "Bye", "a": {"b": "inner"}}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path), "answer": "a.b"}]))
+    assert [row["answer"] for row in made] == ["outer", "inner"]
+
+
+def test_rows_with_tools_are_asked_without_where_that_is_said(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi", "tools": [{"name": "search"}]}, {"prompt": "Bye", "tools": "[]"}, {"prompt": "a"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path), "tools": "drop"}]))
+    assert [prompt_of(row) for row in made] == ["Hi", "Bye", "a"]
+    write_jsonl(path, [{"prompt": "Hi", "tools": None}, {"prompt": "Bye", "tools": "[]"}])
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}], name="none"))
+    assert [prompt_of(row) for row in made] == ["Hi", "Bye"]
+
+
+def test_json_lines_compressed_by_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n'))
+    made, _ = run_prompts(make_config(tmp_path, [{"type": "jsonl", "path": str(path)}]))
+    assert [(prompt_of(row), row["source"], row["source_row"]) for row in made] == [
+        ("a", "a.jsonl.gz", 1),
+        ("b", "a.jsonl.gz", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'question,answer\n"one, two",3\nb,\n'),
+        ("a.tsv", "question\tanswer\none, two\t3\nb\t\n"),
+        ("a.json", '[{"question": "one, two", "answer": 3},\n {"question": "b", "answer": null}]'),
+    ],
+)
+def test_a_dataset_that_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    # The card of a project is none of the file's.
+    (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: x, data_files: y.csv}]\n---\n")
+    source = {"type": "dataset", "dataset": str(tmp_path / name), "prompt": "question"}
+    config = make_config(tmp_path, [source])
+    rows, _ = run_prompts(config)
+    assert [(prompt_of(row), row["answer"], row["source"]) for row in rows] == [
+        ("one, two", "3", name),
+        ("b", None, name),
+    ]
+    assert capsys.readouterr().err == ""
+    before = source_fingerprints(config)
+    (tmp_path / name).write_text(text.replace("two", "four"))
+    assert source_fingerprints(config) != before
 
 
 @pytest.mark.parametrize(

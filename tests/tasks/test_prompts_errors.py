@@ -1,5 +1,6 @@
 """Prompt sources that cannot be used: every error names the file, the row, the column and what to do."""
 
+import gzip
 import json
 import re
 from importlib import metadata
@@ -91,6 +92,14 @@ BAD_ROWS = [
         "messages[1].content",
         "is empty",
     ),
+    ("tools", {"prompt": "Hi", "tools": [{"name": "f"}]}, "tools", "holds tools, which no prompt here is given: leave"),
+    ("tools as JSON", {"prompt": "Hi", "tools": '[{"name": "f"}]'}, "tools", "`tools: drop` of this source"),
+    (
+        "a tool's call",
+        {"messages": [USER, {"role": "assistant", "content": "Wait.", "tool_calls": [{"name": "f"}]}, USER]},
+        "messages[1].tool_calls",
+        "is no text, and prompts here are texts only: leave such rows out",
+    ),
     ("list as answer", {"prompt": "Hi", "answer": ["x"]}, "answer", "should be text, is a list"),
     ("boolean answer", {"prompt": "Hi", "answer": False}, "answer", "should be text, is true or false"),
 ]
@@ -118,7 +127,16 @@ BAD_LINES = [
     ("not JSON", b"{prompt: Hi}", "is not JSON (Expecting property name enclosed in double quotes at character 2)"),
     ("cut off", b'{"prompt": "Hi', "is not JSON (Unterminated string"),
     ("two objects", b'{"prompt": "a"} {"prompt": "b"}', "is not JSON (Extra data"),
-    ("a list", b'["Hi"]', "is not a JSON object but '[\"Hi\"]'"),
+    (
+        "a list",
+        b'["Hi"]',
+        "is not a JSON object but '[\"Hi\"]'; write one JSON object a line, or read a list of them by",
+    ),
+    (
+        "the start of a list",
+        b"[",
+        "is not JSON (Expecting value at character 2); write one JSON object a line, or read a list",
+    ),
     ("a text", b'"Hi"', "is not a JSON object but '\"Hi\"'"),
     ("null", b"null", "is not a JSON object but 'null'"),
     ("invalid UTF-8", b'{"prompt": "caf\xe9"}', "byte 16 (0xe9) is not valid UTF-8; save the file as UTF-8"),
@@ -174,6 +192,41 @@ def test_an_answer_column_that_no_row_has(tmp_path: Path) -> None:
         str(path),
         "column `solution` is in none of its 2 rows",
     )
+
+
+def test_one_of_several_columns_that_no_row_has(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "input": "y"}])
+    source = {"type": "jsonl", "path": str(path)}
+    fails(
+        source | {"prompt": ["instruction", "inptu"]},
+        "column `inptu` is in none of its 1 rows; correct this source's `prompt`",
+    )
+    fails(source | {"prompt": ["a", "b"]}, "has neither `messages` nor `a` nor `b`, only `instruction`, `input`")
+
+
+def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "x", "reward_model": {"ground_truth": "1"}}]), path)
+    source = {"type": "parquet", "path": str(path)}
+    fails(source | {"answer": "reward_model.truth"}, "column `reward_model.truth` is in none of its 1 rows")
+    fails(source | {"answer": "reward.ground_truth"}, "no column `reward.ground_truth`")
+
+
+def test_compressed_json_lines_that_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % number for number in range(1_000)))
+    for damaged in (whole[:-100], whole[:50] + b"\0\0\0\0" + whole[54:], whole[:2]):
+        path.write_bytes(damaged)
+        fails({"type": "jsonl", "path": str(path)}, f"{path}: is damaged: ")
+
+
+def test_a_file_that_is_no_dataset(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    fails(
+        {"type": "dataset", "dataset": str(path)}, f"{path}: as a file, a dataset ends in .csv, .tsv, .json; there are"
+    )
+    (tmp_path / "a.json").write_text("{")
+    fails({"type": "dataset", "dataset": str(tmp_path / "a.json")}, "a.json: cannot be loaded as a dataset")
 
 
 def test_parquet_that_is_not_parquet(tmp_path: Path) -> None:

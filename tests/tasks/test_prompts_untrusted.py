@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.config import PromptsConfig
-from tasks.prompts import sources
+from tasks.prompts import json_lines
 from tasks.prompts.messages import wording_id
 from tests.tasks.prompt_files import read_prompts
 from tests.tasks.test_prompts_errors import fails
@@ -52,7 +52,7 @@ def test_an_answer_beyond_every_float_is_text(tmp_path: Path) -> None:
 
 
 def test_a_line_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_LONGEST_LINE", 1_000)
+    monkeypatch.setattr(json_lines, "_LONGEST_LINE", 1_000)
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "' + "b" * 3_000 + '"}\n{"prompt": "c"}\n')
     fails({"type": "jsonl", "path": str(path)}, f"{path}: row 2: is longer than 1000 bytes")

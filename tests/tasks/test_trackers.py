@@ -1,4 +1,4 @@
-"""What training needs beside this package: trackers that it reports to, and adapters."""
+"""Trackers that training reports to."""
 
 import json
 import sys
@@ -104,12 +104,3 @@ def test_a_tracker_that_is_gone_when_training_begins(
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     with pytest.raises(ConfigError, match=r"train\.report_to: `wandb` cannot be used"):
         execute(store, config.model_copy(update={"train": train}), StageKey("train", 0))
-
-
-def test_missing_adapters_are_told_of_before_anything_runs(
-    tmp_path: Path, teacher_dir: Path, student_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    missing: Any = None
-    monkeypatch.setitem(sys.modules, "peft", missing)
-    with pytest.raises(ConfigError, match=r"train\.lora: needs the extra `lora`"):
-        training_run(tmp_path, teacher_dir, student_dir, rounds=1, epochs=1, packs=random_packs(), lora={})

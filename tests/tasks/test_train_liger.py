@@ -89,7 +89,8 @@ def test_they_are_refused_where_liger_does_not_know_the_model(monkeypatch: pytes
 
 @pytest.mark.usefixtures("triton_runs")
 def test_they_are_refused_without_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.train.liger.is_liger_kernel_available", lambda: False)
+    missing: Any = None
+    monkeypatch.setitem(sys.modules, "liger_kernel", missing)
     with pytest.raises(ConfigError, match=r"needs the extra `liger`: pip install -e '\.\[liger\]'"):
         fuse_layers(make_model(seed=0), torch.device("cuda"))
 
