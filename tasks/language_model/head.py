@@ -1,5 +1,6 @@
 """From hidden states to log-probabilities, a chunk of positions at a time: [tokens x vocabulary] never exists."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from transformers import PreTrainedModel
 
 from schemas.errors import ModelError
 from tasks.language_model.packed_attention import PackedRow, packed_row
+
+_logger = logging.getLogger(__name__)
 
 # Two sequences in one row, to see whether the second sees the first.
 _PROBE_LENGTHS = (6, 5)
@@ -130,6 +133,7 @@ def pad_rows_if_needed(model: PreTrainedModel) -> None:
     chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
     # The probe is shorter than a chunk.
     if chunked or not agree(*probe_states(model), rounding(model)):
+        _logger.warning("%s: its sequences pass as padded batches, not packed into one row", type(model).__name__)
         setattr(model, _PADS_ROWS, True)
 
 

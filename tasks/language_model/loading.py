@@ -1,6 +1,7 @@
 """Load tokenizers and causal language models for inference."""
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from tasks.language_model.packed_attention import PACKED_SEQUENCES
 from tasks.language_model.quantization import bitsandbytes_config, compute_as_asked
 from tasks.language_model.sources import ModelRef, Spread
 from tasks.language_model.weights import ADAPTERS_CONFIG_NAME
+
+_logger = logging.getLogger(__name__)
 
 UNREADABLE = (OSError, ValueError, SafetensorError, LookupError, TypeError, AttributeError, StrictDataclassError)
 """What `transformers` raises where a model's files are missing or damaged; of other shapes a RuntimeError."""
@@ -264,6 +267,13 @@ def prefer_packed_attention(model: PreTrainedModel) -> bool:
     except ModelError:  # it asks for something that this attention does not do
         pass
     model.set_attn_implementation(own)
+    _logger.warning(
+        "%s: attention `%s` gives it other states than `%s`, which it keeps: a packed row may cost the square of its "
+        "length; where there is a GPU, try `attn_implementation: flash_attention_2`",
+        type(model).__name__,
+        PACKED_SEQUENCES,
+        own,
+    )
     return False
 
 

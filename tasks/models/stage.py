@@ -60,8 +60,13 @@ def resolve_models(job: StageJob) -> None:
     teacher_config = _config(found.teacher, found.trust_teacher)
     same = found.student == found.teacher
     student_config = teacher_config if same else _config(found.student, found.trust_student)
-    for key, own in (("teacher.model", teacher_config), ("student.model", student_config)):
+    for key, own, trusted in (
+        ("teacher.model", teacher_config, found.trust_teacher),
+        ("student.model", student_config, found.trust_student),
+    ):
         model_class(own, key)
+        if trusted:
+            _tell_of_others_code(job, key, own)
     require_loadable(teacher_config, config.teacher.quantization)
     require_full_weights(student_config, "teacher.model" if config.student.model is None else "student.model")
     teacher_context = _context(job, teacher_config, found.teacher)
@@ -137,6 +142,17 @@ def _check_files(job: StageJob, found: Found) -> None:
             require_no_adapters(_folder(source))
         if trusted[key]:
             job.warn(f"{key}.trust_remote_code: code that comes with {source.name} runs on this machine")
+
+
+def _tell_of_others_code(job: StageJob, key: str, config: PreTrainedConfig) -> None:
+    places = [str(place) for place in (getattr(config, "auto_map", None) or {}).values()]
+    others = sorted({place.partition("--")[0] for place in places if "--" in place})
+    if others:
+        job.warn(
+            f"{key}: its code is not in its folder but the newest in {', '.join(others)} on the Hub, which may change "
+            "between stages, and which no fingerprint covers: take that code into the folder, and `OTHER--` out of "
+            "`auto_map` in its config.json"
+        )
 
 
 def fitting_tokenizers(job: StageJob, found: Found) -> Tokenizers:

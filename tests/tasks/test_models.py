@@ -426,3 +426,15 @@ def test_a_chat_template_that_cannot_be_read_is_named_before_anything_runs(
     )
     with pytest.raises(ModelError, match=r"student\.chat_template: .*chat\.jinja: cannot be read"):
         source_fingerprints(config)
+
+
+def test_code_from_another_repository_is_told_of(tmp_path: Path, teacher_dir: Path) -> None:
+    folder = save_model(tmp_path / "tuned", make_model(seed=2, layers=2))
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values["auto_map"] = {"AutoModelForSequenceClassification": "org/base--modeling_base.Model"}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    for trusted in (True, False):
+        student = {"model": str(folder), "trust_remote_code": trusted}
+        store, _ = resolve(tmp_path / str(trusted), teacher_dir, student)
+        warnings = store.finished(MODELS).counters.get("warnings", [])
+        assert any("student.model: its code is not in its folder" in said for said in warnings) == trusted
