@@ -23,6 +23,7 @@ from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
 from tasks.language_model import hub
+from tasks.language_model.adapters import check_adapters
 from tasks.language_model.chat import encode_prompts, end_ids, preset_template, require_chat_template
 from tasks.language_model.context_limit import context_limit
 from tasks.language_model.fingerprint import folder_fingerprint, model_files
@@ -67,6 +68,8 @@ def resolve_models(job: StageJob) -> None:
         model_class(own, key)
         if trusted:
             _tell_of_others_code(job, key, own)
+    if config.train.lora is not None:
+        check_adapters(config.train.lora, student_config, "student.model", trust_remote_code=found.trust_student)
     require_loadable(teacher_config, config.teacher.quantization)
     require_full_weights(student_config, "teacher.model" if config.student.model is None else "student.model")
     teacher_context = _context(job, teacher_config, found.teacher)

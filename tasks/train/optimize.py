@@ -4,21 +4,20 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerState
+from transformers import TrainerState
 from trl.trainer.sft_config import SFTConfig
 
-from schemas.config import LoraConfig, OptimizerConfig
+from schemas.config import OptimizerConfig
 from schemas.errors import ModelError
 from schemas.stage_key import WARMUP
 from tasks.checkpoint import keep_checkpoint
 from tasks.graph import sampled_round
-from tasks.language_model.head import OutputHead, check_head, pad_rows_if_needed, pads_rows
+from tasks.language_model.adapters import freeze_beside_text, peft_config
+from tasks.language_model.head import check_head, pad_rows_if_needed, pads_rows
 from tasks.language_model.loading import load_ref, load_tokenizer, resolve_device
 from tasks.language_model.sources import policy_model, start_model
-from tasks.packages import require_lora
 from tasks.stage import StageJob
 from tasks.trackers import check_trackers, keep_tensorboard, tracked_name
 from tasks.train.liger import fuse_layers
@@ -139,45 +138,3 @@ def trainer_arguments(
         packing=False,
     )
     return on_device(arguments, device)
-
-
-def _beside_text(model: PreTrainedModel) -> list[str]:
-    """Return the names of a multi-modal model's modules that text does not pass through, outermost first."""
-    if model.config.get_text_config() is model.config:
-        return []
-    used = {
-        id(weight) for part in (model.get_decoder(), OutputHead.of(model).projection) for weight in part.parameters()
-    }
-    return [
-        name
-        for name, module in model.named_modules()
-        if name and not any(id(weight) in used for weight in module.parameters())
-    ]
-
-
-def freeze_beside_text(model: PreTrainedModel) -> None:
-    """Leave what text does not pass through (a vision tower) as it is.
-
-    It gets no gradients, and with several processes DDP waits for one of each weight that could have some.
-    """
-    for name in _beside_text(model):
-        model.get_submodule(name).requires_grad_(False)
-
-
-def peft_config(lora: LoraConfig, model: PreTrainedModel) -> Any:
-    """Return the adapter settings as `peft` takes them for ``model``.
-
-    Raises:
-        ConfigError: `peft` is not installed.
-    """
-    require_lora()
-    from peft import LoraConfig as PeftLoraConfig
-
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        exclude_modules=_beside_text(model) or None,
-        task_type="CAUSAL_LM",
-    )

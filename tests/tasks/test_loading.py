@@ -12,9 +12,9 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from schemas.config import LoraConfig
 from schemas.errors import ModelError
+from tasks.language_model.adapters import freeze_beside_text, peft_config
 from tasks.language_model.head import check_head
 from tasks.language_model.loading import load_model, stored_dtype
-from tasks.train.optimize import freeze_beside_text, peft_config
 from tests.tiny_models import make_model, save_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

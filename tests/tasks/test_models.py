@@ -1,5 +1,6 @@
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 
 from benchmarks.random_models import CHAT_TEMPLATE
 from schemas.config import RunConfig, parse_config
-from schemas.errors import ModelError, PromptError, TokenizerMismatchError
+from schemas.errors import ConfigError, ModelError, PromptError, TokenizerMismatchError
 from schemas.run_store import RunStore
 from schemas.stage_key import StageKey
 from schemas.tables import PROMPTS
@@ -438,3 +439,20 @@ def test_code_from_another_repository_is_told_of(tmp_path: Path, teacher_dir: Pa
         store, _ = resolve(tmp_path / str(trusted), teacher_dir, student)
         warnings = store.finished(MODELS).counters.get("warnings", [])
         assert any("student.model: its code is not in its folder" in said for said in warnings) == trusted
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "v_porj"], r"target_modules: a LlamaForCausalLM has no `v_porj`; its linear layers are .*v_proj"),
+        ("nothing.*", "target_modules: "),
+        ("all-linear", None),
+        (["q_proj", "self_attn.v_proj"], None),
+    ],
+)
+def test_adapters_that_no_module_takes_are_told_of_before_any_training(
+    tmp_path: Path, teacher_dir: Path, student_dir: Path, targets: str | list[str], message: str | None
+) -> None:
+    student, train = {"model": str(student_dir)}, {"lora": {"target_modules": targets}}
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        resolve(tmp_path, teacher_dir, student, train=train)
