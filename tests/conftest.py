@@ -22,6 +22,8 @@ PREFECT_AUTH = os.environ["PREFECT_API_AUTH_STRING"] = f"tests:{os.urandom(16).h
 # Else its workers give way to all other processes of the machine.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+_CHILDREN = str(Path(__file__).parent / "children")
+
 
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,6 +56,20 @@ def pings_of_their_own() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("websockets.asyncio.connection.random", random.Random())
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_what_most_users_have() -> None:
+    """Hide from the processes that tests start what other packages import wherever it is, and few runs have.
+
+    It is a quarter of the time in which each comes up: pandera takes in hypothesis, and peft bitsandbytes.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join([_CHILDREN, *_python_path()])
+
+
+def _python_path() -> list[str]:
+    """Return the folders of PYTHONPATH as they were when tests began; an empty one would be the working directory."""
+    return [name for name in os.environ.get("PYTHONPATH", "").split(os.pathsep) if name not in ("", _CHILDREN)]
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +107,10 @@ def forkserver() -> None:
     from tests.fuzz.harness import PRELOAD as FUZZED
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([*MEASURED, *FUZZED])
-    multiprocessing.forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        # Fuzzing needs hypothesis.
+        patch.setenv("PYTHONPATH", os.pathsep.join(_python_path()))
+        multiprocessing.forkserver.ensure_running()
 
 
 SLOW_LAST = ("engine", "server", "e2e")
