@@ -17,8 +17,8 @@ from tasks.language_model.sources import teacher_model
 
 ROOT = Path(__file__).parents[1]
 SHORTER = [
-    "prompts.limit=28",
-    "prompts.held_out=8",
+    "prompts.limit=26",
+    "prompts.held_out=6",
     "warmup.epochs=1",
     "warmup.max_new_tokens=16",
     "rounds=1",
